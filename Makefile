@@ -1,0 +1,52 @@
+# hierens: `make demo` and `make test` need Python 3.11 or newer and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=1 $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format types docs docs-serve bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "hierens needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[all]"
+	@touch $@
+
+demo: $(VENV)/.installed ## train a small ensemble on scikit-learn's digits, on a CPU, in about a minute
+	$(BIN)/python examples/train_imagenet.py
+
+test: $(VENV)/.installed ## run the tests
+	$(RUN) -m pytest --numprocesses 2
+
+test-slow: $(VENV)/.installed ## run the long tests too
+	$(RUN) -m pytest --numprocesses 2 -m "slow or not slow"
+
+lint: $(VENV)/.installed ## check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.installed ## put style right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/.installed ## check types, strictly
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed ## show the documentation while writing it
+	$(BIN)/mkdocs serve
+
+bench: $(VENV)/.installed ## train on Fashion-MNIST and write docs/results/fashion_mnist.md: DATA=folder of the idx files
+	$(BIN)/python benchmarks/fashion_mnist.py --data-dir $(DATA)
+
+clean: ## remove the environment and what runs and builds left
+	rm -rf $(VENV) runs site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,489 @@
+"""The hierarchical neural ensemble: a tree of branches whose leaves are the networks of an ensemble."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models import get_model_args
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hierens.branching import Activations, Executor, Level, self_check
+from hierens.cutting import CutError, Cutting, cut, example_input, input_size
+from hierens.modes import evaluating
+from hierens.profiling import Profile, branch_macs, profile
+from hierens.tree import Tree, nested_sizes
+
+_CHECK_SIZE = 32  # pixels: the self-check needs no more of an image than keeps every layer at work
+
+
+@dataclass(frozen=True)
+class Step:
+    """One moment of an anytime prediction.
+
+    Attributes:
+        leaves: networks evaluated so far.
+        logits: their mean, (N, classes).
+        macs: multiply-accumulates spent so far, per image.
+    """
+
+    leaves: int
+    logits: Tensor
+    macs: int
+
+
+class HierarchicalEnsemble(nn.Module):
+    """A tree of branches (Ruiz & Verbeek, arXiv 2003.01474): every leaf is a network, any first few can be run.
+
+    Made by `hierensify`. To timm's tools it is a timm model: data configuration, optimiser factories, EMA, classifier
+    resets and feature extraction work on it as on its backbone.
+
+    Attributes:
+        tree: the arithmetic of levels, widths and leaves.
+        levels: the B + 1 levels; level l holds the copies of block l.
+        head: per leaf, from the features to the classifier.
+        classifier: per leaf, the last linear layer.
+        num_classes: number of classes.
+        in_chans: image channels.
+        pretrained_cfg: timm's description of the model and its preprocessing.
+    """
+
+    def __init__(self, backbone: nn.Module, cutting: Cutting, tree: Tree, init: Sequence[nn.Module] = ()) -> None:
+        """Put together a tree.
+
+        Args:
+            backbone: the network that was cut: its weights go to every branch unless `init` is given.
+            cutting: its pieces; the ensemble takes them over.
+            tree: one level per block.
+            init: a network per leaf of the full tree to draw the branches' weights from.
+        """
+        super().__init__()
+        self.tree = tree
+        self._classifier_name = cutting.classifier_name
+        blocks = _unshared(cutting.blocks)
+        self.levels = nn.ModuleList(
+            Level(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
+            for level, block in enumerate(blocks)
+        )
+        last = tree.levels - 1
+        self.head = Level(cutting.head, [self._drawn(cutting.head, last, b, init) for b in range(tree.leaves)])
+        self.classifier = Level(
+            cutting.classifier, [self._drawn(cutting.classifier, last, b, init) for b in range(tree.leaves)]
+        )
+        self.grad_checkpointing = False
+        self._macs: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._describe(backbone, cutting)
+        self.train(backbone.training)
+
+    def _drawn(self, block: nn.Module, level: int, branch: int, init: Sequence[nn.Module]) -> dict[str, Tensor]:
+        """The first weights of a branch: the backbone's own, or those of the first network that runs through it."""
+        own = block.state_dict()
+        if init:
+            fresh = init[branch * self.tree.span(level)].state_dict()
+            own = {name: fresh.get(name, tensor) for name, tensor in own.items()}
+        return own
+
+    def _describe(self, backbone: nn.Module, cutting: Cutting) -> None:
+        """Carry over what timm's tools read, under the names that things have here."""
+        self.num_classes = int(backbone.num_classes)  # type: ignore[arg-type]
+        self.num_features = int(backbone.num_features)  # type: ignore[arg-type]
+        self.head_hidden_size = int(getattr(backbone, "head_hidden_size", self.num_features))
+        self.in_chans = input_size(backbone)[0]
+        cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
+        first_conv = cfg.get("first_conv")
+        args = {} if not cfg.get("architecture") else get_model_args(backbone)
+        self._model_args: dict[str, Any] = {
+            "backbone": cfg.get("architecture"),
+            "backbone_args": {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")},
+            "at": list(cutting.at),
+            "branching": list(self.tree.branching),
+            "leaves": self.tree.leaves,
+        }
+        self._traits = dict(getattr(backbone, "_traits", {}))
+        cfg.update(
+            architecture="hne",
+            input_size=input_size(backbone),
+            classifier=f"classifier.block.{self._classifier_name}",
+            first_conv=f"levels.0.block.{first_conv}" if isinstance(first_conv, str) else None,
+        )
+        self._traits["first_conv"] = cfg["first_conv"]
+        self.pretrained_cfg = self.default_cfg = cfg
+        spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
+        self._no_weight_decay = set(spared() if spared else ())
+
+    # --- the path of a batch ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
+        """Mean logits of the first networks; only their sub-tree is run (eq. 5).
+
+        Args:
+            x: images (N, C, H, W).
+            depth: run the first 2^depth networks.
+            leaves: or this many; all by default.
+            reduce: False returns each network's logits, what the objectives take.
+
+        Returns:
+            (N, classes), or (N, leaves, classes) if not `reduce`.
+
+        Raises:
+            ValueError: depth or leaves out of range, or images of another shape than the model takes.
+        """
+        n = self.tree.leaves_at(depth, leaves)
+        return self._logits(self._features(x, n), reduce)
+
+    def _features(self, x: Tensor, leaves: int) -> Activations:
+        self._check_images(x)
+        activations = Activations([x])
+        for index, level in enumerate(self.levels):
+            parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, leaves))]
+            activations = self._run(level, activations.fork(parents))
+        return activations
+
+    def _logits(self, features: Activations, reduce: bool) -> Tensor:
+        logits = self._run(self.classifier, self._run(self.head, features)).stacked()  # (N, leaves, classes)
+        return logits.mean(1) if reduce else logits
+
+    def _run(self, level: nn.Module, x: Activations) -> Activations:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            contexts = _statistics_once(level)
+            return checkpoint(level, x, use_reentrant=False, context_fn=contexts)
+        return level(x)
+
+    @torch.no_grad()
+    def anytime(self, x: Tensor) -> Iterator[Step]:
+        """Predictions that sharpen leaf by leaf: a depth-first walk that computes every activation once.
+
+        Args:
+            x: images (N, C, H, W).
+
+        Yields:
+            After each leaf the mean logits so far, what `forward(x, leaves=step.leaves)` returns.
+        """
+        self._check_images(x)
+        macs = self.branch_macs(tuple(x.shape[1:]))
+        path: list[Any] = [x] + [None] * self.tree.levels
+        total, spent = torch.zeros(()), 0
+        for leaf in range(self.tree.leaves):
+            for index in range(self.tree.first_new_level(leaf), self.tree.levels):
+                path[index + 1] = self._level(index).run_branch(leaf // self.tree.span(index), path[index])
+                spent += macs[index]
+            logits = self.classifier.run_branch(leaf, self.head.run_branch(leaf, path[-1]))
+            total = logits if leaf == 0 else total + logits
+            yield Step(leaf + 1, total / (leaf + 1), spent)
+
+    def _level(self, index: int) -> Level:
+        level = self.levels[index]
+        assert isinstance(level, Level)
+        return level
+
+    def all_levels(self) -> list[Level]:
+        """The levels of the tree, then the head and the classifier, which have a copy per leaf."""
+        return [*(self._level(i) for i in range(self.tree.levels)), self.head, self.classifier]
+
+    def _check_images(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"expected images (N, {self.in_chans}, H, W), got a tensor of shape {tuple(x.shape)}.")
+
+    # --- smaller trees, other weights -------------------------------------------------------------------------------
+
+    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> HierarchicalEnsemble:
+        """A model of its own with only the sub-tree of a depth (or of the first `leaves` networks).
+
+        At depth 0 it is an ordinary network: the backbone's layers with the first leaf's weights.
+        """
+        tree = self.tree.prefix(self.tree.leaves_at(depth, leaves))
+        small = HierarchicalEnsemble.__new__(HierarchicalEnsemble)
+        nn.Module.__init__(small)
+        kept = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in nn.Module().__dict__}
+        small.__dict__.update(kept, tree=tree, training=self.training)
+        small.default_cfg = small.pretrained_cfg
+        small._model_args["leaves"] = tree.leaves
+        small.levels = nn.ModuleList(self._level(i).narrowed(w) for i, w in enumerate(tree.widths()))
+        small.head, small.classifier = self.head.narrowed(tree.leaves), self.classifier.narrowed(tree.leaves)
+        return small
+
+    @torch.no_grad()
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
+        """Tell copy-initialised siblings apart: training would otherwise give them the same gradients for ever.
+
+        Every branch but the first of its level gets Gaussian noise of `noise` times the standard deviation of each of
+        its weights, so that depth 0 stays exactly the network that was copied. Biases, norms and buffers are left.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for level in self.all_levels():
+            if level.branches == 1:
+                continue
+            for parameter in level.block.parameters():
+                if parameter.ndim > 1:
+                    rest = parameter[parameter.shape[0] // level.branches :]
+                    drawn = torch.randn(rest.shape, generator=generator).to(rest)
+                    rest.add_(drawn * noise * rest.std())
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether any two leaves still have the same weights everywhere, as after `init="copy"`."""
+        if self.tree.leaves == 1:
+            return False
+        with torch.no_grad():
+            first, second = self.classifier.states(2)
+            return all(torch.equal(first[name], second[name]) for name in first)
+
+    @property
+    def looped(self) -> dict[str, str]:
+        """The levels that have no grouped form, by index (the head and the classifier come last), and why."""
+        reasons = {str(i): level.looped_because for i, level in enumerate(self.all_levels())}
+        return {index: because for index, because in reasons.items() if because}
+
+    def set_executor(self, executor: Executor) -> None:
+        """How levels are run: `looped`, `grouped` where a block can be, or `auto`, by device and batch size.
+
+        Raises:
+            ValueError: another name.
+        """
+        if executor not in ("auto", "looped", "grouped"):
+            raise ValueError(f"executor must be 'auto', 'looped' or 'grouped', got {executor!r}.")
+        for level in self.all_levels():
+            level.executor = executor
+
+    # --- cost -------------------------------------------------------------------------------------------------------
+
+    def branch_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """MACs of one branch of each level for one image (C, H, W); a leaf's head counts to the last level."""
+        size = tuple(size or self.pretrained_cfg["input_size"])
+        if size not in self._macs:
+            *blocks, head, classifier = branch_macs(self.all_levels(), size)
+            blocks[-1] += head + classifier
+            self._macs[size] = tuple(blocks)
+        return self._macs[size]
+
+    def macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Multiply-accumulates of every depth for one image of size (C, H, W), by the tree's arithmetic.
+
+        >>> import timm, hierens
+        >>> model = hierens.hierensify(timm.create_model("resnet10t", num_classes=10), blocks=2)
+        >>> len(model.macs((3, 64, 64))) == model.tree.depths == 2
+        True
+        """
+        costs = self.branch_macs(size)
+        return tuple(int(self.tree.cost(costs, n)) for n in nested_sizes(self.tree.leaves))
+
+    def parameter_counts(self) -> tuple[int, ...]:
+        """Parameters that the sub-tree of each depth reads."""
+        own = [sum(p.numel() for p in level.parameters()) // level.branches for level in self.all_levels()]
+        *levels, head, classifier = own
+        sizes = nested_sizes(self.tree.leaves)
+        return tuple(int(self.tree.cost(levels, n)) + n * (head + classifier) for n in sizes)
+
+    def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
+        """Leaves, parameters, MACs and latency of every depth: a table to print, a picture to draw."""
+        return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
+
+    # --- a timm model to timm's tools -------------------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
+        """Each leaf's features before pooling: the backbone's `forward_features`, stacked to (N, leaves, ...)."""
+        return self._features(x, self.tree.leaves_at(depth, leaves)).stacked()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, reduce: bool = True) -> Tensor:
+        """From `forward_features`'s result to mean logits, or with `pre_logits` to mean pooled features."""
+        features = Activations(list(x.unbind(1)))
+        if pre_logits:
+            pooled = self._run(self.head, features).stacked()
+            return pooled.mean(1) if reduce else pooled
+        return self._logits(features, reduce)
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, its weights packed: leaf n has rows n * classes to (n + 1) * classes."""
+        return self.classifier.block.get_submodule(self._classifier_name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifiers, drawn independently for every leaf; 0 classes leave the pooled features.
+
+        Raises:
+            ValueError: a change of pooling, or a classifier other than a linear layer.
+        """
+        if global_pool is not None:
+            raise ValueError("the pooling is part of the tree: set global_pool when making the backbone.")
+        old = self.get_classifier()
+        if num_classes == 0:
+            fresh: list[nn.Module] = [nn.Identity()]
+        else:
+            like = next(self.parameters())
+            make = _classifier_maker(old, self.head_hidden_size, self.tree.leaves)
+            fresh = [make(num_classes).to(like.device, like.dtype) for _ in range(self.tree.leaves)]
+        self.classifier.replace(self._classifier_name, fresh)
+        self.num_classes = num_classes
+        self._macs.clear()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each level's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the backbone wants spared from weight decay."""
+        return {name for name, _ in self.named_parameters() if name.partition(".block.")[2] in self._no_weight_decay}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Timm's layer groups, for layer-wise learning rates: a group per level, the classifier last."""
+        return {"stem": r"^levels\.0\.", "blocks": r"^levels\.(\d+)\."}
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
+        """Write `config.json`, `model.safetensors` and a model card: see `hierens.hub.save_pretrained`."""
+        from hierens.hub import save_pretrained
+
+        save_pretrained(self, directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Publish on the Hugging Face Hub: see `hierens.hub.push_to_hub`."""
+        from hierens.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+
+def hierensify(
+    backbone: nn.Module,
+    blocks: int = 4,
+    *,
+    init: Literal["copy", "reinit"] = "copy",
+    at: Sequence[str] | None = None,
+    branching: Sequence[int] | None = None,
+    leaves: int | None = None,
+    seed: int | None = None,
+    looped: Mapping[str, str] | None = None,
+) -> HierarchicalEnsemble:
+    """Turn a timm model into a hierarchical neural ensemble.
+
+    Args:
+        backbone: any block-structured timm classification model; it is left as it is.
+        blocks: levels of the tree, B + 1; it has 2^B leaves.
+        init: `copy` gives every branch the backbone's weights, so that every depth answers as the backbone does (call
+            `break_symmetry` before training; the trainer does); `reinit` draws every branch anew by the backbone's
+            own initialisation.
+        at: names of modules that shall begin the second and later blocks, instead of cuts into equal shares of work.
+        branching: children per branch and level, `(1, 2, 2, ...)` by default; sets `blocks`.
+        leaves: keep only this many leaves, from the first.
+        seed: of `init="reinit"`; drawn from torch's generator by default.
+        looped: levels that may not be run grouped, by index as a string, and why: what `model.looped` said of the same
+            tree. By default this is found out: a block whose grouped form does not equal the looped one is looped.
+
+    Raises:
+        ValueError: a backbone that cannot be cut as asked (`CutError`), or arguments out of range.
+
+    >>> import timm, torch, hierens
+    >>> model = hierens.hierensify(timm.create_model("mobilenetv2_050", num_classes=10), blocks=3)
+    >>> model(torch.randn(1, 3, 64, 64), depth=1).shape
+    torch.Size([1, 10])
+    """
+    if init not in ("copy", "reinit"):
+        raise ValueError(f"init must be 'copy' or 'reinit', got {init!r}.")
+    if at is not None:
+        blocks = len(at) + 1
+    elif branching is not None:
+        blocks = len(branching)
+    tree = Tree.binary(blocks) if branching is None else Tree(tuple(branching))
+    if tree.levels != blocks:
+        raise ValueError(f"branching has {tree.levels} levels, but `at` makes {blocks} blocks.")
+    if leaves is not None:
+        tree = tree.prefix(leaves)
+    cutting = cut(backbone, blocks, at)
+    drawn = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
+    reasons = _checked(cutting, backbone) if looped is None else looped
+    ensemble = HierarchicalEnsemble(backbone, cutting, tree, drawn)
+    for index, level in enumerate(ensemble.all_levels()):
+        level.group()
+        if because := reasons.get(str(index)):
+            level.loop(because)
+    return ensemble
+
+
+def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[nn.Module]:
+    """A newly initialised backbone for every leaf."""
+    architecture = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
+    if not architecture:
+        raise ValueError("init='reinit' makes the backbone anew by timm.create_model, which did not make this one.")
+    args = {**get_model_args(backbone), "num_classes": backbone.num_classes}
+    networks: list[nn.Module] = []
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        networks = [timm.create_model(architecture, **args) for _ in range(tree.leaves)]
+    return networks
+
+
+def _checked(cutting: Cutting, backbone: nn.Module) -> dict[str, str]:
+    """The pieces whose grouped form may not be used, by index, and why."""
+    pieces = (*cutting.blocks, cutting.head, cutting.classifier)
+    full = example_input(backbone)
+    for size in sorted({min(_CHECK_SIZE, full.shape[-1]), full.shape[-1]}):
+        value: Any = full[..., :size, :size]
+        examples = []
+        try:
+            for piece in pieces:
+                examples.append(value)
+                with torch.no_grad(), evaluating(piece):
+                    value = piece(*value) if isinstance(value, tuple) else piece(value)
+        except Exception:  # a backbone of fixed image size: on to the full one, which the cut has run already
+            continue
+        break
+    found = {str(i): self_check(piece, x) for i, (piece, x) in enumerate(zip(pieces, examples, strict=True))}
+    return {index: because for index, because in found.items() if because}
+
+
+def _unshared(blocks: Sequence[Any]) -> list[Any]:
+    """Blocks with modules of their own where two used the same one."""
+    seen: set[int] = set()
+    made = []
+    for block in blocks:
+        own = {id(parameter) for parameter in block.parameters()}
+        if own & seen:
+            warnings.warn(
+                "blocks of this backbone share parameters; as branches they become separate and train apart.",
+                stacklevel=3,
+            )
+            block = copy.deepcopy(block)
+        seen |= own
+        made.append(block)
+    return made
+
+
+def _classifier_maker(old: nn.Module, features: int, leaves: int) -> Callable[[int], nn.Module]:
+    if not isinstance(old, (nn.Linear, nn.Identity)):
+        raise ValueError(f"only a linear classifier can be reset, not a {type(old).__name__}.")
+    bias = old.bias is not None if isinstance(old, nn.Linear) else True
+
+    def make(num_classes: int) -> nn.Module:
+        layer = nn.Linear(features, num_classes, bias=bias)
+        nn.init.uniform_(layer.weight, -1 / math.sqrt(features), 1 / math.sqrt(features))
+        return layer
+
+    return make
+
+
+def _statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
+    """For gradient checkpointing: the recomputation must not move running statistics a second time."""
+
+    @contextlib.contextmanager
+    def restoring() -> Iterator[None]:
+        kept = [(buffer, buffer.clone()) for buffer in level.buffers()]
+        try:
+            yield  # left by an exception once all that is needed has been recomputed
+        finally:
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
+
+    return lambda: (contextlib.nullcontext(), restoring())
+
+
+__all__ = ["CutError", "HierarchicalEnsemble", "Step", "hierensify"]

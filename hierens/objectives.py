@@ -1,0 +1,180 @@
+"""Every loss of a hierarchical ensemble, over leaf logits (N, leaves, classes): Ruiz & Verbeek, section 3.2 and 3.3.
+
+All of them are weighted sums over predictions (single networks, nested ensembles) of a cross-entropy to the labels and
+one to a teacher, the full ensemble. So one pass serves any mixture: one log-softmax over the stacked predictions, one
+softmax for the teacher, two inner products.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hierens.tree import nested_sizes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+SUPERVISED = ("independent", "hierarchical")
+DISTILLED = ("codistillation", "hierarchical_codistillation")
+TERMS = SUPERVISED + DISTILLED
+
+
+def nested_predictions(leaf_logits: Float[Tensor, "n leaves classes"]) -> Float[Tensor, "n depths classes"]:
+    """The nested ensembles' logits y^b (eq. 5): means over the first 1, 2, 4, ... and all leaves.
+
+    Half precision is summed in float32.
+    """
+    logits = _at_least_float32(leaf_logits)
+    sizes = torch.tensor(nested_sizes(logits.shape[1]), device=logits.device)
+    return logits.cumsum(1)[:, sizes - 1] / sizes[:, None]
+
+
+def independent(leaf_logits: Tensor, target: Tensor) -> Tensor:
+    """L_I = sum over networks of the cross-entropy to the labels, mean over the batch (eq. 9)."""
+    return _fused(leaf_logits, target, {"independent": 1.0})
+
+
+def hierarchical(leaf_logits: Tensor, target: Tensor) -> Tensor:
+    """L_H = sum over nested ensembles of the cross-entropy to the labels (eq. 10)."""
+    return _fused(leaf_logits, target, {"hierarchical": 1.0})
+
+
+def codistillation(leaf_logits: Tensor, temperature: float = 2.0) -> Tensor:
+    """L_D = sum over networks of the cross-entropy to the full ensemble's soft labels (eq. 11)."""
+    return _fused(leaf_logits, None, {"codistillation": 1.0}, temperature)
+
+
+def hierarchical_codistillation(leaf_logits: Tensor, temperature: float = 2.0) -> Tensor:
+    """L_HD = sum over the nested ensembles below the full one of the cross-entropy to its soft labels (eq. 12)."""
+    return _fused(leaf_logits, None, {"hierarchical_codistillation": 1.0}, temperature)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss by name: terms joined by `+`.
+
+    With a distillation term the loss is (1 - alpha) times the supervised terms plus alpha times the distilled ones
+    (section 3.3); without one it is the plain sum, so `independent+hierarchical` is the paper's ablation L_I + L_H.
+
+    Args:
+        name: terms out of `independent` (eq. 9), `hierarchical` (10), `codistillation` (11) and
+            `hierarchical_codistillation` (12), at least one of the first two.
+        alpha: weight of distillation, from 0 to 1.
+        temperature: the teacher is softmax(y^E / temperature), detached; the student is not tempered.
+
+    Raises:
+        ValueError: an unknown or repeated term, distillation alone, alpha or temperature out of range.
+
+    >>> objective = Objective("independent+hierarchical_codistillation", alpha=0.5)
+    >>> objective(torch.zeros(2, 4, 10), torch.tensor([3, 7])).item()  # 0.5 * 4 ln 10 + 0.5 * 2 ln 10
+    6.907755374908447
+    """
+
+    name: str = "independent+hierarchical_codistillation"
+    alpha: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        terms = self.terms
+        for term in terms:
+            if term not in TERMS:
+                close = difflib.get_close_matches(term, TERMS, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown objective {term!r}: the terms are {', '.join(TERMS)}, joined by '+'{hint}")
+        if len(set(terms)) < len(terms):
+            raise ValueError(f"a term stands twice in the objective {self.name!r}.")
+        if not set(terms) & set(SUPERVISED):
+            raise ValueError(f"the objective {self.name!r} never sees a label: add {' or '.join(SUPERVISED)}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names joined in `name`."""
+        return tuple(term.strip() for term in self.name.split("+"))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term."""
+        if not set(self.terms) & set(DISTILLED):
+            return dict.fromkeys(self.terms, 1.0)
+        return {term: self.alpha if term in DISTILLED else 1 - self.alpha for term in self.terms}
+
+    def __call__(
+        self,
+        leaf_logits: Float[Tensor, "n leaves classes"],
+        target: Int[Tensor, " n"] | Float[Tensor, "n classes"],
+    ) -> Float[Tensor, ""]:
+        """The loss, a mean over the batch.
+
+        Args:
+            leaf_logits: (N, leaves, classes), in any floating-point type.
+            target: class indices (N,), or probabilities (N, classes) as mixup gives them.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        return _fused(leaf_logits, target, self.weights, self.temperature)
+
+
+def _fused(leaf_logits: Tensor, target: Tensor | None, weights: dict[str, float], temperature: float = 1.0) -> Tensor:
+    """The weighted sum of the named terms in one pass over the predictions."""
+    _check_shapes(leaf_logits, target)
+    leaves = leaf_logits.shape[1]
+    nested = nested_predictions(leaf_logits)
+    # The first nested ensemble is the first leaf itself: it is not computed twice.
+    predictions = torch.cat([_at_least_float32(leaf_logits), nested[:, 1:]], dim=1)
+    to_labels, to_teacher = _prediction_weights(leaves, weights, predictions)
+    log_p = F.log_softmax(predictions, dim=-1)  # (N, predictions, classes)
+    loss = log_p.new_zeros(())
+    if target is not None:
+        loss = loss - ((to_labels @ log_p) * _as_probabilities(target, log_p)).sum(-1).mean()
+    if any(term in DISTILLED for term in weights):
+        teacher = F.softmax(nested[:, -1].detach() / temperature, dim=-1)
+        loss = loss - ((to_teacher @ log_p) * teacher).sum(-1).mean()
+    return loss
+
+
+def _prediction_weights(leaves: int, weights: dict[str, float], like: Tensor) -> tuple[Tensor, Tensor]:
+    """What each prediction's cross-entropy counts, to the labels and to the teacher: leaves first, then ensembles."""
+    depths = len(nested_sizes(leaves))
+    to_labels, to_teacher = like.new_zeros(leaves + depths - 1), like.new_zeros(leaves + depths - 1)
+    of_depth = [0, *range(leaves, leaves + depths - 1)]  # where the prediction of each depth stands
+    to_labels[:leaves] += weights.get("independent", 0.0)
+    to_labels[of_depth] += weights.get("hierarchical", 0.0)
+    to_teacher[:leaves] += weights.get("codistillation", 0.0)
+    to_teacher[of_depth[:-1]] += weights.get("hierarchical_codistillation", 0.0)
+    return to_labels, to_teacher
+
+
+def _as_probabilities(target: Tensor, like: Tensor) -> Tensor:
+    if target.ndim == 2:
+        return target.to(like)
+    return F.one_hot(target, like.shape[-1]).to(like)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check_shapes(leaf_logits: Tensor, target: Tensor | None) -> None:
+    if leaf_logits.ndim != 3 or not leaf_logits.is_floating_point():
+        raise ValueError(
+            f"leaf logits must be floating-point (N, leaves, classes), got {leaf_logits.dtype} of shape "
+            f"{tuple(leaf_logits.shape)}: call the model with reduce=False."
+        )
+    if target is None:
+        return
+    batch, _, classes = leaf_logits.shape
+    if tuple(target.shape) not in ((batch,), (batch, classes)):
+        raise ValueError(f"targets must be ({batch},) or ({batch}, {classes}), got shape {tuple(target.shape)}.")
+    if target.ndim == 1 and target.is_floating_point():
+        raise ValueError("targets (N,) are class indices: whole numbers, not floating-point ones.")

@@ -1,0 +1,1 @@
+"""Training: typed configs, data, schedules, checkpoints and the trainer."""

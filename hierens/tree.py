@@ -1,0 +1,125 @@
+"""The arithmetic of a tree of branches: levels, widths, leaves, nested ensembles and cost. No torch here.
+
+Level l holds independent copies (branches) of block l; a branch of the last level is a leaf, one network of the
+ensemble. Siblings are neighbours, so the first n leaves need just the first few branches of every level: their number
+is the level's *width* for n leaves. Everyone who needs a width, a parent or a count of networks asks here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def nested_sizes(leaves: int) -> tuple[int, ...]:
+    """Networks in the nested ensembles of depths 0, 1, ...: 1, 2, 4, ... and all of them.
+
+    >>> nested_sizes(8), nested_sizes(5)
+    ((1, 2, 4, 8), (1, 2, 4, 5))
+    """
+    depths = (leaves - 1).bit_length() + 1
+    return tuple(min(2**depth, leaves) for depth in range(depths))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A tree of branches, of which the first `leaves` leaves are kept.
+
+    Args:
+        branching: children of every branch of the level above, per level; the first entry is the number of roots.
+            `(1, 2, 2, 2)` is the paper's binary tree of 4 blocks and 8 networks.
+        leaves: networks kept, counted from the first; all of them by default.
+
+    Raises:
+        ValueError: an empty `branching`, a factor below 1, or `leaves` out of range.
+
+    >>> Tree.binary(4).widths(leaves=2)
+    (1, 1, 1, 2)
+    """
+
+    branching: tuple[int, ...]
+    leaves: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "branching", tuple(self.branching))
+        if not self.branching or any(not isinstance(f, int) or f < 1 for f in self.branching):
+            raise ValueError(f"branching must be whole numbers of at least 1, one per level, got {self.branching}.")
+        total = math.prod(self.branching)
+        if not 0 <= self.leaves <= total:
+            raise ValueError(f"leaves must be from 1 to {total} for branching {self.branching}, got {self.leaves}.")
+        if self.leaves == 0:
+            object.__setattr__(self, "leaves", total)
+
+    @classmethod
+    def binary(cls, blocks: int) -> Tree:
+        """The paper's tree: `blocks` = B + 1 levels, level l with 2^l branches (eq. 4).
+
+        Raises:
+            ValueError: fewer than one block.
+        """
+        if blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {blocks}.")
+        return cls((1,) + (2,) * (blocks - 1))
+
+    @property
+    def levels(self) -> int:
+        """Number of levels, B + 1."""
+        return len(self.branching)
+
+    @property
+    def depths(self) -> int:
+        """Number of nested ensembles that `depth` chooses from."""
+        return len(nested_sizes(self.leaves))
+
+    def span(self, level: int) -> int:
+        """Leaves below one branch of a level, in the tree before any leaf was left out."""
+        return math.prod(self.branching[level + 1 :])
+
+    def width(self, level: int, leaves: int | None = None) -> int:
+        """Branches of a level that the first `leaves` leaves need: ceil(n / span)."""
+        return -(-(self.leaves if leaves is None else leaves) // self.span(level))
+
+    def widths(self, leaves: int | None = None) -> tuple[int, ...]:
+        """The width of every level for the first `leaves` leaves."""
+        return tuple(self.width(level, leaves) for level in range(self.levels))
+
+    def parent(self, level: int, branch: int) -> int:
+        """The branch of the level above that feeds a branch; the input itself for level 0."""
+        return branch // self.branching[level] if level else 0
+
+    def first_new_level(self, leaf: int) -> int:
+        """The first level whose branch a depth-first walk has not yet computed when it comes to `leaf`."""
+        return next(level for level in range(self.levels) if leaf % self.span(level) == 0)
+
+    def leaves_at(self, depth: int | None = None, leaves: int | None = None) -> int:
+        """How many leaves a request runs: those of a depth (eq. 5), a plain number, or all.
+
+        Raises:
+            ValueError: both are given, or one is out of range.
+        """
+        if depth is not None and leaves is not None:
+            raise ValueError(f"give depth or leaves, not both (got depth={depth}, leaves={leaves}).")
+        if depth is not None:
+            if not 0 <= depth < self.depths:
+                raise ValueError(f"depth must be from 0 to {self.depths - 1} for {self.leaves} leaves, got {depth}.")
+            return nested_sizes(self.leaves)[depth]
+        if leaves is not None and not 1 <= leaves <= self.leaves:
+            raise ValueError(f"leaves must be from 1 to {self.leaves}, got {leaves}.")
+        return self.leaves if leaves is None else leaves
+
+    def prefix(self, leaves: int) -> Tree:
+        """The sub-tree of the first `leaves` leaves."""
+        return Tree(self.branching, self.leaves_at(leaves=leaves))
+
+    def cost(self, block_costs: Sequence[float], leaves: int | None = None) -> float:
+        """Cost of the first `leaves` leaves; for equal blocks and all leaves (2^(B+1) - 1) C, eq. 6.
+
+        >>> Tree.binary(4).cost([1, 1, 1, 1])
+        15
+        """
+        return sum(width * cost for width, cost in zip(self.widths(leaves), block_costs, strict=True))
+
+    def independent_cost(self, block_costs: Sequence[float], leaves: int | None = None) -> float:
+        """Cost of as many networks that share nothing: (B+1) N C for equal blocks, eq. 7."""
+        return (self.leaves if leaves is None else leaves) * sum(block_costs)

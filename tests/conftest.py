@@ -1,0 +1,75 @@
+"""What all tests share: few threads, no tracebacks of the network, and backbones whose outputs say something."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import timm
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+SMALL = {"channels": (8, 16, 24, 32), "num_classes": 7}
+FAMILIES = {
+    # the ResNet family: plain, deep stem, wide, squeeze-and-excitation, anti-aliased, bottlenecks
+    "resnet18": SMALL,
+    "resnet10t": SMALL,
+    "resnet26d": SMALL,
+    "wide_resnet50_2": SMALL,
+    "seresnet18": SMALL,
+    "resnetblur18": SMALL,
+    "seresnetaa50d": SMALL,
+    "resnext50_32x4d": {"num_classes": 7, "channels": (32, 32, 32, 32)},
+    "resnet14_cifar": {"channels": (8, 16, 32)},
+    # the EfficientNet builder's family
+    "mobilenetv2_035": {"num_classes": 7},
+    "mobilenetv3_small_050": {"num_classes": 7},
+    "mobilenetv4_conv_small_035": {"num_classes": 7},
+    "efficientnet_b0": {"num_classes": 7},
+    "tf_efficientnet_lite0": {"num_classes": 7},
+    "efficientnet_es": {"num_classes": 7},
+    "mnasnet_small": {"num_classes": 7},
+    "mixnet_s": {"num_classes": 7},
+    "fbnetc_100": {"num_classes": 7},
+    "lcnet_050": {"num_classes": 7},
+}
+
+
+def lively(backbone, size=64, seed=0):
+    """Give norms running statistics and gammas of their own, so that outputs differ from zero and between images."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = getattr(backbone, "in_chans", 3)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.uniform_(-0.2, 0.2, generator=generator)
+    backbone.train()
+    with torch.no_grad():
+        for _ in range(8):
+            backbone(torch.randn(16, channels, size, size, generator=generator))
+    return backbone.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def backbone(request):
+    """A small backbone of every architecture that must work."""
+    torch.manual_seed(0)
+    return lively(timm.create_model(request.param, **FAMILIES[request.param]))
+
+
+@pytest.fixture(scope="session")
+def images():
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def small_backbone():
+    """One that takes no time: 1 channel of 32 pixels, 3 stages."""
+    torch.manual_seed(0)
+    return lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
+
+
+@pytest.fixture
+def small_images():
+    return torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
