@@ -214,7 +214,7 @@ def _disagreement(looped: Level, inputs: list[Tensor], training: bool) -> str:
         with torch.no_grad():
             expected = looped(Activations(inputs)).listed()
             actual = grouped(Activations(inputs)).listed()
-            statistics = zip(dict(_state(looped)).items(), dict(_state(grouped)).items(), strict=True)
+            statistics = zip(dict(_state(looped.block)).items(), dict(_state(grouped.block)).items(), strict=True)
             moved = [name for (name, a), (_, b) in statistics if not _close(a, b)]
             exchanged = grouped(Activations(inputs[1:] + inputs[:1])).listed()
     except Exception as error:

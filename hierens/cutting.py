@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -141,10 +141,8 @@ def _balanced(backbone: nn.Module, classifier: str, blocks: int, example: Tensor
     while True:
         candidates = trace.candidates(example)
         best = _best_cuts(candidates, blocks)
-        if best is not None and best[1] <= _UNEVEN / blocks:
-            break
         heavy = trace.openable(closed)
-        if not heavy:
+        if not heavy or (best is not None and best[1] <= max(_UNEVEN / blocks, 1.1 * trace.indivisible(heavy))):
             break
         try:
             # A trace each would take long: leaves of like weight are opened together, all when places are short.
@@ -274,12 +272,17 @@ class _Trace:
         names = sorted(weights, key=lambda name: -weights[name])
         return {name: weights[name] for name in names if next(self.module(name).children(), None) is not None}
 
+    def indivisible(self, openable: Container[str]) -> float:
+        """The largest share of the MACs that one layer holds: no cut makes the largest block smaller than that."""
+        own = [macs for node, macs in zip(self.nodes, self.macs, strict=True) if node.target not in openable]
+        return max(own, default=0) / max(sum(self.macs), 1)
+
     def crossing(self, position: int) -> list[fx.Node]:
         """The values made before a position and used at or after it."""
         return [node for node, last in zip(self.nodes[:position], self.last_use, strict=False) if last >= position]
 
     def candidates(self, example: Tensor) -> list[tuple[int, CutPoint]]:
-        """Where the features can be cut: before a module's first call, if nothing later changes in place what crosses."""
+        """Where the features can be cut: before a module's first call, but for what is changed in place later."""
         positions = [
             position
             for position in self.first_call.values()

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules._functions import SyncBatchNorm as _FusedSyncBatchNorm
 from torch.overrides import TorchFunctionMode
 
@@ -40,6 +39,22 @@ class SyncedBatchNorm(TorchFunctionMode):
         return synced_batch_norm(**given)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
 def synced_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -57,10 +72,10 @@ def synced_batch_norm(
     x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     dims = [d for d in range(x.ndim) if d != 1]
     shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
-    count = all_reduce(torch.tensor(float(x.numel() // x.shape[1])))
-    mean = all_reduce(x.sum(dims)) / count
+    count = x.numel() // x.shape[1] * dist.get_world_size()  # processes hold equal shares of a batch
+    mean = _Sum.apply(x.sum(dims)) / count
     centred = x - mean.view(shape)
-    var = all_reduce(centred.square().sum(dims)) / count
+    var = _Sum.apply(centred.square().sum(dims)) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean), momentum)

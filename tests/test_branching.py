@@ -1,0 +1,168 @@
+"""Levels: packed weights, the self-check that grouped execution must pass, and what happens where it does not."""
+
+import copy
+
+import pytest
+import torch
+from torch import fx, nn
+
+from hierens import branching
+from hierens.branching import Activations, Level, self_check
+from hierens.packing import PackError, Width, pack
+
+
+def block_of(*layers, seed=0):
+    torch.manual_seed(seed)
+    return fx.symbolic_trace(nn.Sequential(*layers))
+
+
+def level_of(*layers, branches=3):
+    blocks = [block_of(*copy.deepcopy(layers), seed=seed) for seed in range(branches)]
+    states = []
+    for block in blocks:
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        states.append({name: t.detach().clone() for name, t in block.state_dict().items()})
+    return Level(block_of(*layers), states), states
+
+
+class Reversed(nn.Module):
+    """Turns the channels round: right in a loop, wrong for feature maps side by side."""
+
+    def forward(self, x):
+        return x.flip(1)
+
+
+class Sneaky(nn.Sigmoid):
+    """Looks like a layer without channels to mix, and mixes them."""
+
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_parameters_lie_branch_by_branch(channels):
+    level, states = level_of(nn.Conv2d(3, 4 * channels, 3), nn.BatchNorm2d(4 * channels))
+    for branch, own in enumerate(level.states(3)):
+        assert own.keys() == states[branch].keys()
+        assert all(torch.equal(own[name], states[branch][name]) for name in own)
+        assert all(own[name].shape == states[branch][name].shape for name in own)
+    weight = dict(level.block.named_parameters())["0.weight"]
+    assert weight.ndim == 4 and torch.equal(weight[: 4 * channels], states[0]["0.weight"])
+
+
+def test_one_branch_is_the_block_itself():
+    level, states = level_of(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), branches=1)
+    assert {n: t.shape for n, t in level.block.state_dict().items()} == {n: t.shape for n, t in states[0].items()}
+
+
+def test_single_branches_and_fewer_branches_agree_with_all():
+    level, _ = level_of(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    level.group()
+    inputs = [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    everything = level(Activations(inputs)).listed()
+    for branch in range(3):
+        assert torch.allclose(level.run_branch(branch, inputs[branch]), everything[branch], atol=1e-5)
+    assert torch.allclose(level(Activations(inputs[:2])).listed()[1], everything[1], atol=1e-5)
+
+
+def test_forms_of_activations_turn_into_each_other():
+    values = [torch.randn(2, 3, 4, 4) for _ in range(3)]
+    listed = Activations(values)
+    packed = Activations(packed=listed.side_by_side(), count=3)
+    assert all(torch.equal(a, b) for a, b in zip(packed.listed(), values, strict=True))
+    assert torch.equal(packed.stacked(), listed.stacked()) and packed.stacked().shape == (2, 3, 3, 4, 4)
+    forked = packed.fork([0, 0, 1, 1, 2])
+    assert torch.equal(forked.side_by_side(), torch.cat([values[p] for p in (0, 0, 1, 1, 2)], 1))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6), nn.ReLU6(), nn.AvgPool2d(2)),
+        (nn.Conv2d(4, 8, 3, stride=2, bias=False), nn.GroupNorm(2, 8), nn.SiLU()),
+        (nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(4, 5), nn.Dropout(0.5)),
+    ],
+)
+def test_the_self_check_passes_what_is_right(layers):
+    assert self_check(block_of(*layers), torch.randn(1, 4, 16, 16)) == ""
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Reversed(), "flip has no grouped form"),
+        (nn.Softmax(1), r"Softmax \(1\) has no grouped form"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "Conv2d"),
+        (nn.BatchNorm2d(4, momentum=None), "BatchNorm2d"),
+        (nn.Flatten(2), "Flatten"),
+    ],
+)
+def test_what_has_no_rule_is_looped_and_says_why(layer, reason):
+    with pytest.raises(PackError, match=reason):
+        pack(block_of(nn.Conv2d(4, 4, 3), layer))
+    level, _ = level_of(nn.Conv2d(4, 4, 3), layer)
+    level.group()
+    assert level.looped_because and "looped: " in repr(level)
+    level.executor = "grouped"
+    assert len(level(Activations([torch.randn(2, 4, 9, 9)] * 3)).listed()) == 3
+
+
+def test_the_self_check_catches_a_wrong_rule(monkeypatch):
+    """Rules that are wrong in one way each; a check that let one through would be worth nothing."""
+    example = torch.randn(1, 4, 12, 12)
+    block = block_of(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    assert self_check(block, example) == ""
+
+    def first_branch_everywhere(width, packed):
+        rows = packed.shape[0] // width.total
+        return packed[:rows].repeat(width.active, *[1] * (packed.ndim - 1))
+
+    monkeypatch.setattr(Width, "rows", first_branch_everywhere)
+    assert self_check(block, example) != ""
+    monkeypatch.undo()
+
+    from hierens import packing
+
+    def still_statistics(module, x, width):
+        rows = [width.rows(getattr(module, n)).clone() for n in ("running_mean", "running_var", "weight", "bias")]
+        return torch.nn.functional.batch_norm(x, *rows, module.training, module.momentum, module.eps)
+
+    monkeypatch.setitem(packing._MODULE_RULES, nn.BatchNorm2d, still_statistics)
+    assert "statistics in 1.running_mean" in self_check(block, example)
+    monkeypatch.undo()
+
+    monkeypatch.setattr(packing, "_ACTIVATIONS", (*packing._ACTIVATIONS, Sneaky))
+    assert "differs in evaluation" in self_check(block_of(nn.Conv2d(4, 4, 3), Sneaky()), example)
+
+
+def test_the_self_check_refuses_to_pass_what_it_cannot_see():
+    constant = block_of(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Hardtanh(-2, -1))
+    assert "nothing can be told" in self_check(constant, torch.randn(1, 4, 8, 8))
+
+
+def test_stochastic_depth_is_drawn_for_every_branch():
+    from timm.layers import DropPath
+
+    level, _ = level_of(nn.Conv2d(2, 2, 1), DropPath(0.5))
+    level.group()
+    level.executor = "grouped"
+    level.train()
+    torch.manual_seed(0)
+    out = level(Activations([torch.ones(64, 2, 1, 1)] * 3)).stacked()  # (N, branches, C, 1, 1)
+    dropped = (out == 0).flatten(2).all(-1)
+    assert 0.3 < dropped.float().mean() < 0.7
+    assert (dropped[:, 0] != dropped[:, 1]).any() and (dropped[:, 1] != dropped[:, 2]).any()
+
+
+def test_light_levels_are_grouped_on_a_cpu_and_heavy_ones_looped(monkeypatch):
+    ran = []
+    level, _ = level_of(nn.Conv2d(3, 4, 3))
+    level.group()
+    grouped = level._grouped[0]
+    level._grouped = [lambda *args: ran.append("grouped") or grouped(*args)]
+    level(Activations([torch.randn(1, 3, 8, 8)] * 3))
+    assert ran == ["grouped"]
+    monkeypatch.setattr(branching, "_LIGHT", 10)
+    heavy, _ = level_of(nn.Conv2d(3, 4, 3))
+    assert level.light and not heavy.light

@@ -1,0 +1,247 @@
+"""The trainer: bit-identical after a kill, the same with one process or two, and clear when it cannot go on."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader, TensorDataset
+
+import hierens
+from hierens.training.checkpoint import find_checkpoint
+from hierens.training.config import TrainConfig
+from hierens.training.trainer import Trainer, TrainingDivergedError
+
+DEMO = Path(__file__).with_name("demo_run.py")
+
+
+def start(output, settings, processes=1):
+    """The example's demo in processes of their own."""
+    launch = [sys.executable]
+    if processes > 1:
+        port = str(random.Random(os.getpid()).randint(20000, 40000))
+        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [*launch, str(DEMO), str(output), json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def log(directory):
+    return [json.loads(line) for line in (Path(directory) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(directory):
+    return (Path(directory) / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The demo's two epochs of 42 steps, run through."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    finish(start(directory, {}))
+    return directory
+
+
+@pytest.mark.parametrize("step", [random.Random(1).randint(8, 41), random.Random(2).randint(43, 80)])
+def test_killed_and_resumed_ends_in_the_same_bits(undisturbed, tmp_path, step):
+    process = start(tmp_path, {})
+    lines = tmp_path / "log.jsonl"
+    deadline = time.time() + 200
+    while not lines.exists() or lines.read_text().count('"loss"') < step:
+        assert process.poll() is None and time.time() < deadline, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "model").exists(), "it must have been killed before its end"
+    checkpoint = find_checkpoint(tmp_path, "auto")
+    output = finish(start(tmp_path, {}))
+    assert f"resuming from {checkpoint}" in output
+    assert weights(tmp_path) == weights(undisturbed)
+    kept = [{k: v for k, v in record.items() if k != "images_per_s"} for record in log(tmp_path)]
+    assert kept == [{k: v for k, v in record.items() if k != "images_per_s"} for record in log(undisturbed)]
+
+
+def test_workers_do_not_change_the_result(undisturbed, tmp_path):
+    finish(start(tmp_path, {"workers": 2}))
+    assert weights(tmp_path) == weights(undisturbed)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    losses = []
+    for processes in (1, 2):
+        finish(start(tmp_path / str(processes), {"augment": "none", "epochs": 1}, processes))
+        records = [record for record in log(tmp_path / str(processes)) if "loss" in record]
+        losses.append([record["loss"] for record in records[:10]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][9] != losses[0][0]
+
+
+def made_up_data(images=96, seed=0):
+    """Two classes that differ in brightness, so that a few steps suffice."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(images) % 2
+    return TensorDataset(torch.randn(images, 1, 16, 16, generator=generator) + targets[:, None, None, None], targets)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate remembers its first settings for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainer(directory, batch_size=32, data=None, init="reinit", **settings):
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 8), num_classes=2, in_chans=1)
+    model = hierens.hierensify(backbone, 3, init=init, seed=0, looped={})
+    defaults = {"epochs": 2, "lr": 0.02, "cpu": True, "log_steps": 1, "checkpoint_steps": 100}
+    config = TrainConfig(output_dir=str(directory), batch_size=batch_size, **defaults | settings)
+    micro = batch_size // config.accumulation
+    data = data or made_up_data()
+    loaders = DataLoader(data, micro, shuffle=True, drop_last=True), DataLoader(made_up_data(40, 1), 32)
+    return Trainer(model, config, *loaders)
+
+
+def test_it_learns_and_saves_what_it_validated(tmp_path):
+    run = trainer(tmp_path, epochs=8, lr=0.05)
+    history = run.fit()
+    assert [record["epoch"] for record in history] == list(range(1, 9))
+    assert all(accuracy > 90 for accuracy in history[-1]["accuracy"])
+    model = hierens.from_pretrained(tmp_path / "model")
+    images, targets = made_up_data(40, 1).tensors
+    for depth, accuracy in enumerate(history[-1]["accuracy"]):
+        right = (model(images, depth=depth).argmax(-1) == targets).float().mean()
+        assert 100 * right == pytest.approx(accuracy)
+    assert "| 2 |" in (tmp_path / "model" / "README.md").read_text().replace("   ", "")
+
+
+def test_finished_runs_stay_finished(tmp_path):
+    trainer(tmp_path).fit()
+    before = weights(tmp_path)
+    again = trainer(tmp_path)
+    assert again.fit() and again.state.step == 6
+    assert weights(tmp_path) == before
+    assert trainer(tmp_path, resume="never", seed=3).fit() and weights(tmp_path) != before
+
+
+def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(tmp_path):
+    full = trainer(tmp_path / "full", ema_decay=0.9)
+    history = full.fit()
+    assert len(history[-1]["ema_accuracy"]) == 3
+    average = hierens.from_pretrained(tmp_path / "full" / "model_ema").state_dict()
+    raw = full.ensemble.state_dict()
+    name = "classifier.block.fc.weight"
+    assert torch.equal(average[name], full.ema.module.state_dict()[name])
+    assert not torch.allclose(average[name], raw[name])
+    first = trainer(tmp_path / "parts", ema_decay=0.9)
+    first.config = dataclasses.replace(first.config, epochs=1)  # stops after an epoch, the schedule being for two
+    first.fit()
+    trainer(tmp_path / "parts", ema_decay=0.9).fit()
+    resumed = hierens.from_pretrained(tmp_path / "parts" / "model_ema").state_dict()
+    assert all(torch.equal(resumed[key], average[key]) for key in average)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    """In evaluation mode batch norm sees no batch, so two micro-batches must give one large step exactly."""
+    updated = []
+    for accumulation in (1, 2):
+        run = trainer(tmp_path / str(accumulation), epochs=1, accumulation=accumulation, data=made_up_data(32), seed=1)
+        for module in run.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+                module.train = lambda mode=True: None  # stays so when the trainer sets the mode
+        run.fit()
+        assert run.state.step == 1
+        updated.append(run.ensemble.state_dict())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*(u.values() for u in updated), strict=True))
+
+
+def test_checkpoints_are_kept_by_number(tmp_path):
+    trainer(tmp_path, epochs=3, checkpoint_steps=1, keep_checkpoints=2).fit()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000000008", "step-000000009"]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    trainer(tmp_path).fit()
+    good = find_checkpoint(tmp_path, "auto")
+    for name in ("step-000000999.partial", "step-000000998"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "step-000000999.partial" / "trainer.json").write_text("{}")
+    assert find_checkpoint(tmp_path, "auto") == good
+
+
+def test_copies_are_told_apart_before_training(tmp_path):
+    copied = trainer(tmp_path / "a", init="copy")
+    assert not copied.ensemble.symmetric
+    assert trainer(tmp_path / "b", init="copy", symmetry_noise=0.0).ensemble.symmetric
+
+
+def test_clipping_precision_and_checkpointing_run(tmp_path):
+    run = trainer(tmp_path, clip_grad=0.5, precision="bf16", warmup_epochs=1, optimizer="adamw", lr=1e-3)
+    run.ensemble.set_grad_checkpointing()
+    assert run.fit()[-1]["val_loss"] < 1.0
+
+
+def test_a_diverging_run_says_when_and_keeps_the_last_good_checkpoint(tmp_path):
+    class Poisoned(TensorDataset):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return (image * float("nan") if poisoned else image), target
+
+    poisoned = False
+    run = trainer(tmp_path, epochs=3, data=Poisoned(*made_up_data().tensors))
+    validate = run._validate
+
+    def poison_the_second_epoch(epoch):
+        nonlocal poisoned
+        validate(epoch)
+        poisoned = True
+
+    run._validate = poison_the_second_epoch
+    with pytest.raises(TrainingDivergedError, match=r"the loss is nan at step 4; .*step-000000003"):
+        run.fit()
+    assert find_checkpoint(tmp_path, "auto").name == "step-000000003"
+    resumed = trainer(tmp_path, epochs=3)
+    resumed.fit()
+    assert resumed.state.step == 9
+
+
+def test_weights_that_overflow_are_not_checkpointed(tmp_path):
+    run = trainer(tmp_path, epochs=1)
+    with torch.no_grad():
+        run.ensemble.get_classifier().bias.fill_(float("inf"))
+    with pytest.raises(TrainingDivergedError, match="there is no checkpoint from before"):
+        run.fit()
+    assert find_checkpoint(tmp_path, "auto") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "nonsense"}, "unknown objective 'nonsense'"),
+        ({"optimizer": "nonsense"}, "optimiser 'nonsense'"),
+        ({"schedule": "nonsense"}, "unknown schedule 'nonsense'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"accumulation": 3}, "32 does not divide by 3"),
+        ({"resume": "/nowhere"}, "/nowhere is no checkpoint"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings).fit()
+    assert not (tmp_path / "checkpoints").exists()
