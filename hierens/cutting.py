@@ -104,7 +104,7 @@ def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPo
 
     >>> import timm
     >>> [point.name for point in cut_points(timm.create_model("resnet10t")) if point.stage_end]
-    ['layer1.0', 'layer2.0', 'layer3.0', 'layer4.0']
+    ['layer1', 'layer2', 'layer3', 'layer4']
     """
     backbone = copy.deepcopy(backbone)
     example = example_input(backbone) if example is None else example
@@ -260,6 +260,11 @@ class _Trace:
             raise CutError(f"the backbone calls no module named {name!r}; among those it calls: {known}, ...")
         return min(inside)
 
+    def name(self, position: int) -> str:
+        """The outermost module that begins at a position: `layer2` rather than `layer2.0.conv1`."""
+        target = str(self.nodes[position].target)
+        return next(name for name in (*sorted(_ancestors([target])), target) if self.position(name) == position)
+
     def module(self, name: str) -> nn.Module:
         return self.extra[name] if name in self.extra else self.backbone.get_submodule(name)
 
@@ -298,8 +303,8 @@ class _Trace:
         for position in positions:
             before = sum(self.macs[:position])
             if 0 < before < total and position not in weigher.mutated:
-                name = self.nodes[position].target
-                point = CutPoint(name, before / total, self._stage_end(position), len(self.crossing(position)))
+                crossing = len(self.crossing(position))
+                point = CutPoint(self.name(position), before / total, self._stage_end(position), crossing)
                 found.append((position, point))
         return found
 
@@ -326,7 +331,7 @@ class _Trace:
             raise CutError("every module in `at` must lie after the backbone's first and before its head.")
         edges = [1, *cuts, self.features_end, self.classifier_start, len(self.nodes)]
         pieces = [self._piece(start, end) for start, end in pairwise(edges)]
-        names = tuple(str(self.nodes[position].target) for position in cuts)
+        names = tuple(self.name(position) for position in cuts)
         *blocks, head, classifier = pieces
         return Cutting(tuple(blocks), head, classifier, names, self.classifier_name)
 

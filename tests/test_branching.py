@@ -33,8 +33,8 @@ class Reversed(nn.Module):
         return x.flip(1)
 
 
-class Sneaky(nn.Sigmoid):
-    """Looks like a layer without channels to mix, and mixes them."""
+class Sneaky(nn.Module):
+    """Taken for a layer that mixes no channels, and mixes them."""
 
     def forward(self, x):
         return x - x.mean(1, keepdim=True)
@@ -133,7 +133,10 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
     monkeypatch.undo()
 
     monkeypatch.setattr(packing, "_ACTIVATIONS", (*packing._ACTIVATIONS, Sneaky))
-    assert "differs in evaluation" in self_check(block_of(nn.Conv2d(4, 4, 3), Sneaky()), example)
+    layers = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "mix": Sneaky()})
+    graph = fx.Graph()
+    graph.output(graph.call_module("mix", (graph.call_module("conv", (graph.placeholder("x"),)),)))
+    assert "differs in evaluation" in self_check(fx.GraphModule(layers, graph), example)
 
 
 def test_the_self_check_refuses_to_pass_what_it_cannot_see():
