@@ -68,7 +68,7 @@ FASHION_MNIST = Run(
 DEMO = Run(
     DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, hflip=0.0, **SMALL_IMAGES),
     ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [8, 16, 32]}, blocks=4),
-    TrainConfig(output_dir="runs/demo", epochs=15, batch_size=64, lr=0.1, warmup_epochs=1, cpu=True),
+    TrainConfig(output_dir="runs/demo", epochs=40, batch_size=64, lr=0.2, warmup_epochs=1, cpu=True),
 )
 
 

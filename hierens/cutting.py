@@ -102,9 +102,10 @@ def cut(
 def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPoint]:
     """The places where a backbone can be cut without opening its blocks, with the work that lies before each.
 
-    >>> import timm
-    >>> [point.name for point in cut_points(timm.create_model("resnet10t")) if point.stage_end]
-    ['layer1', 'layer2', 'layer3', 'layer4']
+    Examples:
+        >>> import timm
+        >>> [point.name for point in cut_points(timm.create_model("resnet10t")) if point.stage_end]
+        ['layer1', 'layer2', 'layer3', 'layer4']
     """
     backbone = copy.deepcopy(backbone)
     example = example_input(backbone) if example is None else example

@@ -268,10 +268,11 @@ class HierarchicalEnsemble(nn.Module):
     def macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Multiply-accumulates of every depth for one image of size (C, H, W), by the tree's arithmetic.
 
-        >>> import timm, hierens
-        >>> model = hierens.hierensify(timm.create_model("resnet10t", num_classes=10), blocks=2)
-        >>> len(model.macs((3, 64, 64))) == model.tree.depths == 2
-        True
+        Examples:
+            >>> import timm, hierens
+            >>> model = hierens.hierensify(timm.create_model("resnet10t", num_classes=10), blocks=2)
+            >>> len(model.macs((3, 64, 64))) == model.tree.depths == 2
+            True
         """
         costs = self.branch_macs(size)
         return tuple(int(self.tree.cost(costs, n)) for n in nested_sizes(self.tree.leaves))
@@ -380,10 +381,11 @@ def hierensify(
     Raises:
         ValueError: a backbone that cannot be cut as asked (`CutError`), or arguments out of range.
 
-    >>> import timm, torch, hierens
-    >>> model = hierens.hierensify(timm.create_model("mobilenetv2_050", num_classes=10), blocks=3)
-    >>> model(torch.randn(1, 3, 64, 64), depth=1).shape
-    torch.Size([1, 10])
+    Examples:
+        >>> import timm, torch, hierens
+        >>> model = hierens.hierensify(timm.create_model("mobilenetv2_050", num_classes=10), blocks=3)
+        >>> model(torch.randn(1, 3, 64, 64), depth=1).shape
+        torch.Size([1, 10])
     """
     if init not in ("copy", "reinit"):
         raise ValueError(f"init must be 'copy' or 'reinit', got {init!r}.")

@@ -1,8 +1,8 @@
-"""Every loss of a hierarchical ensemble, over leaf logits (N, leaves, classes): Ruiz & Verbeek, section 3.2 and 3.3.
+"""Every loss of a hierarchical ensemble over leaf logits (N, leaves, classes): Ruiz & Verbeek, 3.2 and 3.3.
 
-All of them are weighted sums over predictions (single networks, nested ensembles) of a cross-entropy to the labels and
-one to a teacher, the full ensemble. So one pass serves any mixture: one log-softmax over the stacked predictions, one
-softmax for the teacher, two inner products.
+All of them are weighted sums over predictions (single networks, nested ensembles) of a cross-entropy to the
+labels and one to a teacher, the full ensemble. So one pass serves any mixture: one log-softmax over the
+stacked predictions, one softmax for the teacher, two inner products.
 """
 
 from __future__ import annotations
@@ -20,47 +20,98 @@ from hierens.tree import nested_sizes
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    Logits = Float[Tensor, "n leaves classes"]
+    Target = Int[Tensor, " n"] | Float[Tensor, "n classes"]
+    Scalar = Float[Tensor, ""]
+
 SUPERVISED = ("independent", "hierarchical")
 DISTILLED = ("codistillation", "hierarchical_codistillation")
 TERMS = SUPERVISED + DISTILLED
 
 
-def nested_predictions(leaf_logits: Float[Tensor, "n leaves classes"]) -> Float[Tensor, "n depths classes"]:
-    """The nested ensembles' logits y^b (eq. 5): means over the first 1, 2, 4, ... and all leaves.
+def nested_predictions(leaf_logits: Logits) -> Float[Tensor, "n depths classes"]:
+    """The nested ensembles' logits, y^b = 1 / 2^b sum_{n <= 2^b} y_n (eq. 5), and the mean of all leaves.
 
-    Half precision is summed in float32.
+    Args:
+        leaf_logits: (N, leaves, classes); half precision is summed in float32.
+
+    Returns:
+        (N, depths, classes): means over the first 1, 2, 4, ... and all leaves.
+
+    Raises:
+        ValueError: logits of another shape or type.
     """
+    _check_logits(leaf_logits)
     logits = _at_least_float32(leaf_logits)
     sizes = torch.tensor(nested_sizes(logits.shape[1]), device=logits.device)
     return logits.cumsum(1)[:, sizes - 1] / sizes[:, None]
 
 
-def independent(leaf_logits: Tensor, target: Tensor) -> Tensor:
-    """L_I = sum over networks of the cross-entropy to the labels, mean over the batch (eq. 9)."""
+def independent(leaf_logits: Logits, target: Target) -> Scalar:
+    """L_I = sum_n l(y_n, y): every network learns the labels (eq. 9).
+
+    Args:
+        leaf_logits: (N, leaves, classes).
+        target: class indices (N,) or probabilities (N, classes).
+
+    Returns:
+        The sum over networks of the cross-entropy, mean over the batch.
+    """
     return _fused(leaf_logits, target, {"independent": 1.0})
 
 
-def hierarchical(leaf_logits: Tensor, target: Tensor) -> Tensor:
-    """L_H = sum over nested ensembles of the cross-entropy to the labels (eq. 10)."""
+def hierarchical(leaf_logits: Logits, target: Target) -> Scalar:
+    """L_H = sum_{b <= B} l(y^b, y): every nested ensemble learns the labels (eq. 10).
+
+    Args:
+        leaf_logits: (N, leaves, classes).
+        target: class indices (N,) or probabilities (N, classes).
+
+    Returns:
+        The sum over nested ensembles of the cross-entropy, mean over the batch.
+    """
     return _fused(leaf_logits, target, {"hierarchical": 1.0})
 
 
-def codistillation(leaf_logits: Tensor, temperature: float = 2.0) -> Tensor:
-    """L_D = sum over networks of the cross-entropy to the full ensemble's soft labels (eq. 11)."""
-    return _fused(leaf_logits, None, {"codistillation": 1.0}, temperature)
+def codistillation(leaf_logits: Logits, target: Target | None = None, temperature: float = 2.0) -> Scalar:
+    """L_D = sum_n l(y_n, softmax(y^E / T)): every network learns from the full ensemble (eq. 11).
+
+    Args:
+        leaf_logits: (N, leaves, classes).
+        target: has no part in the loss; taken so that all four losses are called alike.
+        temperature: T, of the teacher alone (section 4.1).
+
+    Returns:
+        The sum over networks of the cross-entropy to the detached teacher, mean over the batch.
+    """
+    return _fused(leaf_logits, target, {"codistillation": 1.0}, temperature)
 
 
-def hierarchical_codistillation(leaf_logits: Tensor, temperature: float = 2.0) -> Tensor:
-    """L_HD = sum over the nested ensembles below the full one of the cross-entropy to its soft labels (eq. 12)."""
-    return _fused(leaf_logits, None, {"hierarchical_codistillation": 1.0}, temperature)
+def hierarchical_codistillation(
+    leaf_logits: Logits,
+    target: Target | None = None,
+    temperature: float = 2.0,
+) -> Scalar:
+    """L_HD = sum_{b < B} l(y^b, softmax(y^E / T)): smaller ensembles learn from the full one (eq. 12).
+
+    Args:
+        leaf_logits: (N, leaves, classes); for one leaf the sum is empty and the loss 0.
+        target: has no part in the loss; taken so that all four losses are called alike.
+        temperature: T, of the teacher alone (section 4.1).
+
+    Returns:
+        The sum over the nested ensembles below the full one, mean over the batch.
+    """
+    return _fused(leaf_logits, target, {"hierarchical_codistillation": 1.0}, temperature)
 
 
 @dataclass(frozen=True)
 class Objective:
     """A loss by name: terms joined by `+`.
 
-    With a distillation term the loss is (1 - alpha) times the supervised terms plus alpha times the distilled ones
-    (section 3.3); without one it is the plain sum, so `independent+hierarchical` is the paper's ablation L_I + L_H.
+    With a distillation term the loss is (1 - alpha) times the supervised terms plus alpha times the distilled
+    ones (section 3.3); without one it is the plain sum, so `independent+hierarchical` is the paper's ablation
+    L_I + L_H.
 
     Args:
         name: terms out of `independent` (eq. 9), `hierarchical` (10), `codistillation` (11) and
@@ -71,9 +122,11 @@ class Objective:
     Raises:
         ValueError: an unknown or repeated term, distillation alone, alpha or temperature out of range.
 
-    >>> objective = Objective("independent+hierarchical_codistillation", alpha=0.5)
-    >>> objective(torch.zeros(2, 4, 10), torch.tensor([3, 7])).item()  # 0.5 * 4 ln 10 + 0.5 * 2 ln 10
-    6.907755374908447
+    Examples:
+        >>> objective = Objective("independent+hierarchical_codistillation", alpha=0.5)
+        >>> loss = objective(torch.zeros(2, 4, 10), torch.tensor([3, 7]))  # 0.5 * 4 ln 10 + 0.5 * 2 ln 10
+        >>> round(loss.item(), 4)
+        6.9078
     """
 
     name: str = "independent+hierarchical_codistillation"
@@ -86,15 +139,16 @@ class Objective:
             if term not in TERMS:
                 close = difflib.get_close_matches(term, TERMS, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"unknown objective {term!r}: the terms are {', '.join(TERMS)}, joined by '+'{hint}")
+                allowed = ", ".join(TERMS)
+                raise ValueError(f"unknown objective {term!r}: the terms are {allowed}, joined by '+'{hint}")
         if len(set(terms)) < len(terms):
             raise ValueError(f"a term stands twice in the objective {self.name!r}.")
         if not set(terms) & set(SUPERVISED):
-            raise ValueError(f"the objective {self.name!r} never sees a label: add {' or '.join(SUPERVISED)}.")
+            labelled = " or ".join(SUPERVISED)
+            raise ValueError(f"the objective {self.name!r} never sees a label: add {labelled}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        _check_temperature(self.temperature)
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -108,11 +162,7 @@ class Objective:
             return dict.fromkeys(self.terms, 1.0)
         return {term: self.alpha if term in DISTILLED else 1 - self.alpha for term in self.terms}
 
-    def __call__(
-        self,
-        leaf_logits: Float[Tensor, "n leaves classes"],
-        target: Int[Tensor, " n"] | Float[Tensor, "n classes"],
-    ) -> Float[Tensor, ""]:
+    def __call__(self, leaf_logits: Logits, target: Target) -> Scalar:
         """The loss, a mean over the batch.
 
         Args:
@@ -125,26 +175,39 @@ class Objective:
         return _fused(leaf_logits, target, self.weights, self.temperature)
 
 
-def _fused(leaf_logits: Tensor, target: Tensor | None, weights: dict[str, float], temperature: float = 1.0) -> Tensor:
+def _fused(
+    leaf_logits: Tensor,
+    target: Tensor | None,
+    weights: dict[str, float],
+    temperature: float = 1.0,
+) -> Tensor:
     """The weighted sum of the named terms in one pass over the predictions."""
-    _check_shapes(leaf_logits, target)
-    leaves = leaf_logits.shape[1]
+    _check_logits(leaf_logits)
+    _check_target(leaf_logits, target)
+    _check_temperature(temperature)
     nested = nested_predictions(leaf_logits)
     # The first nested ensemble is the first leaf itself: it is not computed twice.
     predictions = torch.cat([_at_least_float32(leaf_logits), nested[:, 1:]], dim=1)
-    to_labels, to_teacher = _prediction_weights(leaves, weights, predictions)
+    to_labels, to_teacher = _prediction_weights(leaf_logits.shape[1], weights, predictions)
     log_p = F.log_softmax(predictions, dim=-1)  # (N, predictions, classes)
     loss = log_p.new_zeros(())
-    if target is not None:
-        loss = loss - ((to_labels @ log_p) * _as_probabilities(target, log_p)).sum(-1).mean()
+    if target is not None and any(term in SUPERVISED for term in weights):
+        loss = loss + _cross_entropy(log_p, to_labels, _as_probabilities(target, log_p))
     if any(term in DISTILLED for term in weights):
         teacher = F.softmax(nested[:, -1].detach() / temperature, dim=-1)
-        loss = loss - ((to_teacher @ log_p) * teacher).sum(-1).mean()
+        loss = loss + _cross_entropy(log_p, to_teacher, teacher)
     return loss
 
 
+def _cross_entropy(log_p: Tensor, weights: Tensor, probabilities: Tensor) -> Tensor:
+    """Cross-entropy (N, predictions, classes) to (N, classes), weighted over predictions, mean over N."""
+    # No matrix product: autocast would run it in half precision, where a log-probability can overflow.
+    weighted = (weights[:, None] * log_p).sum(1)
+    return -(weighted * probabilities).sum(-1).mean()
+
+
 def _prediction_weights(leaves: int, weights: dict[str, float], like: Tensor) -> tuple[Tensor, Tensor]:
-    """What each prediction's cross-entropy counts, to the labels and to the teacher: leaves first, then ensembles."""
+    """Weights of each prediction's cross-entropy to the labels and to the teacher: leaves, then ensembles."""
     depths = len(nested_sizes(leaves))
     to_labels, to_teacher = like.new_zeros(leaves + depths - 1), like.new_zeros(leaves + depths - 1)
     of_depth = [0, *range(leaves, leaves + depths - 1)]  # where the prediction of each depth stands
@@ -165,16 +228,30 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _check_shapes(leaf_logits: Tensor, target: Tensor | None) -> None:
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+
+
+def _check_logits(leaf_logits: Tensor) -> None:
+    shape = tuple(leaf_logits.shape)
     if leaf_logits.ndim != 3 or not leaf_logits.is_floating_point():
         raise ValueError(
-            f"leaf logits must be floating-point (N, leaves, classes), got {leaf_logits.dtype} of shape "
-            f"{tuple(leaf_logits.shape)}: call the model with reduce=False."
+            "leaf logits must be floating-point (N, leaves, classes), got "
+            f"{leaf_logits.dtype} of shape {shape}: call the model with reduce=False."
         )
+    if shape[1] == 0:
+        raise ValueError(f"leaf logits must hold at least one leaf, got shape {shape}.")
+
+
+def _check_target(leaf_logits: Tensor, target: Tensor | None) -> None:
     if target is None:
         return
+    if not isinstance(target, Tensor):
+        raise ValueError(f"targets must be a tensor, got {target!r}: pass a temperature by name.")
     batch, _, classes = leaf_logits.shape
-    if tuple(target.shape) not in ((batch,), (batch, classes)):
-        raise ValueError(f"targets must be ({batch},) or ({batch}, {classes}), got shape {tuple(target.shape)}.")
+    shape = tuple(target.shape)
+    if shape not in ((batch,), (batch, classes)):
+        raise ValueError(f"targets must be ({batch},) or ({batch}, {classes}), got shape {shape}.")
     if target.ndim == 1 and target.is_floating_point():
         raise ValueError("targets (N,) are class indices: whole numbers, not floating-point ones.")

@@ -122,8 +122,9 @@ def branch_macs(levels: Sequence[Any], size: Sequence[int]) -> list[int]:
 def millions(count: float) -> str:
     """A count as people write it: 5.67 M.
 
-    >>> millions(5_670_000), millions(1234)
-    ('5.67 M', '0.00 M')
+    Examples:
+        >>> millions(5_670_000), millions(1234)
+        ('5.67 M', '0.00 M')
     """
     return f"{count / 1e6:.2f} M"
 
@@ -131,10 +132,11 @@ def millions(count: float) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Right-aligned columns in Markdown's form, so that a terminal and a page both show a table.
 
-    >>> print(table(["a", "long"], [["1", "2"]]))
-    |   a | long |
-    | --: | ---: |
-    |   1 |    2 |
+    Examples:
+        >>> print(table(["a", "long"], [["1", "2"]]))
+        |   a | long |
+        | --: | ---: |
+        |   1 |    2 |
     """
     widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
     lines = [[cell.rjust(w) for cell, w in zip(line, widths, strict=True)] for line in (header, *rows)]

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 def nested_sizes(leaves: int) -> tuple[int, ...]:
     """Networks in the nested ensembles of depths 0, 1, ...: 1, 2, 4, ... and all of them.
 
-    >>> nested_sizes(8), nested_sizes(5)
-    ((1, 2, 4, 8), (1, 2, 4, 5))
+    Examples:
+        >>> nested_sizes(8), nested_sizes(5)
+        ((1, 2, 4, 8), (1, 2, 4, 5))
     """
     depths = (leaves - 1).bit_length() + 1
     return tuple(min(2**depth, leaves) for depth in range(depths))
@@ -34,8 +35,9 @@ class Tree:
     Raises:
         ValueError: an empty `branching`, a factor below 1, or `leaves` out of range.
 
-    >>> Tree.binary(4).widths(leaves=2)
-    (1, 1, 1, 2)
+    Examples:
+        >>> Tree.binary(4).widths(leaves=2)
+        (1, 1, 1, 2)
     """
 
     branching: tuple[int, ...]
@@ -115,8 +117,9 @@ class Tree:
     def cost(self, block_costs: Sequence[float], leaves: int | None = None) -> float:
         """Cost of the first `leaves` leaves; for equal blocks and all leaves (2^(B+1) - 1) C, eq. 6.
 
-        >>> Tree.binary(4).cost([1, 1, 1, 1])
-        15
+        Examples:
+            >>> Tree.binary(4).cost([1, 1, 1, 1])
+            15
         """
         return sum(width * cost for width, cost in zip(self.widths(leaves), block_costs, strict=True))
 

@@ -1,4 +1,4 @@
-"""The paper's equations written out plainly, one loop per sum, in float64: what the library is held against."""
+"""The paper's equations written out plainly, one loop per sum, in float64: the measure of the library."""
 
 import math
 
@@ -6,8 +6,8 @@ import torch
 
 
 def cross_entropy(logits, probabilities):
-    """- sum_c p_c log softmax(logits)_c for one prediction of one image."""
-    peak = max(float(v) for v in logits.detach())
+    """l(y, p) = - sum_c p_c log softmax(y)_c for one prediction of one image."""
+    peak = max(float(v) for v in logits.detach())  # exp of a logit itself would overflow
     log_sum = peak + torch.log(sum(torch.exp(v - peak) for v in logits))
     return -sum(p * (v - log_sum) for p, v in zip(probabilities, logits, strict=True))
 
@@ -22,12 +22,12 @@ def nested(leaf_logits, size):
 
 
 def sizes(leaves):
-    """1, 2, 4, ... and all."""
+    """1, 2, 4, ... and all: the networks of each y^b, b = 0 to B."""
     return sorted({min(2**b, leaves) for b in range(math.ceil(math.log2(leaves)) + 1)})
 
 
 def soft_labels(leaf_logits, temperature):
-    """softmax(y^E / T) of one image, held fixed."""
+    """softmax(y^E / T) of one image (eq. 1, section 4.1): plain numbers, so no gradient can pass."""
     mean = nested(leaf_logits, len(leaf_logits)).detach() / temperature
     peak = max(float(v) for v in mean)
     weights = [math.exp(float(v) - peak) for v in mean]
@@ -35,6 +35,7 @@ def soft_labels(leaf_logits, temperature):
 
 
 def per_image(term, logits, probabilities, temperature):
+    """One term for one image: logits (leaves, classes)."""
     leaves = len(logits)
     if term == "independent":  # eq. (9)
         return sum(cross_entropy(logits[n], probabilities) for n in range(leaves))
@@ -43,8 +44,9 @@ def per_image(term, logits, probabilities, temperature):
     teacher = soft_labels(logits, temperature)
     if term == "codistillation":  # eq. (11)
         return sum(cross_entropy(logits[n], teacher) for n in range(leaves))
-    # eq. (12): every nested ensemble but the full one
-    return sum((cross_entropy(nested(logits, size), teacher) for size in sizes(leaves)[:-1]), torch.zeros(()))
+    # eq. (12): b < B, all nested ensembles but the full one; the zero keeps one leaf's empty sum in the graph
+    smaller = [nested(logits, size) for size in sizes(leaves)[:-1]]
+    return 0 * logits[0, 0] + sum(cross_entropy(y, teacher) for y in smaller)
 
 
 def loss(term, leaf_logits, target, temperature=2.0):

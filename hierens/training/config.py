@@ -147,8 +147,9 @@ class ModelConfig:
 def to_json(config: Any) -> dict[str, Any]:
     """Any of the configs above as plain JSON values.
 
-    >>> to_json(ModelConfig(backbone="resnet18"))["backbone"]
-    'resnet18'
+    Examples:
+        >>> to_json(ModelConfig(backbone="resnet18"))["backbone"]
+        'resnet18'
     """
     return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
