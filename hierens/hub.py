@@ -129,7 +129,8 @@ def from_pretrained(
         try:
             files = [Path(hf_hub_download(str(name), file, **download)) for file in (CONFIG, WEIGHTS)]
         except Exception as error:
-            raise LoadError(f"{name} is no directory here, and the Hub did not give it: {error}") from error
+            reason = " ".join(str(error).split())
+            raise LoadError(f"{name} is no directory here, and the Hub did not give it: {reason}") from error
     config = _read_config(files[0])
     model = _build(config, files[0])
     _load_weights(model, files[1])

@@ -1,6 +1,7 @@
 """Saving and loading: the same logits by every way in, nothing unpickled, and clear words about damaged files."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 import pytest
 import timm
 import torch
+from hub_server import hub_server
 
 import hierens
 from hierens.hub import LoadError, SaveError, model_card
@@ -48,6 +50,42 @@ def test_a_fresh_process_loads_it(saved, small_images, model):
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(printed) == pytest.approx(model(small_images, depth=1).double().sum().item(), abs=1e-3)
+
+
+def test_publishing_and_loading_over_http(saved, model, small_images, tmp_path):
+    """In a process of its own, since the Hub's address is read when huggingface_hub is imported."""
+    code = f"""
+import timm, torch, hierens
+from hierens.hub import LoadError
+model = hierens.from_pretrained({str(saved)!r})
+x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+first = model.push_to_hub("somebody/digits", private=True, results={{"accuracy (%)": [1.0, 2.0, 3.0]}})
+second = model.at_depth(1).push_to_hub("somebody/digits", revision="small")
+whole = hierens.from_pretrained("somebody/digits")
+small = hierens.from_pretrained("somebody/digits", revision="small")
+pinned = hierens.from_pretrained("somebody/digits", revision=second.rpartition("/")[2])
+by_timm = timm.create_model("hf-hub:somebody/digits", pretrained=True).eval()
+print([m.tree.leaves for m in (whole, small, pinned, by_timm)])
+for m in (whole, by_timm):
+    print(m(x, depth=2).double().sum().item())
+for name, revision in (("somebody/else", None), ("somebody/digits", "nowhere")):
+    try:
+        hierens.from_pretrained(name, revision=revision)
+    except LoadError as error:
+        print(error)
+"""
+    with hub_server() as hub:
+        own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | own)
+        assert done.returncode == 0, done.stderr
+        leaves, whole, by_timm, no_repository, no_revision = done.stdout.splitlines()
+        assert hub.created["somebody/digits"]["private"] is True
+        assert sorted(hub.files("main")) == ["README.md", "config.json", "model.safetensors"]
+        assert b"| 3.00 |" in hub.files("main")["README.md"]
+    assert leaves == "[4, 2, 2, 4]"
+    expected = model(small_images, depth=2).double().sum().item()
+    assert float(whole) == pytest.approx(expected, abs=1e-3) and float(by_timm) == pytest.approx(expected, abs=1e-3)
+    assert "somebody/else" in no_repository and "nowhere" in no_revision
 
 
 def test_the_files_are_timms_layout_and_hold_no_pickle(model, saved):
