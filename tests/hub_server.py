@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         return self._answer(files[name], 200, headers)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def _answer(self, content: dict | bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
