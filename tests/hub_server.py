@@ -46,6 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'somebody'}/{wanted['name']}"
+            if name in self.server.created:
+                return self._answer({"url": f"{self.server.address}/{name}"}, 409)
             self.server.created[name] = wanted
             self.server.commit("main", {})
             return self._answer({"url": f"{self.server.address}/{name}", "id": name})
