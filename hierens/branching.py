@@ -12,14 +12,16 @@ and the state dict does not depend on how the level is run. There are two ways t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from hierens.packing import PackError, Width, pack
+from hierens.errors import first_line
+from hierens.packed import Width, branch_states, concatenate, replace, state_of
+from hierens.packing import Packed, PackError
 
 Executor = Literal["auto", "looped", "grouped"]
 Value = Any  # what one branch hands on: a tensor, or the tuple of values that cross a cut
@@ -27,12 +29,13 @@ _LIGHT = 1_000_000  # weights per branch up to which one grouped call beats a lo
 
 
 class Activations:
-    """What the first branches of a level hand on: one value per branch, or one tensor with all side by side.
+    """What the first branches of a level hand on: one value per branch, or tensors with all branches side by side.
 
-    The two forms turn into each other on demand, so that a run of levels with the same executor copies nothing.
+    The two forms turn into each other on demand, so that a run of levels with the same executor copies nothing. A value
+    is a tensor, or a tuple where several values cross a cut.
     """
 
-    def __init__(self, values: Sequence[Value] = (), packed: Tensor | None = None, count: int = 0) -> None:
+    def __init__(self, values: Sequence[Value] = (), packed: Value = None, count: int = 0) -> None:
         self.values, self.packed = list(values), packed
         self.count = count or len(self.values)
 
@@ -40,13 +43,17 @@ class Activations:
         """One value per branch."""
         if self.packed is None:
             return self.values
-        return list(self.packed.chunk(self.count, dim=1))
+        if isinstance(self.packed, Tensor):
+            return list(self.packed.chunk(self.count, dim=1))
+        return list(zip(*(tensor.chunk(self.count, dim=1) for tensor in self.packed), strict=True))
 
-    def side_by_side(self) -> Tensor:
-        """One tensor (N, branches*C, ...)."""
+    def side_by_side(self) -> Value:
+        """One tensor (N, branches*C, ...), or one for each of the values that cross."""
         if self.packed is not None:
             return self.packed
-        return self.values[0] if self.count == 1 else torch.cat(self.values, dim=1)
+        if self.count == 1:
+            return self.values[0]
+        return _across(lambda tensors: torch.cat(tensors, dim=1), self.values)
 
     def fork(self, parents: Sequence[int]) -> Activations:
         """The inputs of the next level's branches, given the branch of this level that feeds each."""
@@ -55,11 +62,30 @@ class Activations:
         values = self.listed()
         return Activations([values[parent] for parent in parents])
 
-    def stacked(self) -> Tensor:
+    def stacked(self) -> Value:
         """All branches' tensors along a new dim 1: (N, branches, ...)."""
-        if self.packed is not None:
+        if isinstance(self.packed, Tensor):
             return self.packed.unflatten(1, (self.count, -1))
-        return torch.stack(self.values, dim=1)
+        return _across(lambda tensors: torch.stack(tensors, dim=1), self.listed())
+
+    @classmethod
+    def unstacked(cls, stacked: Value) -> Activations:
+        """From what `stacked` returned."""
+        if isinstance(stacked, Tensor):
+            return cls(list(stacked.unbind(1)))
+        return cls(list(zip(*(tensor.unbind(1) for tensor in stacked), strict=True)))
+
+    def first_tensor(self) -> Tensor:
+        """Any tensor of these: they share device and type."""
+        value = self.values[0] if self.packed is None else self.packed
+        return value if isinstance(value, Tensor) else value[0]
+
+
+def _across(combine: Callable[[list[Any]], Any], values: Sequence[Value]) -> Value:
+    """Combine the branches' tensors, or each of the values that cross."""
+    if isinstance(values[0], Tensor):
+        return combine(list(values))
+    return tuple(combine(list(parts)) for parts in zip(*values, strict=True))
 
 
 class Level(nn.Module):
@@ -80,75 +106,71 @@ class Level(nn.Module):
         self.block, self.branches = block, len(states)
         self.executor: Executor = "auto"
         self.looped_because = ""
-        self._grouped: list[fx.GraphModule] = []  # in a list, so that its modules are not registered twice
+        self.constants = nn.Module()
+        self._packed: list[Packed] = []  # in a list, so that deep copies keep it beside the block, unregistered
         self.scalars = frozenset(name for name, tensor in states[0].items() if tensor.ndim == 0)
         self.light = sum(tensor.numel() for tensor in states[0].values()) <= _LIGHT
-        for name, tensor in list(_state(block)):
+        for name, tensor in list(state_of(block)):
             own = [state[name] for state in states]
-            _replace(block, name, tensor, own[0] if self.branches == 1 else self._concatenate(own))
-
-    @staticmethod
-    def _concatenate(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors) if tensors[0].ndim == 0 else torch.cat(tensors)
+            replace(block, name, tensor, own[0] if self.branches == 1 else concatenate(own))
 
     def forward(self, x: Activations) -> Activations:
         """Run the first `x.count` branches, each on its own input."""
         if self.branches > 1 and self._runs_grouped(x):
-            width = Width(x.count, self.branches)
-            return Activations(packed=self._grouped[0](x.side_by_side(), width), count=x.count)
+            inputs, width = x.side_by_side(), Width(x.count, self.branches)
+            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+            return Activations(packed=self._packed[0](inputs, width, self.training), count=x.count)
         values = x.listed()
         return Activations([self._call(state, v) for state, v in zip(self.states(x.count), values, strict=True)])
 
     def run_branch(self, branch: int, value: Value) -> Value:
         """Run a single branch."""
-        return self._call(next(self.states(branch + 1, start=branch)), value)
+        return self._call(self.states(branch + 1, start=branch)[0], value)
 
-    def states(self, stop: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+    def states(self, stop: int, start: int = 0) -> list[dict[str, Tensor]]:
         """The weights of branches `start` to `stop`, as views; nothing to put in place for a level of one branch."""
         if self.branches == 1:
-            return iter([{}])
-        split = {name: self._split(name, tensor, start, stop) for name, tensor in _state(self.block)}
-        return ({name: parts[i] for name, parts in split.items()} for i in range(stop - start))
-
-    def _split(self, name: str, tensor: Tensor, start: int, stop: int) -> Sequence[Tensor]:
-        # One split per parameter, not a slice per branch: its backward is a single concatenation.
-        rows = tensor.shape[0] // self.branches
-        own = tensor if (start, stop) == (0, self.branches) else tensor[start * rows : stop * rows]
-        return own.unbind() if name in self.scalars else own.split(rows)
+            return [{}]
+        return branch_states(self.block, self.scalars, self.branches, stop, start)
 
     def _call(self, state: dict[str, Tensor], value: Value) -> Value:
         args = value if isinstance(value, tuple) else (value,)
         return functional_call(self.block, state, args) if state else self.block(*args)
 
     def _runs_grouped(self, x: Activations) -> bool:
-        if not self._grouped or self.executor == "looped":
+        if not self._packed or self.executor == "looped":
             return False
         if self.executor == "grouped":
             return True
-        tensor = x.packed if x.packed is not None else x.values[0]
-        return tensor.device.type != "cpu" or self.light
+        # On CPUs only small layers gain, and those not at all that work per sample.
+        return x.first_tensor().device.type != "cpu" or (self.light and self._packed[0].channelwise)
 
     def group(self) -> None:
         """Take up the grouped form, if the block has one; `looped_because` tells otherwise."""
-        self._grouped = []
+        self._packed, self.constants = [], nn.Module()
         try:
-            self._grouped, self.looped_because = [pack(self.block)], ""
+            self._packed, self.looped_because = [Packed(self.block, self.scalars, self.constants)], ""
         except PackError as error:
             self.looped_because = str(error)
 
     def loop(self, because: str) -> None:
         """Give up the grouped form for a reason."""
-        self._grouped, self.looped_because = [], because
+        self._packed, self.looped_because = [], because
+
+    @property
+    def looped_layers(self) -> dict[str, str]:
+        """Modules that a grouped level calls once per branch, in place, and why."""
+        return self._packed[0].looped if self._packed else {}
 
     def narrowed(self, branches: int) -> Level:
         """A level with copies of the first `branches` branches only, run the same way."""
-        names = [name for name, _ in _state(self.block)]
+        names = [name for name, _ in state_of(self.block)]
         with torch.no_grad():
             block = copy.deepcopy(self.block)
-            states = list(self.states(branches)) if self.branches > 1 else [dict(_state(block))]
+            states = self.states(branches) if self.branches > 1 else [dict(state_of(block))]
             level = Level(block, [{name: state[name].clone() for name in names} for state in states])
         level.executor = self.executor
-        if self._grouped:
+        if self._packed:
             level.group()
         else:
             level.loop(self.looped_because)
@@ -159,10 +181,10 @@ class Level(nn.Module):
         owner, _, key = name.rpartition(".")
         packed = copy.deepcopy(modules[0])
         setattr(self.block.get_submodule(owner), key, packed)
-        for tensor_name, tensor in _state(packed):
-            own = [dict(_state(module))[tensor_name] for module in modules]
-            _replace(packed, tensor_name, tensor, own[0] if self.branches == 1 else self._concatenate(own))
-        if self._grouped:
+        for tensor_name, tensor in state_of(packed):
+            own = [dict(state_of(module))[tensor_name] for module in modules]
+            replace(packed, tensor_name, tensor, own[0] if self.branches == 1 else concatenate(own))
+        if self._packed:
             self.group()
 
     def extra_repr(self) -> str:
@@ -173,69 +195,95 @@ class Level(nn.Module):
 def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
     """Why the grouped form of a block may not be used; an empty string if it agrees with the looped one.
 
-    Three branches with independent weights and inputs are run both ways in float64, in evaluation and in training
-    (dropout off), with two batch sizes and with fewer branches than there are; outputs, running statistics and, as a
-    control that must differ, outputs on exchanged inputs are compared.
+    Three branches with independent weights and inputs are run both ways, in evaluation and in training (dropout off),
+    with two batch sizes and with fewer branches than there are; outputs and running statistics are compared, and the
+    branches, as a control that must differ: in float64, or in float32 where the block insists on that.
 
     Args:
         block: a block of a cutting; it is left as it is.
         example: what enters it, for one image.
         seed: of the random weights and inputs.
     """
-    if not isinstance(example, Tensor):
-        return "several values cross into the block"
+    values = example if isinstance(example, tuple) else (example,)
+    if not all(isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point() for value in values):
+        return "values other than batches of feature maps cross into it"
+    reasons = []
+    for dtype in (torch.float64, torch.float32):
+        because, blamed = _disagreement(block, example, dtype, seed)
+        if not blamed:
+            return because
+        reasons.append(because)
+    return reasons[-1]
+
+
+def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, seed: int) -> tuple[str, bool]:
+    """What differs between the two ways to run a level; and whether that is because even the loop fails."""
     generator = torch.Generator().manual_seed(seed)
-    probe = copy.deepcopy(block).to("cpu", torch.float64)
-    states = [_perturbed(probe, generator) for _ in range(3)]
-    looped = Level(probe, states)
+    probe = copy.deepcopy(block).to("cpu", dtype)
+    looped = Level(probe, [_perturbed(probe, generator) for _ in range(3)])
     looped.group()
     if looped.looped_because:
-        return looped.looped_because
+        return looped.looped_because, False
     looped.executor = "looped"
-    for training, batch, count in ((False, 2, 3), (True, 3, 2)):
-        shape = (batch, *example.shape[1:])
-        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
-        if because := _disagreement(looped, inputs, training):
-            return because
-    return ""
+    for training, batch, count in ((False, 1, 3), (True, 2, 2)):
+        mode = "training" if training else "evaluation"
+        inputs = [_drawn_like(example, batch, dtype, generator) for _ in range(count)]
+        grouped = copy.deepcopy(looped)
+        grouped.executor = "grouped"
+        for level in (looped, grouped):
+            _without_dropout(level.train(training))
+        try:
+            with torch.no_grad():
+                expected = looped(Activations(inputs)).listed()
+        except Exception as error:
+            return f"it fails in {mode}: {first_line(error)}", True
+        try:
+            with torch.no_grad():
+                actual = grouped(Activations(inputs)).listed()
+                statistics = zip(state_of(looped.block), state_of(grouped.block), strict=True)
+                moved = [name for (name, a), (_, b) in statistics if not _close(a, b)]
+        except Exception as error:
+            return f"its grouped form fails in {mode}: {first_line(error)}", False
+        if not all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
+            return f"its grouped form differs in {mode}", False
+        if moved:
+            return f"its grouped form leaves other statistics in {', '.join(moved)}", False
+        if _same(actual[0], actual[1]):
+            return f"branches of other weights and inputs agree in {mode}, so that nothing can be told", False
+    return "", False
 
 
-def _disagreement(looped: Level, inputs: list[Tensor], training: bool) -> str:
-    """What differs between the two ways to run a level on the same inputs."""
-    grouped = copy.deepcopy(looped)
-    grouped.executor = "grouped"
-    for level in (looped, grouped):
-        level.train(training)
-        for module in level.modules():
-            if "drop" in type(module).__name__.lower():
-                module.eval()
-    mode = "training" if training else "evaluation"
-    try:
-        with torch.no_grad():
-            expected = looped(Activations(inputs)).listed()
-            actual = grouped(Activations(inputs)).listed()
-            statistics = zip(dict(_state(looped.block)).items(), dict(_state(grouped.block)).items(), strict=True)
-            moved = [name for (name, a), (_, b) in statistics if not _close(a, b)]
-            exchanged = grouped(Activations(inputs[1:] + inputs[:1])).listed()
-    except Exception as error:
-        return f"it fails in {mode}: {error}"
-    if not all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
-        return f"its grouped form differs in {mode}"
-    if moved:
-        return f"its grouped form leaves other statistics in {', '.join(moved)}"
-    if any(torch.equal(a, b) for a, b in zip(actual, exchanged, strict=True)):
-        return f"exchanged inputs leave its outputs the same in {mode}, so that nothing can be told"
-    return ""
+def _drawn_like(example: Value, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Value:
+    if isinstance(example, tuple):
+        return tuple(_drawn_like(value, batch, dtype, generator) for value in example)
+    return torch.randn((batch * example.shape[0], *example.shape[1:]), generator=generator, dtype=dtype)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.double(), b.double(), rtol=1e-8, atol=1e-10)
+def _without_dropout(level: nn.Module) -> None:
+    """Nothing random: the two ways to run a level draw in different orders."""
+    for module in level.modules():
+        if "drop" in type(module).__name__.lower():
+            module.eval()
+
+
+def _close(a: Value, b: Value) -> bool:
+    """Equal but for rounding: in relation to the largest value, since sums may run in another order."""
+    if not isinstance(a, Tensor):
+        return all(_close(x, y) for x, y in zip(a, b, strict=True))
+    if a.shape != b.shape:
+        return False
+    tolerance = 1e-6 if a.dtype == torch.float64 else 2e-5
+    return bool((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max())
+
+
+def _same(a: Value, b: Value) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else all(_same(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """A branch's own weights: none zero, so that no path of the block stays untried."""
     state, parameters = {}, dict(block.named_parameters())
-    for name, tensor in _state(block):
+    for name, tensor in state_of(block):
         tensor = tensor.detach().clone()
         if name in parameters:
             noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
@@ -245,24 +293,3 @@ def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor
             tensor = tensor * (1 + noise) + 0.1 * noise
         state[name] = tensor
     return state
-
-
-def _state(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name; constants that are not saved stay shared by all branches."""
-    for prefix, module in block.named_modules():
-        prefix = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield prefix + name, parameter
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield prefix + name, buffer
-
-
-def _replace(block: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
-    owner, _, key = name.rpartition(".")
-    module = block.get_submodule(owner)
-    if isinstance(old, nn.Parameter):
-        module._parameters[key] = nn.Parameter(new.detach(), requires_grad=old.requires_grad)
-    else:
-        module._buffers[key] = new.detach()

@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hierens.modes import evaluating
+from hierens.errors import first_line
+from hierens.modes import evaluating, frozen
 
 _UNEVEN = 1.6  # a block may hold this multiple of an equal share of the MACs before leaves are opened
 _OFF_STAGE = 0.02  # added to the sum of squared shares for a cut within a stage
-_SEVERAL = 1.0  # and for one that several values cross: taken only when nothing else is left
+_SEVERAL = 0.1  # for one that several tensors cross
+_OTHER = 1.0  # and for one that anything else crosses, such as sizes: taken only when nothing else is left
 
 
 class CutError(ValueError):
@@ -41,12 +44,14 @@ class CutPoint:
         macs_before: share of the backbone's multiply-accumulates that lies before it, from 0 to 1.
         stage_end: whether one run of sibling modules ends here.
         crossing: how many values cross.
+        tensors_only: whether all of them are tensors.
     """
 
     name: str
     macs_before: float
     stage_end: bool
     crossing: int
+    tensors_only: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,16 @@ class Cutting:
     Attributes:
         blocks: the B + 1 blocks of the tree, up to the backbone's `forward_features`.
         head: from there to the classifier: pooling and what else precedes it.
-        classifier: the last linear layer and whatever follows it.
+        classifier: the last linear layer (or layers, for a backbone with several heads) and whatever follows.
         at: names of the modules that begin the second and later blocks.
-        classifier_name: where the classifier lies within its piece and in the backbone.
+        classifier_names: where the last linear layers lie within their piece and in the backbone.
     """
 
     blocks: tuple[fx.GraphModule, ...]
     head: fx.GraphModule
     classifier: fx.GraphModule
     at: tuple[str, ...]
-    classifier_name: str
+    classifier_names: tuple[str, ...]
 
 
 def cut(
@@ -86,13 +91,15 @@ def cut(
     if blocks < 1:
         raise CutError(f"blocks must be at least 1, got {blocks}.")
     backbone = copy.deepcopy(backbone)
+    _forget_caches(backbone)
     example = example_input(backbone) if example is None else example
-    classifier = _classifier_name(backbone)
+    classifiers = classifier_names(backbone)
     with evaluating(backbone):
         if at is None:
-            trace, chosen = _balanced(backbone, classifier, blocks, example)
+            trace, chosen = _balanced(backbone, classifiers, blocks, example)
         else:
-            trace = _Trace(backbone, _ancestors([*at, classifier]), classifier)
+            trace = _Trace(backbone, _ancestors([*at, *classifiers]), classifiers)
+            trace.candidates(example)  # tells which values are tensors
             chosen = [trace.position(name) for name in at]
         cutting = trace.split(chosen)
         _prove(cutting, backbone, example)
@@ -109,9 +116,9 @@ def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPo
     """
     backbone = copy.deepcopy(backbone)
     example = example_input(backbone) if example is None else example
-    classifier = _classifier_name(backbone)
+    classifiers = classifier_names(backbone)
     with evaluating(backbone):
-        trace = _Trace(backbone, _ancestors([classifier]), classifier)
+        trace = _Trace(backbone, _ancestors(classifiers), classifiers)
         return [point for _, point in trace.candidates(example)]
 
 
@@ -135,10 +142,12 @@ def example_input(model: nn.Module, batch: int = 1) -> Tensor:
     return values.to(parameter.device, parameter.dtype)
 
 
-def _balanced(backbone: nn.Module, classifier: str, blocks: int, example: Tensor) -> tuple[_Trace, list[int]]:
+def _balanced(
+    backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor
+) -> tuple[_Trace, list[int]]:
     """Open the heaviest leaves until the best cuts leave no block with too much of the work."""
-    opened, closed = _ancestors([classifier]), set[str]()
-    trace = _Trace(backbone, opened, classifier)
+    opened, closed = _ancestors(classifiers), set[str]()
+    trace = _Trace(backbone, opened, classifiers)
     while True:
         candidates = trace.candidates(example)
         best = _best_cuts(candidates, blocks)
@@ -149,7 +158,7 @@ def _balanced(backbone: nn.Module, classifier: str, blocks: int, example: Tensor
             # A trace each would take long: leaves of like weight are opened together, all when places are short.
             least = max(heavy.values()) / 2 if best is not None else 0
             names = [name for name, macs in heavy.items() if macs >= least]
-            trace = _Trace(backbone, opened | set(names), classifier)
+            trace = _Trace(backbone, opened | set(names), classifiers)
             opened |= set(names)
         except CutError:
             closed |= set(names)
@@ -164,7 +173,10 @@ def _balanced(backbone: nn.Module, classifier: str, blocks: int, example: Tensor
 def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[list[int], float] | None:
     """The cuts with the smallest sum of squared shares plus penalties, and the largest share they leave."""
     before = [0.0] + [point.macs_before for _, point in candidates] + [1.0]
-    penalty = [0.0] + [_OFF_STAGE * (not point.stage_end) + _SEVERAL * (point.crossing > 1) for _, point in candidates]
+    penalty = [0.0] + [
+        _OFF_STAGE * (not point.stage_end) + _SEVERAL * (point.crossing > 1) + _OTHER * (not point.tensors_only)
+        for _, point in candidates
+    ]
     if len(candidates) + 1 < blocks:
         return None
     # cheapest[j]: the best way to end a block at place j, as (cost, places of the cuts so far)
@@ -189,8 +201,9 @@ class _CoarseTracer(fx.Tracer):
     """Keeps every module whole but plain Sequentials and those named; calls the root with its first argument only."""
 
     def __init__(self, opened: set[str]) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.opened = opened
+        self.looked_into: set[str] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened and type(m).forward is not nn.Sequential.forward
@@ -201,10 +214,24 @@ class _CoarseTracer(fx.Tracer):
         first = list(inspect.signature(root_fn).parameters)[1]
         return lambda root, x: root_fn(root, x), [self.root, self.create_proxy("placeholder", first, (), {})]
 
+    def iter(self, obj: fx.Proxy) -> Any:
+        self._look_into(obj.node)
+        return super().iter(obj)
 
-def _features(x: Any) -> Any:
-    """Marks, while tracing, what the backbone's `forward_features` returns."""
-    return x
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self._look_into(obj.node)
+        return super().to_bool(obj)
+
+    def _look_into(self, node: fx.Node) -> None:
+        """Note the modules nearest to a value that is asked for its length or truth."""
+        if node.op == "call_module":
+            self.looked_into.add(str(node.target))
+        for earlier in node.all_input_nodes if node.op != "call_module" else ():
+            self._look_into(earlier)
+
+
+def _features_end() -> None:
+    """Marks, while tracing, where the backbone's `forward_features` returns."""
 
 
 @contextmanager
@@ -212,7 +239,9 @@ def _marked_features(backbone: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
     original: Callable[..., Any] = backbone.forward_features  # type: ignore[assignment]
 
     def marked(*args: Any, **kwargs: Any) -> Any:
-        return tracer.create_proxy("call_function", _features, (original(*args, **kwargs),), {})
+        features = original(*args, **kwargs)
+        tracer.create_proxy("call_function", _features_end, (), {})
+        return features
 
     backbone.__dict__["forward_features"] = marked
     try:
@@ -221,24 +250,35 @@ def _marked_features(backbone: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
         del backbone.__dict__["forward_features"]
 
 
-class _Trace:
-    """A coarse trace of a backbone: its nodes in order, where its features end and where its classifier begins."""
+def _traced(backbone: nn.Module, opened: set[str]) -> fx.Graph:
+    """A coarse trace. Where the backbone looks into what a module returns, that module is opened as well.
 
-    def __init__(self, backbone: nn.Module, opened: set[str], classifier: str) -> None:
+    Raises:
+        CutError: the backbone's own control flow depends on values.
+    """
+    opened = set(opened)
+    while True:
         tracer = _CoarseTracer(opened)
         try:
             with _marked_features(backbone, tracer):
-                graph = tracer.trace(backbone)
+                return tracer.trace(backbone)
         except Exception as error:
-            raise CutError(f"{type(backbone).__name__} cannot be traced: {error}") from error
-        self.backbone, self.classifier_name = backbone, classifier
+            more = tracer.looked_into - opened
+            if not more:
+                raise CutError(f"{type(backbone).__name__} cannot be traced: {first_line(error)}") from error
+            opened |= more
+
+
+class _Trace:
+    """A coarse trace of a backbone: its nodes in order, where its features end and where its classifier begins."""
+
+    def __init__(self, backbone: nn.Module, opened: set[str], classifiers: tuple[str, ...]) -> None:
+        graph = _traced(backbone, opened)
+        self.backbone, self.classifier_names = backbone, classifiers
         self.extra = _dropouts_as_modules(graph, set(dict(backbone.named_modules())))
-        features = [node for node in graph.nodes if node.target is _features]
-        marker: fx.Node | None = None
-        if len(features) == 1 and isinstance(features[0].args[0], fx.Node):
-            marker = next(n for n in _following(features[0]) if n.target is not _features)
+        features = [node for node in graph.nodes if node.target is _features_end]
+        marker = features[0].next if len(features) == 1 else None
         for node in features:
-            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         *self.nodes, self.output = graph.nodes
         self.index = {node: index for index, node in enumerate(self.nodes)}
@@ -249,9 +289,10 @@ class _Trace:
         for index, node in enumerate(self.nodes):
             if node.op == "call_module":
                 self.first_call.setdefault(node.target, index)
-        self.classifier_start = self.position(classifier)
+        self.classifier_start = min(self.position(name) for name in classifiers)
         self.features_end = min(self.index.get(marker, self.classifier_start), self.classifier_start)
         self.macs: list[int] = []
+        self.tensors: set[fx.Node] = set()
 
     def position(self, name: str) -> int:
         """Index of the first node that calls the module `name` or one inside it."""
@@ -298,14 +339,15 @@ class _Trace:
         ]
         weigher = _Weigher(self, positions)
         weigher.measure(example)
-        self.macs = weigher.macs
+        self.macs, self.tensors = weigher.macs, weigher.tensors
         total = max(sum(self.macs), 1)
         found = []
         for position in positions:
             before = sum(self.macs[:position])
             if 0 < before < total and position not in weigher.mutated:
-                crossing = len(self.crossing(position))
-                point = CutPoint(self.name(position), before / total, self._stage_end(position), crossing)
+                crossing = self.crossing(position)
+                plain = all(node in self.tensors for node in crossing)
+                point = CutPoint(self.name(position), before / total, self._stage_end(position), len(crossing), plain)
                 found.append((position, point))
         return found
 
@@ -334,7 +376,7 @@ class _Trace:
         pieces = [self._piece(start, end) for start, end in pairwise(edges)]
         names = tuple(self.name(position) for position in cuts)
         *blocks, head, classifier = pieces
-        return Cutting(tuple(blocks), head, classifier, names, self.classifier_name)
+        return Cutting(tuple(blocks), head, classifier, names, self.classifier_names)
 
     def _piece(self, start: int, end: int) -> fx.GraphModule:
         graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -346,7 +388,8 @@ class _Trace:
             graph.output(fx.map_arg(self.output.args[0], lambda old: made[old]))
         else:
             values = tuple(made[node] for node in self.crossing(end))
-            graph.output(values[0] if len(values) == 1 else values)
+            alone = len(values) == 1 and self.crossing(end)[0] in self.tensors
+            graph.output(values[0] if alone else values)
         parts: dict[str, Any] = {}
         for node in graph.nodes:
             if node.op == "call_module":
@@ -375,9 +418,11 @@ class _Weigher(fx.Interpreter):
         self.seen: list[tuple[int, Tensor, int]] = []
         self.macs: list[int] = []
         self.mutated: set[int] = set()
+        self.tensors: set[fx.Node] = set()
+        self.original = {copied: node for node, copied in made.items()}
 
     def measure(self, example: Tensor) -> None:
-        with torch.no_grad(), FlopCounterMode(display=False) as self.counter:
+        with torch.no_grad(), frozen(self.trace.backbone), FlopCounterMode(display=False) as self.counter:
             self.run(example)
         self.mutated = {position for position, tensor, version in self.seen if tensor._version != version}
 
@@ -386,7 +431,12 @@ class _Weigher(fx.Interpreter):
         return getattr(self.trace.backbone.get_submodule(owner), name)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _with_lists((args, kwargs))
         return self.trace.module(target)(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _with_lists((args, kwargs))
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         for crossing in self.watch.get(n, ()):
@@ -397,7 +447,17 @@ class _Weigher(fx.Interpreter):
         result = super().run_node(n)
         if n.op != "output":
             self.macs.append((self.counter.get_total_flops() - before) // 2)
+            if isinstance(result, Tensor):
+                self.tensors.add(self.original[n])
         return result
+
+
+def _with_lists(value: Any) -> Any:
+    """Plain lists for fx's immutable ones, into which some modules could not write."""
+    if isinstance(value, (tuple, list)):
+        made = [_with_lists(item) for item in value]
+        return made if isinstance(value, list) else tuple(made)
+    return {key: _with_lists(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _dropouts_as_modules(graph: fx.Graph, taken: set[str]) -> dict[str, nn.Module]:
@@ -415,26 +475,47 @@ def _dropouts_as_modules(graph: fx.Graph, taken: set[str]) -> dict[str, nn.Modul
     return made
 
 
-def _following(node: fx.Node) -> Iterator[fx.Node]:
-    while node.op != "root":
-        node = node.next
-        yield node
-
-
 def _ancestors(names: Sequence[str]) -> set[str]:
     """Every module that holds one of the names: `a.b.c` gives `a` and `a.b`."""
     parts = (name.split(".") for name in names)
     return {".".join(path[:end]) for path in parts for end in range(1, len(path))}
 
 
-def _classifier_name(backbone: nn.Module) -> str:
-    """The name of the module that `get_classifier()` returns."""
+class _Forgetful(dict[Any, Any]):
+    """A cache that hands out what was put in once and then knows it no more."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.pop(key)
+
+
+def _forget_caches(backbone: nn.Module) -> None:
+    """Some attention layers keep, while evaluating, what they compute from weights: wrong once weights change place."""
+    for module in backbone.modules():
+        for name, value in vars(module).items():
+            if type(value) is dict and name.endswith("_cache"):
+                setattr(module, name, _Forgetful())
+
+
+def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
+    """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone."""
     getter: Callable[[], Any] | None = getattr(backbone, "get_classifier", None)
-    classifier = getter() if getter else None
-    kind = type(backbone).__name__
-    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):
+    found = getter() if getter else None
+    modules = found if isinstance(found, (tuple, list)) else [found]
+    names = [
+        next((name for name, own in backbone.named_modules() if own is module), "")
+        for module in modules
+        if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
+    ]
+    if not names or not all(names):
+        kind = type(backbone).__name__
         raise CutError(f"this {kind} has no classifier: make it with num_classes of at least 1.")
-    return next(name for name, module in backbone.named_modules() if module is classifier)
+    return tuple(names)
 
 
 def _prove(cutting: Cutting, backbone: nn.Module, example: Tensor) -> None:
@@ -443,6 +524,8 @@ def _prove(cutting: Cutting, backbone: nn.Module, example: Tensor) -> None:
         expected, value = backbone(example), example
         for piece in (*cutting.blocks, cutting.head, cutting.classifier):
             value = piece(*value) if isinstance(value, tuple) else piece(value)
+    if value.is_meta:
+        return  # there are no values to compare
     if not torch.allclose(value, expected, rtol=1e-5, atol=1e-6):
         raise CutError(
             f"the blocks of this {type(backbone).__name__} do not compose to it "

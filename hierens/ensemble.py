@@ -23,7 +23,7 @@ from hierens.modes import evaluating
 from hierens.profiling import Profile, branch_macs, profile
 from hierens.tree import Tree, nested_sizes
 
-_CHECK_SIZE = 32  # pixels: the self-check needs no more of an image than keeps every layer at work
+_CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class HierarchicalEnsemble(nn.Module):
         """
         super().__init__()
         self.tree = tree
-        self._classifier_name = cutting.classifier_name
+        self._classifier_names = cutting.classifier_names
         blocks = _unshared(cutting.blocks)
         self.levels = nn.ModuleList(
             Level(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
@@ -109,10 +109,11 @@ class HierarchicalEnsemble(nn.Module):
             "leaves": self.tree.leaves,
         }
         self._traits = dict(getattr(backbone, "_traits", {}))
+        names = tuple(f"classifier.block.{name}" for name in cutting.classifier_names)
         cfg.update(
             architecture="hne",
             input_size=input_size(backbone),
-            classifier=f"classifier.block.{self._classifier_name}",
+            classifier=names[0] if len(names) == 1 else names,
             first_conv=f"levels.0.block.{first_conv}" if isinstance(first_conv, str) else None,
         )
         self._traits["first_conv"] = cfg["first_conv"]
@@ -296,15 +297,16 @@ class HierarchicalEnsemble(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, reduce: bool = True) -> Tensor:
         """From `forward_features`'s result to mean logits, or with `pre_logits` to mean pooled features."""
-        features = Activations(list(x.unbind(1)))
+        features = Activations.unstacked(x)
         if pre_logits:
             pooled = self._run(self.head, features).stacked()
             return pooled.mean(1) if reduce else pooled
         return self._logits(features, reduce)
 
-    def get_classifier(self) -> nn.Module:
-        """The classifier, its weights packed: leaf n has rows n * classes to (n + 1) * classes."""
-        return self.classifier.block.get_submodule(self._classifier_name)
+    def get_classifier(self) -> Any:
+        """The classifier, its weights packed: leaf n has rows n * classes to (n + 1) * classes; a tuple if several."""
+        modules = tuple(self.classifier.block.get_submodule(name) for name in self._classifier_names)
+        return modules[0] if len(modules) == 1 else modules
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers, drawn independently for every leaf; 0 classes leave the pooled features.
@@ -314,14 +316,15 @@ class HierarchicalEnsemble(nn.Module):
         """
         if global_pool is not None:
             raise ValueError("the pooling is part of the tree: set global_pool when making the backbone.")
-        old = self.get_classifier()
-        if num_classes == 0:
-            fresh: list[nn.Module] = [nn.Identity()]
-        else:
-            like = next(self.parameters())
-            make = _classifier_maker(old, self.head_hidden_size, self.tree.leaves)
-            fresh = [make(num_classes).to(like.device, like.dtype) for _ in range(self.tree.leaves)]
-        self.classifier.replace(self._classifier_name, fresh)
+        for name in self._classifier_names:
+            old = self.classifier.block.get_submodule(name)
+            if num_classes == 0:
+                fresh: list[nn.Module] = [nn.Identity()]
+            else:
+                like = next(self.parameters())
+                make = _classifier_maker(old, self.head_hidden_size, self.tree.leaves)
+                fresh = [make(num_classes).to(like.device, like.dtype) for _ in range(self.tree.leaves)]
+            self.classifier.replace(name, fresh)
         self.num_classes = num_classes
         self._macs.clear()
 
@@ -426,20 +429,25 @@ def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[n
 def _checked(cutting: Cutting, backbone: nn.Module) -> dict[str, str]:
     """The pieces whose grouped form may not be used, by index, and why."""
     pieces = (*cutting.blocks, cutting.head, cutting.classifier)
-    full = example_input(backbone)
-    for size in sorted({min(_CHECK_SIZE, full.shape[-1]), full.shape[-1]}):
-        value: Any = full[..., :size, :size]
-        examples = []
-        try:
-            for piece in pieces:
-                examples.append(value)
-                with torch.no_grad(), evaluating(piece):
-                    value = piece(*value) if isinstance(value, tuple) else piece(value)
-        except Exception:  # a backbone of fixed image size: on to the full one, which the cut has run already
-            continue
-        break
+    value: Any = _small_example(backbone)
+    examples = []
+    for piece in pieces:
+        examples.append(value)
+        with torch.no_grad(), evaluating(piece):
+            value = piece(*value) if isinstance(value, tuple) else piece(value)
     found = {str(i): self_check(piece, x) for i, (piece, x) in enumerate(zip(pieces, examples, strict=True))}
     return {index: because for index, because in found.items() if because}
+
+
+def _small_example(backbone: nn.Module) -> Tensor:
+    """An image of few pixels, or of the full size if the backbone insists on that."""
+    full = example_input(backbone)
+    for size in _CHECK_SIZES:
+        small = full[..., :size, :size]
+        with contextlib.suppress(Exception), torch.no_grad(), evaluating(backbone):
+            backbone(small)
+            return small
+    return full
 
 
 def _unshared(blocks: Sequence[Any]) -> list[Any]:

@@ -1,20 +1,37 @@
-"""Training flags, put aside for a while and given back module by module."""
+"""Flags of modules and parameters, put aside for a while and given back one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, each back in its own mode after."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in training or evaluation mode inside, each back in its own mode after."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, own in modes.items():
+            module.training = own
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Every module in evaluation mode inside, each back in its own mode after."""
+    return in_mode(model, False)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient inside: the counter of MACs follows gradients, which some expanded ones lack."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)

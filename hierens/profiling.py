@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
-from hierens.modes import evaluating
+from hierens.modes import evaluating, frozen
 from hierens.tree import Tree, nested_sizes
 
 
@@ -113,7 +113,7 @@ def branch_macs(levels: Sequence[Any], size: Sequence[int]) -> list[int]:
     value: Any = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
     counted = []
     for level in levels:
-        with evaluating(level), FlopCounterMode(display=False) as counter:
+        with evaluating(level), frozen(level), FlopCounterMode(display=False) as counter:
             value = level.run_branch(0, value)
         counted.append(int(counter.get_total_flops()) // 2)
     return counted

@@ -1,0 +1,368 @@
+"""Hierensify every architecture of timm and write down what came of it: docs/results/zoo.md.
+
+python benchmarks/zoo.py                # the smallest variant of every model file, examined in full
+python benchmarks/zoo.py --registry     # and every variant of the registry cut, on the meta device
+
+Results are kept in runs/zoo/ as they come, so that an interrupted sweep goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import tyro
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+
+import hierens
+from hierens.cutting import cut, example_input
+
+ROOT = Path(__file__).parents[1]
+RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"
+SIZES = (64, 128)  # pixels tried before a model's own
+EXACT = 1e-4  # relative to the largest logit
+BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the sweep takes."""
+
+    registry: bool = False
+    """cut every variant too, without weights"""
+    processes: int = 2
+    """architectures at a time, one thread each"""
+    only: tuple[str, ...] = ()
+    """model files to examine, all by default; the page is not written then"""
+
+
+def main(settings: Settings) -> None:
+    """Examine, then write the page."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    sizes = _kept("sizes", measure, timm.list_models(), settings.processes, {})
+    smallest = smallest_variants(sizes)
+    if settings.only:
+        smallest = {file: name for file, name in smallest.items() if file in settings.only}
+    families = _kept("families", examine, smallest.values(), settings.processes)
+    if settings.only:
+        print(json.dumps({name: families[name] for name in smallest.values()}, indent=1))
+        return
+    registry = _kept("registry", cut_only, timm.list_models(), settings.processes) if settings.registry else {}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "zoo.md").write_text(page(smallest, families, registry, sizes))
+    print(f"wrote {RESULTS / 'zoo.md'}")
+
+
+# --- one architecture -------------------------------------------------------------------------------------------------
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Millions of parameters of a variant, and the file it is made in."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    file = model_entrypoint(name).__module__.rpartition(".")[2]
+    return {"file": file, "millions": sum(p.numel() for p in model.parameters()) / 1e6}
+
+
+def smallest_variants(sizes: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The variant with the fewest parameters in every model file."""
+    chosen: dict[str, str] = {}
+    for name, size in sorted(sizes.items(), key=lambda item: item[1].get("millions", float("inf"))):
+        if "file" in size:
+            chosen.setdefault(size["file"], name)
+    return dict(sorted(chosen.items()))
+
+
+def cut_only(name: str) -> dict[str, Any]:
+    """Cut a variant that has shapes but no values."""
+    with torch.device("meta"):
+        backbone = timm.create_model(name, num_classes=10).eval()
+    return {"at": cut(backbone, BLOCKS).at}
+
+
+@torch.no_grad()
+def examine(name: str, thorough: bool = True) -> dict[str, Any]:
+    """All that the page says of one architecture; without compilers unless `thorough`."""
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=10).eval()
+    enliven(backbone)
+    x = _images(backbone)
+    start = time.perf_counter()
+    model = hierens.hierensify(backbone, BLOCKS).eval()
+    found: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "pixels": x.shape[-1],
+        "at": model._model_args["at"],
+    }
+    found["executors"] = [_executor(level) for level in model.all_levels()]
+    found["looped"] = {**model.looped, **_looped_layers(model)}
+    expected = backbone(x)
+    depths = range(model.tree.depths)
+    found["copy"] = max(_difference(model(x, depth=depth), expected) for depth in depths)
+    others: dict[str, Callable[[], Any]] = {
+        "eval": lambda: _packed_against_looped(model, x, False),
+        "train": lambda: _packed_against_looped(model, x, True),
+        "deepcopy": lambda: _same(copy.deepcopy(model), model, x),
+        "saved": lambda: _saved(model, x),
+        "bfloat16": lambda: _half(model, x, torch.bfloat16),
+        "float16": lambda: _half(model, x, torch.float16),
+    }
+    compilers: dict[str, Callable[[], Any]] = {
+        "compiled": lambda: _same(torch.compile(model.at_depth(1), backend="aot_eager"), model.at_depth(1), x),
+        "exported": lambda: _same(torch.export.export(model.at_depth(1), (x,)).module(), model.at_depth(1), x),
+    }
+    for what, try_out in (others | compilers if thorough else others).items():
+        try:
+            found[what] = try_out()
+        except Exception as error:
+            found[what] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        torch.compiler.reset()
+    return found
+
+
+@torch.no_grad()
+def enliven(model: nn.Module) -> None:
+    """Random values where initialisation leaves zeros and ones, so that no path of the network stays silent."""
+    for parameter in model.parameters():
+        if parameter.ndim <= 1 or parameter.std() == 0:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+
+
+def _images(backbone: nn.Module) -> Tensor:
+    """Two images of few pixels, if the backbone takes such."""
+    full = example_input(backbone, 2)
+    for size in SIZES:
+        try:
+            backbone(full[..., :size, :size])
+        except Exception:
+            continue
+        return full[..., :size, :size]
+    return full
+
+
+def _executor(level: Any) -> str:
+    if level.looped_because:
+        return "looped"
+    inner = ", layers looped" if level.looped_layers else ""
+    return ("grouped" if level._packed[0].channelwise else "batched") + inner
+
+
+def _looped_layers(model: hierens.HierarchicalEnsemble) -> dict[str, str]:
+    levels = enumerate(model.all_levels())
+    return {f"{index}.{name}": why for index, level in levels for name, why in level.looped_layers.items()}
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference, in relation to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _packed_against_looped(model: hierens.HierarchicalEnsemble, x: Tensor, training: bool) -> float:
+    """The largest difference between the two ways to run a tree of networks that differ; dropout off."""
+    tree = copy.deepcopy(model).double()
+    tree.break_symmetry(noise=0.3)
+    try:
+        tree.set_executor("looped")
+        tree(x.double())
+    except Exception:  # it makes values of single precision itself
+        tree, x = tree.float(), x.float()
+    outputs = []
+    for executor in ("looped", "grouped"):
+        own = copy.deepcopy(tree).train(training)
+        for module in own.modules():
+            if "drop" in type(module).__name__.lower():
+                module.eval()
+        own.set_executor(executor)
+        outputs.append(own(x.to(next(own.parameters()).dtype), reduce=False))
+    return _difference(*outputs)
+
+
+def _same(other: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> bool:
+    return _difference(other(x), model(x)) < EXACT
+
+
+def _saved(model: hierens.HierarchicalEnsemble, x: Tensor) -> bool:
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return _same(hierens.from_pretrained(directory), model, x)
+
+
+def _half(model: hierens.HierarchicalEnsemble, x: Tensor, dtype: torch.dtype) -> bool:
+    tree = copy.deepcopy(model).to(dtype)
+    return bool(tree(x.to(dtype)).isfinite().all())
+
+
+# --- many of them -----------------------------------------------------------------------------------------------------
+
+
+def _kept(
+    what: str,
+    examine_one: Callable[[str], dict[str, Any]],
+    names: Iterable[str],
+    processes: int,
+    known: dict[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Results by name, from the file of earlier ones or new; an architecture that fails says why."""
+    file = KEPT / f"{what}.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    found: dict[str, dict[str, Any]] = {} if known is None else dict(known)
+    found |= {record.pop("name"): record for record in map(json.loads, lines)}
+    missing = [name for name in names if name not in found]
+    with file.open("a") as log:
+        for name, record in _spread(examine_one, missing, processes):
+            found[name] = record
+            log.write(json.dumps({"name": name, **record}) + "\n")
+            log.flush()
+            print(f"{what} {len(found)}: {name} {record.get('error', '')}", flush=True)
+    return found
+
+
+def _spread(
+    examine_one: Callable[[str], dict[str, Any]], names: list[str], processes: int
+) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Over processes that are renewed now and then, since compilers and allocators keep what they saw."""
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _quiet, max_tasks_per_child=25)
+    waiting = {pool.submit(_safely, examine_one, name): name for name in names}
+    try:
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+    except BrokenProcessPool as error:
+        raise SystemExit("a process died, probably for lack of memory: start again with --processes 1") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+
+
+def _safely(examine_one: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    try:
+        return examine_one(name)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(
+    smallest: dict[str, str],
+    families: dict[str, dict[str, Any]],
+    registry: dict[str, dict[str, Any]],
+    sizes: dict[str, dict[str, Any]],
+) -> str:
+    """The results page."""
+    rows = {file: families[name] for file, name in smallest.items()}
+    converted = {file: row for file, row in rows.items() if "error" not in row}
+    exact = [file for file, row in converted.items() if row["copy"] <= EXACT]
+    lines = [_row(file, smallest[file], sizes[smallest[file]]["millions"], row) for file, row in rows.items()]
+    failed = [f"- `{file}` (`{smallest[file]}`): {row['error']}" for file, row in rows.items() if "error" in row]
+    levels = Counter(name for row in converted.values() for name in row["executors"][:BLOCKS])
+    checks = {
+        what: sum(row[what] is True for row in converted.values())
+        for what in ("deepcopy", "saved", "bfloat16", "float16", "compiled", "exported")
+    }
+    packed = {
+        mode: sum(isinstance(row[mode], float) and row[mode] <= EXACT for row in converted.values())
+        for mode in ("eval", "train")
+    }
+    return f"""# The whole zoo
+
+The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS} blocks and made a tree of
+{2 ** (BLOCKS - 1)} networks. Weights are random, also those that initialisation leaves at zero; two images.
+
+- **{len(exact)} of {len(rows)} model files convert exactly**: copies of the backbone answer within {EXACT:g} of it
+  (relative to the largest logit) at every depth.
+- Of {sum(levels.values())} blocks {", ".join(f"{count} are {name}" for name, count in levels.most_common())}.
+  *Grouped*: branches side by side in channels. *Batched*: in places one after another in the batch, with batched matrix
+  products.
+- Packed equals looped, with other weights in every branch, for {packed["eval"]} of {len(converted)} in evaluation and
+  {packed["train"]} in training (gradients and statistics are compared in the tests).
+- {checks["deepcopy"]} survive `copy.deepcopy`, {checks["saved"]} come back the same from `save_pretrained`,
+  {checks["compiled"]} from `torch.compile` and {checks["exported"]} from `torch.export` (both at two networks, without
+  code generation); {checks["bfloat16"]} give finite logits in bfloat16 and {checks["float16"]} in float16 on the CPU.
+{_registry_line(registry)}
+## What does not convert
+
+{chr(10).join(failed) or "Nothing."}
+
+## By model file
+
+*copy*: largest difference to the backbone over all depths; *eval*, *train*: packed against looped. Every block's
+executor stands in order: g grouped, b batched, l looped; + where single layers inside are looped.
+
+| model file | variant | M parameters | blocks | copy | eval | train | compile | export | half |
+| --- | --- | ---: | --- | ---: | ---: | ---: | --- | --- | --- |
+{chr(10).join(lines)}
+
+## Why blocks or layers are looped
+
+{_reasons(converted)}
+
+## How to repeat it
+
+```bash
+python benchmarks/zoo.py --registry
+```
+
+hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()},
+{platform.machine()}, {os.cpu_count()} cores.
+"""
+
+
+def _row(file: str, name: str, millions: float, row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {file} | `{name}` | {millions:.1f} | not cut | | | | | | |"
+    short = " ".join(e[0] + "+" * ("layers" in e) for e in row["executors"][:BLOCKS])
+    numbers = [f"{row[k]:.0e}" if isinstance(row[k], float) else "fails" for k in ("copy", "eval", "train")]
+    marks = ["yes" if row[k] is True else "no" for k in ("compiled", "exported")]
+    half = " ".join(k for k in ("bfloat16", "float16") if row[k] is True) or "no"
+    return f"| {file} | `{name}` | {millions:.1f} | {short} | {' | '.join([*numbers, *marks])} | {half} |"
+
+
+def _reasons(rows: dict[str, dict[str, Any]]) -> str:
+    """Each reason once, with the model files it holds for."""
+    files: dict[str, list[str]] = {}
+    for file, row in rows.items():
+        for why in dict.fromkeys(row["looped"].values()):
+            files.setdefault(why, []).append(file)
+    ordered = sorted(files.items(), key=lambda item: (-len(item[1]), item[0]))
+    return "\n".join(f"- {why}: {', '.join(names)}" for why, names in ordered) or "None is."
+
+
+def _registry_line(registry: dict[str, dict[str, Any]]) -> str:
+    if not registry:
+        return ""
+    failed = {name: row["error"] for name, row in registry.items() if "error" in row}
+    listed = "".join(f"\n    - `{name}`: {error}" for name, error in failed.items())
+    return f"""- Of the {len(registry)} variants of the whole registry, built with shapes but no values,
+  **{len(registry) - len(failed)} ({1 - len(failed) / len(registry):.1%}) are cut into {BLOCKS} blocks**; none was left
+  out for its size.{" The others:" if failed else ""}{listed}
+"""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,51 @@
+"""Architectures of every kind: copies are exact at every depth, packed equals looped, saved models come back."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parents[1] / "benchmarks" / "zoo.py")
+zoo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(zoo)
+
+SAMPLE = {
+    "test_convnext": "channel layer norm, layer scale",
+    "test_nfnet": "scaled weight standardisation, a gain that is changed in place",
+    "test_vit": "class token and position embedding",
+    "test_coatnet": "relative position bias from a table",
+    "test_mambaout": "gated convolutions on channels-last maps",
+    "test_byobnet": "re-parameterisable blocks",
+    "levit_128s": "attention biases that evaluation caches, two heads, batch norm over tokens",
+    "xcit_nano_12_p8_224": "cross-covariance attention, a position encoding from a grid",
+    "hrnet_w18_small": "parallel branches: several tensors cross a cut",
+    "resnest14d": "split attention",
+    "ghostnet_050": "slices of channels",
+    "dla46x_c": "trees of blocks",
+    "mobilevit_xxs": "attention whose shape is decided on the way: layers looped in place",
+    "pit_xs_224": "a tuple of tokens between stages",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_sampled_families_convert_exactly(name):
+    check(zoo.examine(name, thorough=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", timm.list_modules())
+def test_every_model_file_converts_exactly(file):
+    check(zoo.examine(min(timm.list_models(module=file), key=parameters)))
+
+
+def parameters(name):
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name, num_classes=10).parameters())
+
+
+def check(found):
+    assert found["copy"] <= zoo.EXACT
+    assert found["eval"] <= zoo.EXACT and found["train"] <= zoo.EXACT
+    assert found["deepcopy"] is True and found["saved"] is True
