@@ -12,7 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -104,6 +104,57 @@ def cut(
         cutting = trace.split(chosen)
         _prove(cutting, backbone, example)
     return cutting
+
+
+def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = None) -> str:
+    """Where to cut the last of the blocks once more: the module that halves its work best.
+
+    Args:
+        backbone: as for `cut`; it is left as it is.
+        at: the cuts so far.
+        example: as for `cut`.
+
+    Returns:
+        A module's name: `cut(backbone, at=[*at, name])` has one block more.
+
+    Raises:
+        CutError: the last block has no place to cut.
+    """
+    backbone = copy.deepcopy(backbone)
+    example = example_input(backbone) if example is None else example
+    classifiers = classifier_names(backbone)
+    opened, closed = _ancestors([*at, *classifiers]), set[str]()
+    with evaluating(backbone):
+        trace = _Trace(backbone, opened, classifiers)
+        while True:
+            candidates = _within_last(trace, at, example)
+            best = _best_cuts(candidates, 2)
+            start = trace.position(at[-1]) if at else 0
+            inside = {node.target for node in trace.nodes[start:] if node.op == "call_module"}
+            heavy = {name: macs for name, macs in trace.openable(closed).items() if name in inside}
+            if not heavy or (best is not None and best[1] <= _UNEVEN / 2):
+                break
+            name = next(iter(heavy))
+            try:
+                trace = _Trace(backbone, opened | {name}, classifiers)
+                opened.add(name)
+            except CutError:
+                closed.add(name)
+    if best is None:
+        raise CutError(f"the last block of this {type(backbone).__name__} has no place left to cut.")
+    return candidates[best[0][0]][1].name
+
+
+def _within_last(trace: _Trace, at: Sequence[str], example: Tensor) -> list[tuple[int, CutPoint]]:
+    """The candidates inside the last block, with the share of that block's work that lies before each."""
+    candidates, start = trace.candidates(example), trace.position(at[-1]) if at else 0
+    total = sum(trace.macs)
+    spent = sum(trace.macs[:start]) / total
+    return [
+        (position, replace(point, macs_before=(point.macs_before - spent) / (1 - spent)))
+        for position, point in candidates
+        if position > start and spent < point.macs_before
+    ]
 
 
 def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPoint]:

@@ -6,10 +6,10 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
@@ -21,7 +21,11 @@ from hierens.branching import Activations, Executor, Level, self_check
 from hierens.cutting import CutError, Cutting, cut, example_input, input_size
 from hierens.modes import evaluating
 from hierens.profiling import Profile, branch_macs, profile
+from hierens.symmetry import break_symmetry, symmetric
 from hierens.tree import Tree, nested_sizes
+
+if TYPE_CHECKING:
+    from hierens.ordering import Reordering
 
 _CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
@@ -55,6 +59,7 @@ class HierarchicalEnsemble(nn.Module):
         num_classes: number of classes.
         in_chans: image channels.
         pretrained_cfg: timm's description of the model and its preprocessing.
+        classifier_names: of the last linear layer (two for a distilled backbone), as the backbone has them.
     """
 
     def __init__(self, backbone: nn.Module, cutting: Cutting, tree: Tree, init: Sequence[nn.Module] = ()) -> None:
@@ -68,7 +73,7 @@ class HierarchicalEnsemble(nn.Module):
         """
         super().__init__()
         self.tree = tree
-        self._classifier_names = cutting.classifier_names
+        self.classifier_names = cutting.classifier_names
         blocks = _unshared(cutting.blocks)
         self.levels = nn.ModuleList(
             Level(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
@@ -202,41 +207,55 @@ class HierarchicalEnsemble(nn.Module):
         At depth 0 it is an ordinary network: the backbone's layers with the first leaf's weights.
         """
         tree = self.tree.prefix(self.tree.leaves_at(depth, leaves))
-        small = HierarchicalEnsemble.__new__(HierarchicalEnsemble)
-        nn.Module.__init__(small)
-        kept = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in nn.Module().__dict__}
-        small.__dict__.update(kept, tree=tree, training=self.training)
-        small.default_cfg = small.pretrained_cfg
-        small._model_args["leaves"] = tree.leaves
-        small.levels = nn.ModuleList(self._level(i).narrowed(w) for i, w in enumerate(tree.widths()))
-        small.head, small.classifier = self.head.narrowed(tree.leaves), self.classifier.narrowed(tree.leaves)
-        return small
+        levels = [self._level(i).narrowed(w) for i, w in enumerate(tree.widths())]
+        return self.with_levels(tree, levels, self.head.narrowed(tree.leaves), self.classifier.narrowed(tree.leaves))
 
-    @torch.no_grad()
-    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
-        """Tell copy-initialised siblings apart: training would otherwise give them the same gradients for ever.
+    def drop_leaves(self, count: int) -> HierarchicalEnsemble:
+        """A model of its own without the last `count` leaves: `at_depth(leaves=...)`, counted from the end.
 
-        Every branch but the first of its level gets Gaussian noise of `noise` times the standard deviation of each of
-        its weights, so that depth 0 stays exactly the network that was copied. Biases, norms and buffers are left.
+        Raises:
+            ValueError: fewer than none would be dropped, or no leaf would be left.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for level in self.all_levels():
-            if level.branches == 1:
-                continue
-            for parameter in level.block.parameters():
-                if parameter.ndim > 1:
-                    rest = parameter[parameter.shape[0] // level.branches :]
-                    drawn = torch.randn(rest.shape, generator=generator).to(rest)
-                    rest.add_(drawn * noise * rest.std())
+        if not 0 <= count < self.tree.leaves:
+            raise ValueError(f"of {self.tree.leaves} leaves from 0 to {self.tree.leaves - 1} can go, got {count}.")
+        return self.at_depth(leaves=self.tree.leaves - count)
+
+    def grow(self) -> HierarchicalEnsemble:
+        """A model of its own with one more level, exact at first: see `hierens.growing.grow`."""
+        from hierens.growing import grow
+
+        return grow(self)
+
+    def reorder(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
+        """Permute siblings in place so that small depths answer best: see `hierens.ordering.reorder`."""
+        from hierens.ordering import reorder
+
+        return reorder(self, loader)
+
+    def with_levels(self, tree: Tree, levels: Sequence[Level], head: Level, classifier: Level) -> HierarchicalEnsemble:
+        """A model of its own that is described as this one but has other levels; it takes them over."""
+        other = HierarchicalEnsemble.__new__(HierarchicalEnsemble)
+        nn.Module.__init__(other)
+        kept = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in nn.Module().__dict__}
+        other.__dict__.update(kept, tree=tree, training=self.training, _macs={})
+        other.default_cfg = other.pretrained_cfg
+        other._model_args.update(branching=list(tree.branching), leaves=tree.leaves)
+        other.levels, other.head, other.classifier = nn.ModuleList(levels), head, classifier
+        return other
+
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
+        """Tell copied siblings apart: training would otherwise give them the same gradients for ever.
+
+        Every branch that equals an earlier one of its level gets Gaussian noise of `noise` times the standard
+        deviation of each of its weights; biases, norms and buffers are left. So after `init="copy"` depth 0 stays
+        exactly the network that was copied, and after `grow` every first child stays what its parent was.
+        """
+        break_symmetry(self.all_levels(), noise, seed)
 
     @property
     def symmetric(self) -> bool:
-        """Whether any two leaves still have the same weights everywhere, as after `init="copy"`."""
-        if self.tree.leaves == 1:
-            return False
-        with torch.no_grad():
-            first, second = self.classifier.states(2)
-            return all(torch.equal(first[name], second[name]) for name in first)
+        """Whether any two leaves have the same weights all along their paths, as after `init="copy"` or `grow`."""
+        return symmetric(self.tree, self.all_levels())
 
     @property
     def looped(self) -> dict[str, str]:
@@ -305,7 +324,7 @@ class HierarchicalEnsemble(nn.Module):
 
     def get_classifier(self) -> Any:
         """The classifier, its weights packed: leaf n has rows n * classes to (n + 1) * classes; a tuple if several."""
-        modules = tuple(self.classifier.block.get_submodule(name) for name in self._classifier_names)
+        modules = tuple(self.classifier.block.get_submodule(name) for name in self.classifier_names)
         return modules[0] if len(modules) == 1 else modules
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -316,7 +335,7 @@ class HierarchicalEnsemble(nn.Module):
         """
         if global_pool is not None:
             raise ValueError("the pooling is part of the tree: set global_pool when making the backbone.")
-        for name in self._classifier_names:
+        for name in self.classifier_names:
             old = self.classifier.block.get_submodule(name)
             if num_classes == 0:
                 fresh: list[nn.Module] = [nn.Identity()]
@@ -403,7 +422,7 @@ def hierensify(
         tree = tree.prefix(leaves)
     cutting = cut(backbone, blocks, at)
     drawn = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
-    reasons = _checked(cutting, backbone) if looped is None else looped
+    reasons = reasons_to_loop(cutting, backbone) if looped is None else looped
     ensemble = HierarchicalEnsemble(backbone, cutting, tree, drawn)
     for index, level in enumerate(ensemble.all_levels()):
         level.group()
@@ -426,7 +445,7 @@ def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[n
     return networks
 
 
-def _checked(cutting: Cutting, backbone: nn.Module) -> dict[str, str]:
+def reasons_to_loop(cutting: Cutting, backbone: nn.Module) -> dict[str, str]:
     """The pieces whose grouped form may not be used, by index, and why."""
     pieces = (*cutting.blocks, cutting.head, cutting.classifier)
     value: Any = _small_example(backbone)

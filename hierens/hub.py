@@ -225,7 +225,8 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise LoadError(f"{file} has no usable {key} (got {args.get(key)!r}).")
     if not isinstance(args.get("at"), list) or not all(isinstance(name, str) for name in args["at"]):
         raise LoadError(f"{file} has no usable list of cuts, `at` (got {args.get('at')!r}).")
-    if unknown := set(args) - set(_ARGUMENTS):
+    # timm writes the image size of a transformer beside the rest: the backbone takes it.
+    if unknown := set(args) - {*_ARGUMENTS, "img_size"}:
         raise LoadError(f"{file} has model_args that hierens does not know: {', '.join(sorted(unknown))}.")
     return config
 

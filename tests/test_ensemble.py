@@ -219,6 +219,40 @@ def test_generalised_trees(small_backbone, small_images):
                 assert torch.allclose(model(small_images, leaves=leaves), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("branching", [(1, 4, 1, 2), (1, 1, 1, 8), (8, 1, 1, 1)])
+def test_other_ways_to_share_obey_the_same_laws(small_backbone, small_images, branching):
+    """The paper's comparison of sharing schemes (figure 5), and a tree of uneven branching."""
+    size, expected = (1, 32, 32), small_backbone(small_images)
+    copies = hierens.hierensify(small_backbone, branching=branching)
+    apart = reinitialised(small_backbone, branching=branching).eval()
+    branch = copies.branch_macs(size)
+    widths = {(1, 4, 1, 2): (1, 4, 4, 8), (1, 1, 1, 8): (1, 1, 1, 8), (8, 1, 1, 1): (8, 8, 8, 8)}[branching]
+    assert copies.macs(size)[-1] == sum(w * c for w, c in zip(widths, branch, strict=True))
+    outputs = []
+    for executor in EXECUTORS:
+        copies.set_executor(executor)
+        apart.set_executor(executor)
+        with torch.no_grad():
+            for depth, macs in enumerate(copies.macs(size)):
+                assert torch.allclose(copies(small_images, depth=depth), expected, atol=1e-5)
+                with FlopCounterMode(display=False) as counter:
+                    copies(small_images[:1], depth=depth)
+                assert counter.get_total_flops() // 2 == macs, (executor, depth)
+            outputs.append(apart(small_images, reduce=False))
+    assert torch.allclose(*outputs, atol=1e-4) and outputs[0].std(1).min() > 1e-3
+    for step in apart.anytime(small_images):
+        assert torch.allclose(step.logits, outputs[0][:, : step.leaves].mean(1), atol=1e-4)
+
+
+def test_leaves_are_dropped_from_the_end(small_backbone, small_images):
+    model = reinitialised(small_backbone).eval()
+    with torch.no_grad():
+        for count in range(4):
+            small = model.drop_leaves(count)
+            assert small.tree.leaves == 4 - count
+            assert torch.allclose(small(small_images), model(small_images, leaves=4 - count), atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(small_backbone, small_images):
     results = []
     for enable in (False, True):
@@ -300,6 +334,8 @@ def test_half_precision_runs_both_ways(small_backbone, small_images):
         (lambda m, b, x: m(x[0]), r"expected images \(N, 1, H, W\)"),
         (lambda m, b, x: next(m.anytime(x[:, :0])), "expected images"),
         (lambda m, b, x: m.at_depth(4), "depth must be from 0 to 2"),
+        (lambda m, b, x: m.drop_leaves(4), "of 4 leaves from 0 to 3 can go, got 4"),
+        (lambda m, b, x: m.drop_leaves(-1), "of 4 leaves from 0 to 3 can go, got -1"),
         (lambda m, b, x: m.set_executor("fast"), "executor must be .* got 'fast'"),
         (lambda m, b, x: hierens.hierensify(b, 0), "blocks must be at least 1, got 0"),
         (lambda m, b, x: hierens.hierensify(b, -2), "blocks must be at least 1, got -2"),
