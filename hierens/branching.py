@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from hierens.errors import first_line
-from hierens.packed import Width, branch_states, concatenate, replace, state_of
+from hierens.packed import Width, branch_states, caches_of, concatenate, forget, replace, state_of
 from hierens.packing import Packed, PackError
 
 Executor = Literal["auto", "looped", "grouped"]
@@ -110,6 +110,7 @@ class Level(nn.Module):
         self._packed: list[Packed] = []  # in a list, so that deep copies keep it beside the block, unregistered
         self.scalars = frozenset(name for name, tensor in states[0].items() if tensor.ndim == 0)
         self.light = sum(tensor.numel() for tensor in states[0].values()) <= _LIGHT
+        self._caches = caches_of(block)
         for name, tensor in list(state_of(block)):
             own = [state[name] for state in states]
             replace(block, name, tensor, own[0] if self.branches == 1 else concatenate(own))
@@ -135,6 +136,7 @@ class Level(nn.Module):
 
     def _call(self, state: dict[str, Tensor], value: Value) -> Value:
         args = value if isinstance(value, tuple) else (value,)
+        forget(self._caches)
         return functional_call(self.block, state, args) if state else self.block(*args)
 
     def _runs_grouped(self, x: Activations) -> bool:

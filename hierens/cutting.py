@@ -91,7 +91,6 @@ def cut(
     if blocks < 1:
         raise CutError(f"blocks must be at least 1, got {blocks}.")
     backbone = copy.deepcopy(backbone)
-    _forget_caches(backbone)
     example = example_input(backbone) if example is None else example
     classifiers = classifier_names(backbone)
     with evaluating(backbone):
@@ -530,27 +529,6 @@ def _ancestors(names: Sequence[str]) -> set[str]:
     """Every module that holds one of the names: `a.b.c` gives `a` and `a.b`."""
     parts = (name.split(".") for name in names)
     return {".".join(path[:end]) for path in parts for end in range(1, len(path))}
-
-
-class _Forgetful(dict[Any, Any]):
-    """A cache that hands out what was put in once and then knows it no more."""
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.pop(key)
-
-
-def _forget_caches(backbone: nn.Module) -> None:
-    """Some attention layers keep, while evaluating, what they compute from weights: wrong once weights change place."""
-    for module in backbone.modules():
-        for name, value in vars(module).items():
-            if type(value) is dict and name.endswith("_cache"):
-                setattr(module, name, _Forgetful())
 
 
 def classifier_names(backbone: nn.Module) -> tuple[str, ...]:

@@ -73,3 +73,19 @@ def replace(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
         place._parameters[key] = nn.Parameter(new.detach(), requires_grad=old.requires_grad)
     else:
         place._buffers[key] = new.detach()
+
+
+def caches_of(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where some attention layers keep, while evaluating, what they computed from their weights."""
+    return [
+        (part, name)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, dict) and name.endswith("bias_cache")
+    ]
+
+
+def forget(caches: Sequence[tuple[nn.Module, str]]) -> None:
+    """Empty them, for other weights are about to be put in place."""
+    for part, name in caches:
+        getattr(part, name).clear()

@@ -21,6 +21,7 @@ from timm.layers.norm import GroupNorm as TimmGroupNorm
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.std_conv import StdConv2dSame
 from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models.nfnet import NormFreeBlock
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hierens import packed_layers as layers
 from hierens.errors import first_line
 from hierens.modes import in_mode
-from hierens.packed import Width, branch_states, state_of
+from hierens.packed import Width, branch_states, caches_of, forget, state_of
 
 _MOST_CLOSED = 40  # modules of a block that may be left whole because they cannot be traced
 
@@ -125,6 +126,8 @@ _UNARY = {
     *("clamp", "clamp_", "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "contiguous", "clone"),
     *("sqrt", "square", "exp", "abs", "float", "detach", "to", "type_as"),
 }
+# Kept whole by timm because a trace would lose a change in place, which is followed here.
+_OPENED = (NormFreeBlock,)
 _ABOUT = ("dtype", "device", "ndim", "requires_grad", "is_cuda")
 
 
@@ -159,7 +162,9 @@ class _FineTracer(fx.Tracer):
             return True
         if isinstance(m, (nn.Sequential, fx.GraphModule)):
             return False
-        return type(m).__module__.startswith("torch.nn") or type(m) in get_notrace_modules()
+        return type(m).__module__.startswith("torch.nn") or (
+            type(m) in get_notrace_modules() and type(m) not in _OPENED
+        )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -171,15 +176,19 @@ class _FineTracer(fx.Tracer):
 
 def _traced(block: fx.GraphModule, training: bool, closed: dict[str, str]) -> fx.Graph:
     """A trace in one mode, in which modules that cannot be traced were left whole (and added to `closed`, with why)."""
+    caches = caches_of(block)
     with in_mode(block, training):
         for _ in range(_MOST_CLOSED):
             tracer = _FineTracer(closed)
+            forget(caches)
             try:
                 return tracer.trace(block)
             except Exception as error:
                 if not tracer.failed or tracer.failed in closed:
                     raise PackError(f"it cannot be traced layer by layer: {first_line(error)}") from error
                 closed[tracer.failed] = f"cannot be traced: {first_line(error)}"
+            finally:
+                forget(caches)  # of what the trace put there
     raise PackError(f"more than {_MOST_CLOSED} of its modules cannot be traced")
 
 
@@ -193,6 +202,7 @@ class _PerBranch(nn.Module):
         super().__init__()
         self.target = [target]  # in a list, so that a module is not registered twice
         self.forms, self.spec, self.scalars = list(forms), spec, scalars
+        self._caches = caches_of(target) if isinstance(target, nn.Module) else []
 
     def forward(self, width: Width, *flat: Any) -> Any:
         split = [self._split(value, form, width) for value, form in zip(flat, self.forms, strict=True)]
@@ -203,6 +213,7 @@ class _PerBranch(nn.Module):
         for branch, state in enumerate(states):
             args, kwargs = tree_unflatten([values[branch] for values in split], self.spec)
             if state is not None:
+                forget(self._caches)
                 results.append(functional_call(target, state, args, kwargs))
             else:
                 call = getattr(args[0], target) if isinstance(target, str) else target
