@@ -8,7 +8,8 @@ from torch import fx, nn
 
 from hierens import branching
 from hierens.branching import Activations, Level, self_check
-from hierens.packing import PackError, Width, pack
+from hierens.packed import Width
+from hierens.packing import Packed
 
 
 def block_of(*layers, seed=0):
@@ -27,10 +28,21 @@ def level_of(*layers, branches=3):
 
 
 class Reversed(nn.Module):
-    """Turns the channels round: right in a loop, wrong for feature maps side by side."""
+    """Turns the channels round: right per sample, wrong for feature maps side by side."""
 
     def forward(self, x):
         return x.flip(1)
+
+
+class Undecided(nn.Module):
+    """Its control flow depends on values, and it has weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((4, 1, 1), 2.0))
+
+    def forward(self, x):
+        return x * self.gain if x.mean() > -100 else x
 
 
 class Sneaky(nn.Module):
@@ -89,23 +101,51 @@ def test_the_self_check_passes_what_is_right(layers):
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"),
+    "layer",
     [
-        (Reversed(), "flip has no grouped form"),
-        (nn.Softmax(1), r"Softmax \(1\) has no grouped form"),
-        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "Conv2d"),
-        (nn.BatchNorm2d(4, momentum=None), "BatchNorm2d"),
-        (nn.Flatten(2), "Flatten"),
+        Reversed(),  # per sample, one branch after another
+        nn.Softmax(1),
+        nn.Flatten(2),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),  # branch by branch, in place
+        nn.BatchNorm2d(4, momentum=None),
+        nn.ConvTranspose2d(4, 6, 2),
     ],
 )
-def test_what_has_no_rule_is_looped_and_says_why(layer, reason):
-    with pytest.raises(PackError, match=reason):
-        pack(block_of(nn.Conv2d(4, 4, 3), layer))
-    level, _ = level_of(nn.Conv2d(4, 4, 3), layer)
+def test_what_has_no_place_in_channels_is_run_in_another_form(layer):
+    block = block_of(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), layer)
+    assert self_check(block, torch.randn(1, 4, 16, 16)) == ""
+    level = Level(block, [dict(block.state_dict()) for _ in range(3)])
     level.group()
-    assert level.looped_because and "looped: " in repr(level)
+    has_weights = next(layer.parameters(), None) is not None
+    assert ("2" in level.looped_layers) == has_weights
+    assert not level._packed[0].channelwise
+
+
+def test_a_module_that_cannot_be_traced_is_looped_in_place_and_says_why():
+    level, _ = level_of(nn.Conv2d(4, 4, 3), Undecided())
+    level.group()
+    assert level.looped_because == "" and "control flow" in level.looped_layers["1"]
+    inputs = [torch.randn(2, 4, 9, 9) for _ in range(3)]
+    level.executor = "looped"
+    expected = level(Activations(inputs)).stacked()
     level.executor = "grouped"
-    assert len(level(Activations([torch.randn(2, 4, 9, 9)] * 3)).listed()) == 3
+    assert torch.allclose(level(Activations(inputs)).stacked(), expected, atol=1e-5)
+
+
+def test_a_block_that_hands_on_more_than_tensors_is_looped_and_says_why():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_module("conv", (x,)), graph.call_function(getattr, (x, "shape"))))
+    block = fx.GraphModule(nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3)}), graph)
+    assert "holds no images" in self_check(block, torch.randn(1, 4, 8, 8))
+
+
+def test_several_tensors_cross_side_by_side():
+    graph = fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    graph.output((graph.call_module("conv", (a,)), graph.call_module("norm", (b,))))
+    block = fx.GraphModule(nn.ModuleDict({"conv": nn.Conv2d(4, 3, 3), "norm": nn.BatchNorm2d(2)}), graph)
+    assert self_check(block, (torch.randn(1, 4, 8, 8), torch.randn(1, 2, 5, 5))) == ""
 
 
 def test_the_self_check_catches_a_wrong_rule(monkeypatch):
@@ -128,11 +168,11 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
         rows = [width.rows(getattr(module, n)).clone() for n in ("running_mean", "running_var", "weight", "bias")]
         return torch.nn.functional.batch_norm(x, *rows, module.training, module.momentum, module.eps)
 
-    monkeypatch.setitem(packing._MODULE_RULES, nn.BatchNorm2d, still_statistics)
+    monkeypatch.setitem(packing._LAYERS, nn.BatchNorm2d, (packing.Form.CHANNELS, still_statistics))
     assert "statistics in 1.running_mean" in self_check(block, example)
     monkeypatch.undo()
 
-    monkeypatch.setattr(packing, "_ACTIVATIONS", (*packing._ACTIVATIONS, Sneaky))
+    monkeypatch.setattr(packing, "_PER_CHANNEL", (*packing._PER_CHANNEL, Sneaky))
     layers = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "mix": Sneaky()})
     graph = fx.Graph()
     graph.output(graph.call_module("mix", (graph.call_module("conv", (graph.placeholder("x"),)),)))
@@ -159,11 +199,10 @@ def test_stochastic_depth_is_drawn_for_every_branch():
 
 
 def test_light_levels_are_grouped_on_a_cpu_and_heavy_ones_looped(monkeypatch):
-    ran = []
+    ran, original = [], Packed.__call__
     level, _ = level_of(nn.Conv2d(3, 4, 3))
     level.group()
-    grouped = level._grouped[0]
-    level._grouped = [lambda *args: ran.append("grouped") or grouped(*args)]
+    monkeypatch.setattr(Packed, "__call__", lambda *args: ran.append("grouped") or original(*args))
     level(Activations([torch.randn(1, 3, 8, 8)] * 3))
     assert ran == ["grouped"]
     monkeypatch.setattr(branching, "_LIGHT", 10)
