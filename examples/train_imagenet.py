@@ -61,9 +61,9 @@ CIFAR = Run(
     TrainConfig(output_dir="runs/cifar"),
 )
 FASHION_MNIST = Run(
-    DataConfig(dataset="fashion_mnist", input_size=(1, 32, 32), augment="crop_flip", pad=2, **SMALL_IMAGES),
+    DataConfig(dataset="fashion_mnist", input_size=(1, 32, 32), augment="crop_flip", pad=0, **SMALL_IMAGES),
     ModelConfig(backbone="resnet8_cifar", blocks=3),
-    TrainConfig(output_dir="runs/fashion_mnist", epochs=10, schedule="cosine", warmup_epochs=1),
+    TrainConfig(output_dir="runs/fashion_mnist", epochs=6, optimizer="adamw", lr=4e-3, weight_decay=0.02),
 )
 DEMO = Run(
     DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, hflip=0.0, **SMALL_IMAGES),

@@ -33,8 +33,8 @@ def plot_accuracy(
         axes.plot([m / 1e6 for m in macs], accuracy, marker=marker, label=name)
     longest = max(curves.values(), key=lambda curve: len(curve[0]))
     for depth, (cost, reached) in enumerate(zip(*longest, strict=True)):
-        axes.annotate(f"depth {depth}", (cost / 1e6, reached), (0, -14), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="million multiply-accumulates per image", ylabel="accuracy (%)", title=title)
+        axes.annotate(str(depth), (cost / 1e6, reached), (0, -14), textcoords="offset points", ha="center", fontsize=8)
+    axes.set(xlabel="million multiply-accumulates per image (numbers: depth)", ylabel="accuracy (%)", title=title)
     axes.margins(x=0.1, y=0.15)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
