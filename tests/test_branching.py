@@ -122,7 +122,10 @@ def test_what_has_no_place_in_channels_is_run_in_another_form(layer):
 
 
 def test_a_module_that_cannot_be_traced_is_looped_in_place_and_says_why():
-    level, _ = level_of(nn.Conv2d(4, 4, 3), Undecided())
+    graph = fx.Graph()
+    graph.output(graph.call_module("1", (graph.call_module("0", (graph.placeholder("x"),)),)))
+    block = fx.GraphModule(nn.ModuleDict({"0": nn.Conv2d(4, 4, 3), "1": Undecided()}), graph)
+    level = Level(block, [dict(block.state_dict()) for _ in range(3)])
     level.group()
     assert level.looped_because == "" and "control flow" in level.looped_layers["1"]
     inputs = [torch.randn(2, 4, 9, 9) for _ in range(3)]
