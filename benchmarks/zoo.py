@@ -38,6 +38,8 @@ RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"
 SIZES = (64, 128)  # pixels tried before a model's own
 EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
+LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
+TOO_LARGE = 150.0  # million parameters from which a variant is only cut, without weights
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,17 @@ class Settings:
 def main(settings: Settings) -> None:
     """Examine, then write the page."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    sizes = _kept("sizes", measure, timm.list_models(), settings.processes, {})
+    sizes = _kept("sizes", measure, architectures(), settings.processes)
     smallest = smallest_variants(sizes)
     if settings.only:
         smallest = {file: name for file, name in smallest.items() if file in settings.only}
-    families = _kept("families", examine, smallest.values(), settings.processes)
+    fit = sorted((n for n in smallest.values() if sizes[n]["millions"] < TOO_LARGE), key=lambda n: sizes[n]["millions"])
+    families = _kept("families", examine, fit, settings.processes)
+    families |= _kept("too_large", cut_only, sorted(set(smallest.values()) - set(fit)), settings.processes)
     if settings.only:
         print(json.dumps({name: families[name] for name in smallest.values()}, indent=1))
         return
-    registry = _kept("registry", cut_only, timm.list_models(), settings.processes) if settings.registry else {}
+    registry = _kept("registry", cut_only, architectures(), settings.processes) if settings.registry else {}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "zoo.md").write_text(page(smallest, families, registry, sizes))
     print(f"wrote {RESULTS / 'zoo.md'}")
@@ -72,10 +76,15 @@ def main(settings: Settings) -> None:
 # --- one architecture -------------------------------------------------------------------------------------------------
 
 
+def architectures() -> list[str]:
+    """Every variant that is timm's own."""
+    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm.")]
+
+
 def measure(name: str) -> dict[str, Any]:
     """Millions of parameters of a variant, and the file it is made in."""
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=10)
+        model = timm.create_model(name)
     file = model_entrypoint(name).__module__.rpartition(".")[2]
     return {"file": file, "millions": sum(p.numel() for p in model.parameters()) / 1e6}
 
@@ -104,7 +113,8 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     enliven(backbone)
     x = _images(backbone)
     start = time.perf_counter()
-    model = hierens.hierensify(backbone, BLOCKS).eval()
+    large = sum(p.numel() for p in backbone.parameters()) > LARGE * 1e6
+    model = hierens.hierensify(backbone, branching=(1, 1, 2, 2) if large else (1, 2, 2, 2)).eval()
     found: dict[str, Any] = {
         "seconds": time.perf_counter() - start,
         "pixels": x.shape[-1],
@@ -127,7 +137,7 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
         "compiled": lambda: _same(torch.compile(model.at_depth(1), backend="aot_eager"), model.at_depth(1), x),
         "exported": lambda: _same(torch.export.export(model.at_depth(1), (x,)).module(), model.at_depth(1), x),
     }
-    for what, try_out in (others | compilers if thorough else others).items():
+    for what, try_out in (others | compilers if thorough and not large else others).items():
         try:
             found[what] = try_out()
         except Exception as error:
@@ -180,13 +190,14 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def _packed_against_looped(model: hierens.HierarchicalEnsemble, x: Tensor, training: bool) -> float:
     """The largest difference between the two ways to run a tree of networks that differ; dropout off."""
-    tree = copy.deepcopy(model).double()
+    tree = copy.deepcopy(model)
     tree.break_symmetry(noise=0.3)
-    try:
-        tree.set_executor("looped")
-        tree(x.double())
-    except Exception:  # it makes values of single precision itself
-        tree, x = tree.float(), x.float()
+    if tree.tree.leaves == 8:
+        try:
+            tree.double().set_executor("looped")
+            tree(x.double(), depth=0)
+        except Exception:  # it makes values of single precision itself
+            tree.float()
     outputs = []
     for executor in ("looped", "grouped"):
         own = copy.deepcopy(tree).train(training)
@@ -210,7 +221,7 @@ def _saved(model: hierens.HierarchicalEnsemble, x: Tensor) -> bool:
 
 def _half(model: hierens.HierarchicalEnsemble, x: Tensor, dtype: torch.dtype) -> bool:
     tree = copy.deepcopy(model).to(dtype)
-    return bool(tree(x.to(dtype)).isfinite().all())
+    return bool(tree(x[:1].to(dtype), depth=1).isfinite().all())
 
 
 # --- many of them -----------------------------------------------------------------------------------------------------
@@ -221,13 +232,11 @@ def _kept(
     examine_one: Callable[[str], dict[str, Any]],
     names: Iterable[str],
     processes: int,
-    known: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Results by name, from the file of earlier ones or new; an architecture that fails says why."""
     file = KEPT / f"{what}.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
-    found: dict[str, dict[str, Any]] = {} if known is None else dict(known)
-    found |= {record.pop("name"): record for record in map(json.loads, lines)}
+    found = {record.pop("name"): record for record in map(json.loads, lines)}
     missing = [name for name in names if name not in found]
     with file.open("a") as log:
         for name, record in _spread(examine_one, missing, processes):
@@ -276,13 +285,15 @@ def page(
 ) -> str:
     """The results page."""
     rows = {file: families[name] for file, name in smallest.items()}
-    converted = {file: row for file, row in rows.items() if "error" not in row}
+    skipped = [name for row, name in zip(rows.values(), smallest.values(), strict=True) if set(row) == {"at"}]
+    converted = {file: row for file, row in rows.items() if "error" not in row and set(row) != {"at"}}
+    tried = [row for row in converted.values() if "compiled" in row]
     exact = [file for file, row in converted.items() if row["copy"] <= EXACT]
     lines = [_row(file, smallest[file], sizes[smallest[file]]["millions"], row) for file, row in rows.items()]
     failed = [f"- `{file}` (`{smallest[file]}`): {row['error']}" for file, row in rows.items() if "error" in row]
     levels = Counter(name for row in converted.values() for name in row["executors"][:BLOCKS])
     checks = {
-        what: sum(row[what] is True for row in converted.values())
+        what: sum(row.get(what) is True for row in converted.values())
         for what in ("deepcopy", "saved", "bfloat16", "float16", "compiled", "exported")
     }
     packed = {
@@ -291,8 +302,9 @@ def page(
     }
     return f"""# The whole zoo
 
-The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS} blocks and made a tree of
-{2 ** (BLOCKS - 1)} networks. Weights are random, also those that initialisation leaves at zero; two images.
+The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS} blocks and made a tree of eight
+networks (four from {LARGE:g} million parameters on). Weights are random, also those that initialisation leaves at zero;
+two images. Only cut, for their size: {", ".join(f"`{name}`" for name in skipped) or "none"}.
 
 - **{len(exact)} of {len(rows)} model files convert exactly**: copies of the backbone answer within {EXACT:g} of it
   (relative to the largest logit) at every depth.
@@ -301,9 +313,10 @@ The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS
   products.
 - Packed equals looped, with other weights in every branch, for {packed["eval"]} of {len(converted)} in evaluation and
   {packed["train"]} in training (gradients and statistics are compared in the tests).
-- {checks["deepcopy"]} survive `copy.deepcopy`, {checks["saved"]} come back the same from `save_pretrained`,
-  {checks["compiled"]} from `torch.compile` and {checks["exported"]} from `torch.export` (both at two networks, without
-  code generation); {checks["bfloat16"]} give finite logits in bfloat16 and {checks["float16"]} in float16 on the CPU.
+- {checks["deepcopy"]} survive `copy.deepcopy`, {checks["saved"]} come back the same from `save_pretrained`, and
+  {checks["bfloat16"]} give finite logits in bfloat16, {checks["float16"]} in float16 on the CPU. Of {len(tried)} tried,
+  `torch.compile` (without code generation) gives the same for {checks["compiled"]} and `torch.export` for
+  {checks["exported"]}, both at two networks.
 {_registry_line(registry)}
 ## What does not convert
 
@@ -334,11 +347,13 @@ hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__
 
 
 def _row(file: str, name: str, millions: float, row: dict[str, Any]) -> str:
+    if set(row) == {"at"}:
+        return f"| {file} | `{name}` | {millions:.1f} | cut only | | | | | | |"
     if "error" in row:
         return f"| {file} | `{name}` | {millions:.1f} | not cut | | | | | | |"
     short = " ".join(e[0] + "+" * ("layers" in e) for e in row["executors"][:BLOCKS])
     numbers = [f"{row[k]:.0e}" if isinstance(row[k], float) else "fails" for k in ("copy", "eval", "train")]
-    marks = ["yes" if row[k] is True else "no" for k in ("compiled", "exported")]
+    marks = ["yes" if row[k] is True else "no" if k in row else "" for k in ("compiled", "exported")]
     half = " ".join(k for k in ("bfloat16", "float16") if row[k] is True) or "no"
     return f"| {file} | `{name}` | {millions:.1f} | {short} | {' | '.join([*numbers, *marks])} | {half} |"
 

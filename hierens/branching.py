@@ -21,7 +21,8 @@ from torch.func import functional_call
 
 from hierens.errors import first_line
 from hierens.packed import Width, branch_states, caches_of, concatenate, forget, replace, state_of
-from hierens.packing import Packed, PackError
+from hierens.packing import Packed
+from hierens.packing_rules import PackError
 
 Executor = Literal["auto", "looped", "grouped"]
 Value = Any  # what one branch hands on: a tensor, or the tuple of values that cross a cut

@@ -48,6 +48,11 @@ def shape_in_batch(x: Tensor, width: Width) -> torch.Size:
     return torch.Size((batch * width.active, channels // width.active, *rest))
 
 
+def shape_of_one(weights: Tensor, width: Width) -> torch.Size:
+    """The shape that weights (w, ...) have in a single branch."""
+    return weights.shape[1:]
+
+
 # --- layers over feature maps side by side ---------------------------------------------------------------------------
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -1,0 +1,334 @@
+"""A trace of a block's layers, rewritten node by node for packed weights."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hierens import packed_layers as layers
+from hierens.packed import Width, branch_states, caches_of, forget, state_of
+from hierens.packing_rules import ABOUT, BINARY, UNARY, Form, PackError, layer_form, per_channel
+
+
+class PerBranch(nn.Module):
+    """Calls a function, method or module once per branch, and puts the results together again."""
+
+    def __init__(self, target: Any, forms: Sequence[Form], spec: Any, scalars: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.target = [target]  # in a list, so that a module is not registered twice
+        self.forms, self.spec, self.scalars = list(forms), spec, scalars
+        self._caches = caches_of(target) if isinstance(target, nn.Module) else []
+
+    def forward(self, width: Width, *flat: Any) -> Any:
+        """What the branches return, one after another if any argument holds images, else stacked."""
+        split = [self._split(value, form, width) for value, form in zip(flat, self.forms, strict=True)]
+        target = self.target[0]
+        states: Sequence[dict[str, Tensor] | None] = [None] * width.active
+        if isinstance(target, nn.Module):
+            states = branch_states(target, self.scalars, width.total, width.active)
+        results = []
+        for branch, state in enumerate(states):
+            args, kwargs = tree_unflatten([values[branch] for values in split], self.spec)
+            if state is not None:
+                forget(self._caches)
+                results.append(functional_call(target, state, args, kwargs))
+            else:
+                call = getattr(args[0], target) if isinstance(target, str) else target
+                results.append(call(*(args[1:] if isinstance(target, str) else args), **kwargs))
+        return self._joined(results)
+
+    @staticmethod
+    def _split(value: Any, form: Form, width: Width) -> Sequence[Any]:
+        if form is Form.WEIGHT and isinstance(value, Tensor):
+            return value.unbind()
+        if form is Form.BATCH and isinstance(value, Tensor):
+            return value.unflatten(0, (width.active, -1)).unbind()
+        return [value] * width.active
+
+    def _joined(self, results: list[Any]) -> Any:
+        if isinstance(results[0], (tuple, list)):
+            return tuple(self._joined(list(parts)) for parts in zip(*results, strict=True))
+        if not isinstance(results[0], Tensor):
+            return results[0]
+        return torch.cat(results) if Form.BATCH in self.forms else torch.stack(results)
+
+
+class Rewriter:
+    """Writes the packed graph, node by node."""
+
+    def __init__(
+        self,
+        block: fx.GraphModule,
+        trace: fx.Graph,
+        scalars: frozenset[str],
+        constants: nn.Module,
+        closed: Mapping[str, str],
+    ) -> None:
+        self.block, self.trace, self.scalars, self.constants = block, trace, scalars, constants
+        self.closed = closed
+        self.graph = fx.Graph()
+        self.made: dict[tuple[fx.Node, Form], fx.Node] = {}
+        self.form: dict[fx.Node, Form] = {}
+        self.tuples: set[fx.Node] = set()
+        self.parts: dict[str, nn.Module] = {}
+        self.packed_names = {name for name, _ in state_of(block)}
+        self.changed: dict[fx.Node, fx.Node] = {}  # a value that was changed in place, and the call that did
+        self.looped: dict[str, str] = {}
+        self.conversions: set[tuple[fx.Node, Form]] = set()
+
+    def rewrite(self) -> fx.GraphModule:
+        """A module `(*values, width)` on values side by side, which reads its weights from the block's own modules.
+
+        Raises:
+            PackError: the block hands on something other than images.
+        """
+        placeholders = [node for node in self.trace.nodes if node.op == "placeholder"]
+        for node in placeholders:
+            self._put(node, self.graph.placeholder(node.name), Form.CHANNELS)
+        self.width = self.graph.placeholder("width")
+        for node in self.trace.nodes:
+            if node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self._handed_on))
+            elif node.op != "placeholder":
+                getattr(self, f"_{node.op}")(node)
+        return fx.GraphModule(self.parts, self.graph, class_name="PackedBlock")
+
+    def _handed_on(self, node: fx.Node) -> fx.Node:
+        if self.form[node] in (Form.WEIGHT, Form.SHARED):
+            raise PackError(f"{node.name}, which it hands on, holds no images")
+        return self._as(node, Form.CHANNELS)
+
+    # --- values and their forms --------------------------------------------------------------------------------------
+
+    def _put(self, node: fx.Node, made: fx.Node, form: Form) -> None:
+        self.form[node] = form
+        self.made[node, form] = made
+
+    def _as(self, node: fx.Node, form: Form) -> fx.Node:
+        """A value in another form; a conversion is written once."""
+        while node in self.changed:
+            node = self.changed[node]
+        own = self.form[node]
+        if own is Form.SHARED or own is form:
+            return self.made[node, own]
+        if own is Form.WEIGHT or form not in (Form.CHANNELS, Form.BATCH):
+            raise PackError(f"{node.name} is used both as weights and as images")
+        if (node, form) not in self.made:
+            convert = layers.to_batch if form is Form.BATCH else layers.to_channels
+            self.conversions.add((node, form))
+            self.made[node, form] = self.graph.call_function(convert, (self.made[node, own], self.width))
+        return self.made[node, form]
+
+    def _forms(self, node: fx.Node) -> set[Form]:
+        return {self.form[n] for n in node.all_input_nodes} - {Form.SHARED}
+
+    def _copied(self, node: fx.Node, form: Form) -> None:
+        """The same call on values in one form."""
+        self._put(node, self.graph.node_copy(node, lambda old: self._as(old, form)), form)
+
+    def _called(self, node: fx.Node, form: Form, function: Callable[..., Any], *args: Any) -> None:
+        """A function that takes the width, on values in one form."""
+        mapped = fx.map_arg(args, lambda old: self._as(old, form))
+        self._put(node, self.graph.call_function(function, (*mapped, self.width)), form)
+
+    def _per_branch(self, node: fx.Node, target: Any, scalars: frozenset[str] = frozenset()) -> None:
+        """A call per branch, on images one after another and on weights."""
+        images = bool(self._forms(node) & {Form.CHANNELS, Form.BATCH})
+        flat, spec = tree_flatten((tuple(node.args), dict(node.kwargs)))
+        forms, values = [], []
+        for value in flat:
+            if isinstance(value, fx.Node):
+                own = self.form[value]
+                forms.append(Form.BATCH if own is Form.CHANNELS else own)
+                values.append(self._as(value, forms[-1]))
+            else:
+                forms.append(Form.SHARED)
+                values.append(value)
+        name = f"per_branch_{len(self.parts)}"
+        self.parts[name] = PerBranch(target, forms, spec, scalars)
+        made = self.graph.call_module(name, (self.width, *values))
+        self._put(node, made, Form.BATCH if images else Form.WEIGHT)
+
+    # --- nodes -------------------------------------------------------------------------------------------------------
+
+    def _get_attr(self, node: fx.Node) -> None:
+        name = str(node.target)
+        owner, _, key = name.rpartition(".")
+        place = owner or "block"
+        self.parts[place] = self.block.get_submodule(owner)
+        if key.startswith("_tensor_constant"):  # the tracer's name for what stands nowhere else
+            place, self.parts["constants"] = "constants", self.constants
+            key = f"constant{len(self.constants._buffers)}"
+            self.constants.register_buffer(key, getattr(self.block, name), persistent=False)
+        # Read at run time: `.to(...)` puts another tensor in a buffer's place.
+        tensor = self.graph.call_function(getattr, (self.graph.get_attr(place), key))
+        if name not in self.packed_names:
+            self._put(node, tensor, Form.SHARED)
+        elif name in self.scalars:
+            self._put(node, self.graph.call_method("rows", (self.width, tensor)), Form.WEIGHT)
+        else:
+            self._put(node, self.graph.call_method("stacked", (self.width, tensor)), Form.WEIGHT)
+
+    def _call_module(self, node: fx.Node) -> None:
+        name = str(node.target)
+        module = self.block.get_submodule(name)
+        forms = self._forms(node)
+        if per_channel(module) and len(forms) <= 1 and Form.WEIGHT not in forms:
+            self.parts[name] = module
+            self._copied(node, next(iter(forms), Form.SHARED))
+            return
+        found = layer_form(module)
+        if found is not None and len(node.args) == 1 and not node.kwargs and forms and Form.WEIGHT not in forms:
+            self.parts[name] = module
+            form, function = found
+            if function is layers.stochastic_depth and forms == {Form.BATCH}:
+                self._copied(node, Form.BATCH)
+                return
+            before = set(self.conversions)
+            mapped = self._as(_first(node), form)
+            made = self.graph.call_function(function, (self.graph.get_attr(name), mapped, self.width))
+            if function is layers.linear:
+                self.conversions = before  # cheap, and worth it: see `channelwise`
+            self._put(node, made, form)
+        elif next(state_of(module), None) is None and Form.WEIGHT not in forms:
+            self.parts[name] = module
+            self._copied(node, Form.BATCH if forms else Form.SHARED)
+        else:
+            inside = {n.removeprefix(f"{name}.") for n in self.scalars if n.startswith(f"{name}.")}
+            self._per_branch(node, module, frozenset(inside))
+            if forms - {Form.WEIGHT}:
+                self.looped[name] = self.closed.get(name, f"{type(module).__name__} has no packed form")
+
+    def _call_function(self, node: fx.Node) -> None:
+        if node.target is getattr:
+            self._attribute(node, node.args[1])
+        elif node.target is operator.getitem:
+            self._item(node)
+        else:
+            self._operation(node)
+
+    def _call_method(self, node: fx.Node) -> None:
+        if node.target in ABOUT:
+            self._attribute(node, node.target)
+        elif node.target in ("expand", "repeat") and self._spreads(node):
+            rule = layers.spread if node.target == "expand" else layers.repeated
+            weight = self._as(_first(node), Form.WEIGHT)
+            sizes = fx.map_arg(_sizes(node), lambda old: self._as(old, Form.SHARED))
+            self._put(node, self.graph.call_function(rule, (weight, sizes, self.width)), Form.BATCH)
+        else:
+            self._operation(node)
+            if str(node.target).endswith("_"):
+                self.changed[_first(node)] = node
+
+    def _spreads(self, node: fx.Node) -> bool:
+        """Whether weights are given the size of the batch: their first size is then not a plain number."""
+        weights = self._forms(node) == {Form.WEIGHT} and self.form[_first(node)] is Form.WEIGHT
+        return weights and isinstance(_sizes(node)[0], fx.Node)
+
+    def _attribute(self, node: fx.Node, name: Any) -> None:
+        """What is asked about a tensor, not of it: one answer for all branches."""
+        source = _first(node)
+        form = self.form[source]
+        if name not in ABOUT and form is not Form.SHARED:
+            self._operation(node)  # such as x.T
+        elif form in (Form.CHANNELS, Form.WEIGHT) and name in ("shape", "size", "numel", "ndim", "dim"):
+            rule = layers.shape_in_batch if form is Form.CHANNELS else layers.shape_of_one
+            answer = self.graph.call_function(rule, (self._as(source, form), self.width))
+            if name == "size" and len(node.args) > 1:
+                answer = self.graph.call_function(operator.getitem, (answer, node.args[1]))
+            elif name == "numel":
+                answer = self.graph.call_method("numel", (answer,))
+            elif name in ("ndim", "dim"):
+                answer = self.graph.call_function(len, (answer,))
+            self._put(node, answer, Form.SHARED)
+        else:
+            self._put(node, self.graph.node_copy(node, lambda old: self._as(old, self.form[old])), Form.SHARED)
+
+    def _item(self, node: fx.Node) -> None:
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source in self.tuples:
+            self._copied(node, self.form[source])
+        else:
+            self._operation(node)
+
+    def _operation(self, node: fx.Node) -> None:
+        """A function or method: in channels if it can be, else per sample, else branch by branch."""
+        forms = self._forms(node)
+        if not forms:
+            self._put(node, self.graph.node_copy(node, lambda old: self._as(old, Form.SHARED)), Form.SHARED)
+        elif Form.WEIGHT in forms:
+            self._operation_with_weights(node)
+        elif Form.CHANNELS in forms and self._stays_in_channels(node):
+            pass
+        else:
+            self._copied(node, Form.BATCH)
+        if _name(node) in ("split", "chunk", "unbind", "tensor_split"):
+            self.tuples.add(node)
+
+    def _operation_with_weights(self, node: fx.Node) -> None:
+        op, args = BINARY.get(node.target), [arg for arg in node.args if isinstance(arg, fx.Node)]
+        own = [self.form[arg] for arg in args]
+        if op is None or len(args) != 2 or node.kwargs or len(set(own)) != 2 or Form.SHARED in own:
+            self._per_branch(node, node.target)
+            return
+        first = own[0] is Form.WEIGHT
+        form = own[1 if first else 0]
+        rule = layers.with_weights_of_channels if form is Form.CHANNELS else layers.with_weights
+        values = [self._as(arg, self.form[arg]) for arg in args]
+        self._put(node, self.graph.call_function(rule, (op.removeprefix("i"), *values, self.width, first)), form)
+
+    def _stays_in_channels(self, node: fx.Node) -> bool:
+        """Write an operation that treats channels alike and apart; False if it is none."""
+        name, images = _name(node), [n for n in node.all_input_nodes if self.form[n] is not Form.SHARED]
+        plain = len(images) == len(node.all_input_nodes)
+        if node.target in BINARY and plain and len(images) == 1:
+            self._copied(node, Form.CHANNELS)
+        elif node.target in BINARY and plain and len(node.args) == 2 and not node.kwargs:
+            self._called(node, Form.CHANNELS, layers.broadcast_channels, BINARY[node.target], *node.args)
+        elif (node.target in UNARY or name == "pad_same") and len(images) == 1:
+            self._copied(node, Form.CHANNELS)
+        elif name in ("cat", "concat") and _dim(node, 1, 0) == 1:
+            self._called(node, Form.CHANNELS, layers.concatenate_channels, node.args[0])
+        elif name in ("split", "chunk") and _dim(node, 2, 0) == 1 and len(node.args) > 1 and plain:
+            rule = layers.split_channels if name == "split" else layers.chunk_channels
+            self._called(node, Form.CHANNELS, rule, *node.args[:2])
+        elif _reduces_positions(node, name) or (name == "flatten" and (*node.args[1:], *node.kwargs.values()) == (1,)):
+            self._copied(node, Form.CHANNELS)
+        else:
+            return False
+        return True
+
+
+def _first(node: fx.Node) -> fx.Node:
+    """What a call is made on."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes in `x.expand(2, 3)` and in `x.expand((2, 3))`."""
+    given = node.args[1]
+    return tuple(given) if isinstance(given, (tuple, list)) else tuple(node.args[1:])
+
+
+def _name(node: fx.Node) -> str:
+    """What exists both as a function and as a method goes by one name."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _dim(node: fx.Node, position: int, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+
+
+def _reduces_positions(node: fx.Node, name: str) -> bool:
+    """Whether a mean, sum or maximum runs over height and width only."""
+    dims = _dim(node, 1, None)
+    dims = [dims] if isinstance(dims, int) else dims
+    return name in ("mean", "sum", "amax") and isinstance(dims, (tuple, list)) and set(dims) <= {2, 3}
