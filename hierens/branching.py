@@ -11,7 +11,9 @@ and the state dict does not depend on how the level is run. There are two ways t
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -212,7 +214,8 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
         return "values other than batches of feature maps cross into it"
     reasons = []
     for dtype in (torch.float64, torch.float32):
-        because, blamed = _disagreement(block, example, dtype, seed)
+        with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code that failed
+            because, blamed = _disagreement(block, example, dtype, seed)
         if not blamed:
             return because
         reasons.append(because)

@@ -144,6 +144,7 @@ class CoarseTrace:
     def __init__(self, backbone: nn.Module, opened: set[str], classifiers: tuple[str, ...]) -> None:
         graph = _traced(backbone, opened)
         self.backbone, self.classifier_names = backbone, classifiers
+        self.saved = set(backbone.state_dict())
         self.extra = _dropouts_as_modules(graph, set(dict(backbone.named_modules())))
         features = [node for node in graph.nodes if node.target is _features_end]
         marker = features[0].next if len(features) == 1 else None
@@ -268,6 +269,10 @@ class CoarseTrace:
                 owner, _, name = node.target.rpartition(".")
                 parts[node.target] = getattr(self.backbone.get_submodule(owner), name)
         piece = fx.GraphModule(parts, graph, class_name="Block")
+        for target, value in parts.items():
+            if isinstance(value, Tensor) and target not in self.saved:
+                owner, _, name = target.rpartition(".")
+                piece.get_submodule(owner)._non_persistent_buffers_set.add(name)
         piece.train(self.backbone.training)
         return piece
 

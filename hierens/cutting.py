@@ -7,6 +7,7 @@ first, the heaviest before the others.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -54,6 +55,7 @@ def cut(
     if blocks < 1:
         raise CutError(f"blocks must be at least 1, got {blocks}.")
     backbone = copy.deepcopy(backbone)
+    shared = _unshare(backbone)
     example = example_input(backbone) if example is None else example
     classifiers = classifier_names(backbone)
     with evaluating(backbone):
@@ -63,8 +65,10 @@ def cut(
             trace = CoarseTrace(backbone, ancestors([*at, *classifiers]), classifiers)
             trace.candidates(example)  # tells which values are tensors
             chosen = [trace.position(name) for name in at]
-        cutting = trace.split(chosen)
+        cutting, called_again = _unshare_blocks(trace.split(chosen))
         _prove(cutting, backbone, example)
+    if shared or called_again:
+        _warn_of_sharing(backbone, shared + called_again)
     return cutting
 
 
@@ -224,6 +228,47 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
         kind = type(backbone).__name__
         raise CutError(f"this {kind} has no classifier: make it with num_classes of at least 1.")
     return tuple(names)
+
+
+def _unshare(backbone: nn.Module) -> list[str]:
+    """Give every place where a backbone uses a layer again a layer of its own, with the same weights; their names."""
+    seen: set[nn.Module] = set()
+    shared: list[str] = []
+
+    def visit(owner: nn.Module, path: str) -> None:
+        for name, module in owner._modules.items():
+            if module is None or next(module.parameters(), None) is None:
+                continue
+            if module in seen:
+                shared.append(f"{path}{name}")
+                module = owner._modules[name] = copy.deepcopy(module)
+            seen.add(module)
+            visit(module, f"{path}{name}.")
+
+    visit(backbone, "")
+    return shared
+
+
+def _unshare_blocks(cutting: Cutting) -> tuple[Cutting, list[str]]:
+    """The same for layers that several blocks call."""
+    seen: set[int] = set()
+    blocks, shared = [], []
+    for block in cutting.blocks:
+        own = {id(parameter): name for name, parameter in block.named_parameters()}
+        again = [name for parameter, name in own.items() if parameter in seen]
+        blocks.append(copy.deepcopy(block) if again else block)
+        shared += again
+        seen |= own.keys()
+    return replace(cutting, blocks=tuple(blocks)), shared
+
+
+def _warn_of_sharing(backbone: nn.Module, shared: Sequence[str]) -> None:
+    some = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+    warnings.warn(
+        f"this {type(backbone).__name__} uses layers in more than one place ({some}): in a tree they become separate "
+        "layers with equal weights, which training tells apart.",
+        stacklevel=4,
+    )
 
 
 def _prove(cutting: Cutting, backbone: nn.Module, example: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +73,9 @@ class HierarchicalEnsemble(nn.Module):
         super().__init__()
         self.tree = tree
         self.classifier_names = cutting.classifier_names
-        blocks = _unshared(cutting.blocks)
         self.levels = nn.ModuleList(
             Level(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
-            for level, block in enumerate(blocks)
+            for level, block in enumerate(cutting.blocks)
         )
         last = tree.levels - 1
         self.head = Level(cutting.head, [self._drawn(cutting.head, last, b, init) for b in range(tree.leaves)])
@@ -467,23 +465,6 @@ def _small_example(backbone: nn.Module) -> Tensor:
             backbone(small)
             return small
     return full
-
-
-def _unshared(blocks: Sequence[Any]) -> list[Any]:
-    """Blocks with modules of their own where two used the same one."""
-    seen: set[int] = set()
-    made = []
-    for block in blocks:
-        own = {id(parameter) for parameter in block.parameters()}
-        if own & seen:
-            warnings.warn(
-                "blocks of this backbone share parameters; as branches they become separate and train apart.",
-                stacklevel=3,
-            )
-            block = copy.deepcopy(block)
-        seen |= own
-        made.append(block)
-    return made
 
 
 def _classifier_maker(old: nn.Module, features: int, leaves: int) -> Callable[[int], nn.Module]:
