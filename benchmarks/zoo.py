@@ -36,6 +36,7 @@ from hierens.cutting import cut, example_input
 ROOT = Path(__file__).parents[1]
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"
 SIZES = (64, 128)  # pixels tried before a model's own
+_PER_POOL = 40  # architectures until processes are renewed
 EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
 LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
@@ -251,15 +252,14 @@ def _spread(
     examine_one: Callable[[str], dict[str, Any]], names: list[str], processes: int
 ) -> Iterable[tuple[str, dict[str, Any]]]:
     """Over processes that are renewed now and then, since compilers and allocators keep what they saw."""
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _quiet, max_tasks_per_child=25)
-    waiting = {pool.submit(_safely, examine_one, name): name for name in names}
-    try:
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
-    except BrokenProcessPool as error:
-        raise SystemExit("a process died, probably for lack of memory: start again with --processes 1") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for start in range(0, len(names), _PER_POOL):
+        with ProcessPoolExecutor(processes, get_context("spawn"), _quiet) as pool:
+            waiting = {pool.submit(_safely, examine_one, name): name for name in names[start : start + _PER_POOL]}
+            try:
+                for future in as_completed(waiting):
+                    yield waiting[future], future.result()
+            except BrokenProcessPool as error:
+                raise SystemExit("a process died, probably for lack of memory: go on with --processes 1") from error
 
 
 def _quiet() -> None:
