@@ -100,6 +100,10 @@ def create_ensemble(run: Run, num_classes: int) -> hierens.HierarchicalEnsemble:
     except Exception as error:
         weights = f" with the weights in {config.weights}" if config.weights else ""
         raise ValueError(f"timm cannot make {config.backbone}{weights}: {error}") from error
+    if config.warm and backbone.num_classes != backbone.pretrained_cfg["num_classes"]:
+        # Some of timm's networks draw a classifier so wide, when made for few classes, that the first steps undo much
+        # of what the pretrained weights know: EfficientNet's for 10 classes is 11 times wider than this.
+        backbone.reset_classifier(backbone.num_classes)
     init = config.init or ("copy" if config.warm else "reinit")
     model = hierens.hierensify(backbone, config.blocks, init=init, seed=run.train.seed)
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
