@@ -51,9 +51,9 @@ class Settings:
     """pixels that the 28x28 images are brought to: up to 36 by padding, beyond by resizing"""
     blocks: int = 3
     """blocks of the tree"""
-    images: int = 19_200
+    images: int = 12_800
     """training images of the two full runs, each seen once"""
-    pilot_images: int = 6_400
+    pilot_images: int = 3_840
     """training images of the pilot runs, each seen once"""
     held_out: int = 2_000
     """training images kept back to judge the pilot runs"""
@@ -222,16 +222,21 @@ standard deviation are the same for each colour.
 
 Each side has the best of {len(LEARNING_RATES)} rates, by the accuracy of all networks after
 {settings.pilot_images:,} images on {settings.held_out:,} training images that no run trains on.
+The scratch runs keep timm's own initialisation of everything; the warm ones draw the classifier as `nn.Linear` does.
 Chosen: {best[WARM]:g} with ImageNet weights, {best[SCRATCH]:g} from scratch{edges(best)}.
 
 {rate_table(rates)}
 
 ## Breaking the symmetry
 
-Copies get the same gradients for ever unless something tells them apart. These are short runs from the ImageNet
-weights with Gaussian noise relative to each weight's standard deviation (`symmetry_noise`, `break_symmetry`), or with
-classifiers drawn anew for every leaf (`reset_classifier`) and no noise; accuracy on the images held out. Spread is the
-standard deviation of the networks' logits around their mean, relative to that of the mean over images.
+Copies that get the same gradients stay the same. Under hierarchical co-distillation that holds for leaves that join at
+the same depth (leaves 2 and 3; 4 to 7); those that join at different ones are told apart by the loss itself, and what
+else parts them without noise is rounding, which differs between machines.
+
+These are short runs from the ImageNet weights with Gaussian noise relative to each weight's standard deviation
+(`symmetry_noise`, `break_symmetry`), or with classifiers drawn anew for every leaf (`reset_classifier`) and no noise;
+accuracy on the images held out. Spread is the standard deviation of the networks' logits around their mean, relative to
+that of the mean over images.
 
 {noise_table(noises)}
 

@@ -12,6 +12,7 @@ import train_imagenet
 from safetensors.torch import save_file
 
 import hierens
+from hierens.objectives import Objective
 from hierens.training.config import DataConfig, ModelConfig
 
 needs_weights = pytest.mark.skipif(
@@ -137,6 +138,23 @@ def test_symmetry_of_real_weights_breaks_by_the_seed_alone(imagenet_weights):
         assert all(torch.equal(after[name], before[name]) for name in before), "depth 0 is the pretrained network"
 
 
+@pytest.mark.parametrize(
+    ("objective", "alike"),
+    [("independent", [{0, 1, 2, 3}]), ("independent+hierarchical_codistillation", [{0}, {1}, {2, 3}])],
+)
+def test_which_copies_the_loss_itself_tells_apart(objective, alike):
+    backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 16), zero_init_last=False).double()
+    model = hierens.hierensify(backbone, blocks=3).train()
+    model.set_executor("looped")
+    generator = torch.Generator().manual_seed(0)
+    logits = model(torch.randn(8, 3, 32, 32, generator=generator).double(), reduce=False)
+    Objective(objective)(logits, torch.arange(8)).backward()
+    gradients = model.get_classifier().weight.grad.unflatten(0, (4, -1))
+    for a in range(4):
+        same = {b for b in range(4) if torch.equal(gradients[a], gradients[b])}
+        assert same in alike and a in same
+
+
 # --- the configuration ----------------------------------------------------------------------------------------------
 
 
@@ -156,6 +174,7 @@ def test_a_weights_file_goes_to_every_branch(fine_tuning):
     run, weights = fine_tuning
     model = train_imagenet.create_ensemble(run, num_classes=7)
     assert model.symmetric and model.num_classes == 7
+    assert model.get_classifier().weight.abs().max() <= 16**-0.5, "a narrow draw"
     for own in model.levels[2].states(4):
         assert own.keys() <= weights.keys()
         assert all(torch.equal(own[name], weights[name]) for name in own)
