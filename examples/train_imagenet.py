@@ -5,6 +5,7 @@ accelerate launch examples/train_imagenet.py --data-dir /path/to/images         
 accelerate launch examples/train_imagenet.py --dataset torch/cifar100 --data-dir DIR
 accelerate launch examples/train_imagenet.py --dataset hfds/user/name | wds/name --data-dir DIR
 python examples/train_imagenet.py --dataset fashion_mnist --data-dir DIR           its four idx files
+accelerate launch examples/train_imagenet.py --data-dir DIR --backbone NAME --pretrained | --weights FILE   fine-tuning
 python examples/train_imagenet.py                                                  a demo on a CPU, under two minutes
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
+import torch
 import tyro
 
 import hierens
@@ -81,21 +83,39 @@ def preset(dataset: str, data_dir: str) -> Run:
     return CIFAR if "cifar" in dataset else IMAGENET
 
 
+def create_ensemble(run: Run, num_classes: int) -> hierens.HierarchicalEnsemble:
+    """The tree as configured: from pretrained weights copied to every branch, or with branches drawn anew."""
+    config = run.model
+    source = {"pretrained_cfg_overlay": {"file": config.weights}} if config.weights else {}
+    torch.manual_seed(run.train.seed)  # pretrained or not, the classifier may be new
+    try:
+        backbone = timm.create_model(
+            config.backbone,
+            pretrained=config.warm,
+            num_classes=config.num_classes or num_classes,
+            in_chans=run.data.input_size[0],
+            **source,
+            **config.backbone_args,
+        )
+    except Exception as error:
+        weights = f" with the weights in {config.weights}" if config.weights else ""
+        raise ValueError(f"timm cannot make {config.backbone}{weights}: {error}") from error
+    if config.warm and backbone.num_classes != backbone.pretrained_cfg["num_classes"]:
+        # Some of timm's networks draw a classifier so wide, when made for few classes, that the first steps undo much
+        # of what the pretrained weights know: EfficientNet's for 10 classes is 11 times wider than this.
+        backbone.reset_classifier(backbone.num_classes)
+    init = config.init or ("copy" if config.warm else "reinit")
+    model = hierens.hierensify(backbone, config.blocks, init=init, seed=run.train.seed)
+    preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
+    return model
+
+
 def train(run: Run) -> tuple[hierens.HierarchicalEnsemble, list[float]]:
     """Train as configured; the model and its accuracy (%) per depth."""
     micro_batch = run.train.batch_size // run.train.accumulation
     train_loader, val_loader = create_loaders(run.data, micro_batch, run.train.val_batch_size, run.train.seed)
-    backbone = timm.create_model(
-        run.model.backbone,
-        pretrained=run.model.pretrained,
-        num_classes=run.model.num_classes or count_classes(train_loader.dataset),
-        in_chans=run.data.input_size[0],
-        **run.model.backbone_args,
-    )
-    model = hierens.hierensify(backbone, run.model.blocks, init=run.model.init, seed=run.train.seed)
-    model.pretrained_cfg.update(
-        {key: getattr(run.data, key) for key in ("input_size", "mean", "std", "crop_pct", "interpolation")}
-    )
+    model = create_ensemble(run, count_classes(train_loader.dataset))
     trainer = Trainer(model, run.train, train_loader, val_loader)
     if trainer.accelerator.is_main_process:
         output = Path(run.train.output_dir)

@@ -136,12 +136,25 @@ class ModelConfig:
     """further arguments of timm.create_model"""
     pretrained: bool = False
     """start from timm's pretrained weights, copied to every branch"""
+    weights: str = ""
+    """a file of pretrained weights under timm's names (.safetensors or .pth), in place of timm's own"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
-    init: Literal["copy", "reinit"] = "reinit"
-    """copy: every branch starts as the backbone; reinit: every branch is drawn anew"""
+    init: Literal["copy", "reinit"] | None = None
+    """copy: every branch starts as the backbone; reinit: every branch is drawn anew; by default copy if pretrained"""
     num_classes: int | None = None
     """classes to tell apart; by default as many as the data set names"""
+
+    def __post_init__(self) -> None:
+        if self.weights and not Path(self.weights).is_file():
+            raise ValueError(f"weights: there is no file {self.weights}.")
+        if self.warm and self.init == "reinit":
+            raise ValueError("init='reinit' would throw the pretrained weights away: leave it out, or say 'copy'.")
+
+    @property
+    def warm(self) -> bool:
+        """Whether the backbone comes with weights worth copying."""
+        return self.pretrained or bool(self.weights)
 
 
 def to_json(config: Any) -> dict[str, Any]:
