@@ -1,16 +1,10 @@
 """Architectures of every kind: copies are exact at every depth, packed equals looped, saved models come back."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import timm
 import torch
+import zoo
 from timm.models import model_entrypoint
-
-spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parents[1] / "benchmarks" / "zoo.py")
-zoo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(zoo)
 
 SAMPLE = {
     "test_convnext": "channel layer norm, layer scale",
