@@ -112,7 +112,7 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=10).eval()
     enliven(backbone)
-    x = _images(backbone)
+    x = few_pixels(backbone)
     start = time.perf_counter()
     large = sum(p.numel() for p in backbone.parameters()) > LARGE * 1e6
     model = hierens.hierensify(backbone, branching=(1, 1, 2, 2) if large else (1, 2, 2, 2)).eval()
@@ -160,7 +160,8 @@ def enliven(model: nn.Module) -> None:
             buffer.uniform_(0.5, 1.5)
 
 
-def _images(backbone: nn.Module) -> Tensor:
+@torch.no_grad()
+def few_pixels(backbone: nn.Module) -> Tensor:
     """Two images of few pixels, if the backbone takes such."""
     full = example_input(backbone, 2)
     for size in SIZES:
@@ -312,7 +313,7 @@ two images. Only cut, for their size: {", ".join(f"`{name}`" for name in skipped
   *Grouped*: branches side by side in channels. *Batched*: in places one after another in the batch, with batched matrix
   products.
 - Packed equals looped, with other weights in every branch, for {packed["eval"]} of {len(converted)} in evaluation and
-  {packed["train"]} in training (gradients and statistics are compared in the tests).
+  {packed["train"]} in training; the self-check compares running statistics too, the tests gradients of a sample.
 - {checks["deepcopy"]} survive `copy.deepcopy`, {checks["saved"]} come back the same from `save_pretrained`, and
   {checks["bfloat16"]} give finite logits in bfloat16, {checks["float16"]} in float16 on the CPU. Of {len(tried)} tried,
   `torch.compile` (without code generation) gives the same for {checks["compiled"]} and `torch.export` for

@@ -1,10 +1,14 @@
 """Architectures of every kind: copies are exact at every depth, packed equals looped, saved models come back."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import zoo
 from timm.models import model_entrypoint
+
+import hierens
 
 SAMPLE = {
     "test_convnext": "channel layer norm, layer scale",
@@ -27,6 +31,27 @@ SAMPLE = {
 @pytest.mark.parametrize("name", SAMPLE)
 def test_sampled_families_convert_exactly(name):
     check(zoo.examine(name, thorough=False))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_gradients_do_not_depend_on_the_executor(name):
+    backbone = timm.create_model(name, num_classes=10)
+    zoo.enliven(backbone)
+    model = hierens.hierensify(backbone, branching=(2, 1, 1, 1)).double().train()  # every level has two branches
+    model.break_symmetry(noise=0.3)
+    images = zoo.few_pixels(backbone.eval()).double()
+    gradients = {}
+    for executor in ("looped", "grouped"):
+        tree = copy.deepcopy(model)
+        tree.set_executor(executor)
+        for module in tree.modules():
+            if "drop" in type(module).__name__.lower():
+                module.eval()
+        (tree(images, reduce=False) ** 2).sum().backward()
+        gradients[executor] = {name: p.grad for name, p in tree.named_parameters() if p.grad is not None}
+    assert gradients["looped"].keys() == gradients["grouped"].keys()
+    for key, expected in gradients["looped"].items():
+        assert torch.allclose(gradients["grouped"][key], expected, atol=1e-6 * float(expected.abs().max()) + 1e-9), key
 
 
 @pytest.mark.slow
