@@ -59,13 +59,10 @@ def cut(
     example = example_input(backbone) if example is None else example
     classifiers = classifier_names(backbone)
     with evaluating(backbone):
-        if at is None:
-            trace, chosen = _balanced(backbone, classifiers, blocks, example)
-        else:
-            trace = CoarseTrace(backbone, ancestors([*at, *classifiers]), classifiers)
-            trace.candidates(example)  # tells which values are tensors
-            chosen = [trace.position(name) for name in at]
-        cutting, called_again = _unshare_blocks(trace.split(chosen))
+        # Cuts are made by name, also those chosen here, so that a saved model is cut as it was.
+        names = _balanced(backbone, classifiers, blocks, example) if at is None else at
+        trace, positions = _traced_for(backbone, classifiers, names, example)
+        cutting, called_again = _unshare_blocks(trace.split(positions))
         _prove(cutting, backbone, example)
     if shared or called_again:
         _warn_of_sharing(backbone, shared + called_again)
@@ -159,10 +156,28 @@ def example_input(model: nn.Module, batch: int = 1) -> Tensor:
     return values.to(parameter.device, parameter.dtype)
 
 
-def _balanced(
-    backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor
+def _traced_for(
+    backbone: nn.Module, classifiers: tuple[str, ...], at: Sequence[str], example: Tensor
 ) -> tuple[CoarseTrace, list[int]]:
-    """Open the heaviest leaves until the best cuts leave no block with too much of the work."""
+    """A trace that can be cut at the named modules, and where; what would hand on a list across a cut is opened."""
+    opened = ancestors([*at, *classifiers])
+    trace = CoarseTrace(backbone, opened, classifiers)
+    while True:
+        trace.candidates(example)  # tells which values are tensors
+        positions = [trace.position(name) for name in at]
+        crossing = {node for position in positions for node in trace.crossing(position)}
+        makers = {str(node.target) for node in crossing - trace.tensors if node.op == "call_module"} - opened
+        if not makers:
+            return trace, positions
+        try:
+            trace = CoarseTrace(backbone, opened | makers, classifiers)
+        except CutError:
+            return trace, positions
+        opened |= makers
+
+
+def _balanced(backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor) -> list[str]:
+    """Open the heaviest leaves until the best cuts leave no block with too much of the work; the cuts by name."""
     opened, closed = ancestors(classifiers), set[str]()
     trace = CoarseTrace(backbone, opened, classifiers)
     while True:
@@ -184,7 +199,7 @@ def _balanced(
             f"blocks={blocks} is more than this {type(backbone).__name__} can be cut into: "
             f"{len(candidates) + 1} at most."
         )
-    return trace, [candidates[index][0] for index in best[0]]
+    return [candidates[index][1].name for index in best[0]]
 
 
 def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[list[int], float] | None:
