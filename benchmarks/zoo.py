@@ -40,7 +40,7 @@ _PER_POOL = 40  # architectures until processes are renewed
 EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
 LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
-TOO_LARGE = 150.0  # million parameters from which a variant is only cut, without weights
+TOO_LARGE = 100.0  # million parameters from which a variant is only cut, without weights
 
 
 @dataclass(frozen=True)
@@ -354,8 +354,8 @@ def _row(file: str, name: str, millions: float, row: dict[str, Any]) -> str:
         return f"| {file} | `{name}` | {millions:.1f} | not cut | | | | | | |"
     short = " ".join(e[0] + "+" * ("layers" in e) for e in row["executors"][:BLOCKS])
     numbers = [f"{row[k]:.0e}" if isinstance(row[k], float) else "fails" for k in ("copy", "eval", "train")]
-    marks = ["yes" if row[k] is True else "no" if k in row else "" for k in ("compiled", "exported")]
-    half = " ".join(k for k in ("bfloat16", "float16") if row[k] is True) or "no"
+    marks = ["yes" if row.get(k) is True else "no" if k in row else "" for k in ("compiled", "exported")]
+    half = " ".join(k for k in ("bfloat16", "float16") if row.get(k) is True) or "no"
     return f"| {file} | `{name}` | {millions:.1f} | {short} | {' | '.join([*numbers, *marks])} | {half} |"
 
 

@@ -101,7 +101,7 @@ class Rewriter:
 
     def _handed_on(self, node: fx.Node) -> fx.Node:
         if self.form[node] in (Form.WEIGHT, Form.SHARED):
-            raise PackError(f"{node.name}, which it hands on, holds no images")
+            raise PackError("values other than feature maps cross out of it")
         return self._as(node, Form.CHANNELS)
 
     # --- values and their forms --------------------------------------------------------------------------------------
