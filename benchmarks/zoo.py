@@ -1,7 +1,7 @@
 """Hierensify every architecture of timm and write down what came of it: docs/results/zoo.md.
 
-python benchmarks/zoo.py                # the smallest variant of every model file, examined in full
-python benchmarks/zoo.py --registry     # and every variant of the registry cut, on the meta device
+python benchmarks/zoo.py                     # the smallest variant of every model file, examined in full
+python benchmarks/zoo.py --registry 2000     # and every variant of the registry cut, on the meta device
 
 Results are kept in runs/zoo/ as they come, so that an interrupted sweep goes on where it was.
 """
@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import platform
+import random
 import tempfile
 import time
 import warnings
@@ -47,8 +48,8 @@ TOO_LARGE = 100.0  # million parameters from which a variant is only cut, withou
 class Settings:
     """What the sweep takes."""
 
-    registry: bool = False
-    """cut every variant too, without weights"""
+    registry: int = 0
+    """cut this many variants of the registry too, without weights, in an order drawn once"""
     processes: int = 2
     """architectures at a time, one thread each"""
     only: tuple[str, ...] = ()
@@ -68,7 +69,9 @@ def main(settings: Settings) -> None:
     if settings.only:
         print(json.dumps({name: families[name] for name in smallest.values()}, indent=1))
         return
-    registry = _kept("registry", cut_only, architectures(), settings.processes) if settings.registry else {}
+    drawn = random.Random(0).sample(architectures(), len(architectures()))[: settings.registry]
+    cuts = _kept("registry", cut_only, drawn, settings.processes)
+    registry = {name: cuts[name] for name in drawn}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "zoo.md").write_text(page(smallest, families, registry, sizes))
     print(f"wrote {RESULTS / 'zoo.md'}")
@@ -318,7 +321,7 @@ two images. Only cut, for their size: {", ".join(f"`{name}`" for name in skipped
   {checks["bfloat16"]} give finite logits in bfloat16, {checks["float16"]} in float16 on the CPU. Of {len(tried)} tried,
   `torch.compile` (without code generation) gives the same for {checks["compiled"]} and `torch.export` for
   {checks["exported"]}, both at two networks.
-{_registry_line(registry)}
+{_registry_line(registry, len(sizes))}
 ## What does not convert
 
 {chr(10).join(failed) or "Nothing."}
@@ -339,7 +342,7 @@ executor stands in order: g grouped, b batched, l looped; + where single layers 
 ## How to repeat it
 
 ```bash
-python benchmarks/zoo.py --registry
+python benchmarks/zoo.py --registry {len(registry)}
 ```
 
 hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()},
@@ -369,14 +372,16 @@ def _reasons(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"- {why}: {', '.join(names)}" for why, names in ordered) or "None is."
 
 
-def _registry_line(registry: dict[str, dict[str, Any]]) -> str:
+def _registry_line(registry: dict[str, dict[str, Any]], variants: int) -> str:
     if not registry:
         return ""
     failed = {name: row["error"] for name, row in registry.items() if "error" in row}
     listed = "".join(f"\n    - `{name}`: {error}" for name, error in failed.items())
-    return f"""- Of the {len(registry)} variants of the whole registry, built with shapes but no values,
-  **{len(registry) - len(failed)} ({1 - len(failed) / len(registry):.1%}) are cut into {BLOCKS} blocks**; none was left
-  out for its size.{" The others:" if failed else ""}{listed}
+    share = 1 - len(failed) / len(registry)
+    which = "all" if len(registry) == variants else f"{len(registry)} drawn at random of"
+    return f"""- Of {which} {variants} variants of the registry, built with shapes but no values,
+  **{len(registry) - len(failed)} ({share:.1%}) are cut into {BLOCKS} blocks**; none was left out for its size.
+  {"The others:" if failed else ""}{listed}
 """
 
 

@@ -165,17 +165,17 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
     assert self_check(block, example) != ""
     monkeypatch.undo()
 
-    from hierens import packing
+    from hierens import packing_rules
 
     def still_statistics(module, x, width):
         rows = [width.rows(getattr(module, n)).clone() for n in ("running_mean", "running_var", "weight", "bias")]
         return torch.nn.functional.batch_norm(x, *rows, module.training, module.momentum, module.eps)
 
-    monkeypatch.setitem(packing._LAYERS, nn.BatchNorm2d, (packing.Form.CHANNELS, still_statistics))
+    monkeypatch.setitem(packing_rules.LAYERS, nn.BatchNorm2d, (packing_rules.Form.CHANNELS, still_statistics))
     assert "statistics in 1.running_mean" in self_check(block, example)
     monkeypatch.undo()
 
-    monkeypatch.setattr(packing, "_PER_CHANNEL", (*packing._PER_CHANNEL, Sneaky))
+    monkeypatch.setattr(packing_rules, "PER_CHANNEL", (*packing_rules.PER_CHANNEL, Sneaky))
     layers = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "mix": Sneaky()})
     graph = fx.Graph()
     graph.output(graph.call_module("mix", (graph.call_module("conv", (graph.placeholder("x"),)),)))

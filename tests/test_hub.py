@@ -94,7 +94,7 @@ def test_the_files_are_timms_layout_and_hold_no_pickle(model, saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["architecture"] == "hne" and config["num_classes"] == 10
     assert config["model_args"]["backbone"] == "resnet8_cifar"
-    assert config["model_args"]["at"] == ["layer1", "layer2"]
+    assert config["model_args"]["at"] == model._model_args["at"] and len(config["model_args"]["at"]) == 2
     assert not zipfile.is_zipfile(saved / "model.safetensors")
 
 
