@@ -66,6 +66,14 @@ class Cutting:
     classifier_names: tuple[str, ...]
 
 
+class _Proxy(fx.Proxy):
+    """Says which module returned it when it is written into, as only a list could be."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.look_into(self.node)  # type: ignore[attr-defined]
+        raise TypeError(f"{self.node} is written into, and a trace does not know it for a list")
+
+
 class _CoarseTracer(fx.Tracer):
     """Keeps every module whole but plain Sequentials and those named; calls the root with its first argument only."""
 
@@ -83,20 +91,23 @@ class _CoarseTracer(fx.Tracer):
         first = list(inspect.signature(root_fn).parameters)[1]
         return lambda root, x: root_fn(root, x), [self.root, self.create_proxy("placeholder", first, (), {})]
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def iter(self, obj: fx.Proxy) -> Any:
-        self._look_into(obj.node)
+        self.look_into(obj.node)
         return super().iter(obj)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self._look_into(obj.node)
+        self.look_into(obj.node)
         return super().to_bool(obj)
 
-    def _look_into(self, node: fx.Node) -> None:
+    def look_into(self, node: fx.Node) -> None:
         """Note the modules nearest to a value that is asked for its length or truth."""
         if node.op == "call_module":
             self.looked_into.add(str(node.target))
         for earlier in node.all_input_nodes if node.op != "call_module" else ():
-            self._look_into(earlier)
+            self.look_into(earlier)
 
 
 def _features_end() -> None:
@@ -209,7 +220,10 @@ class CoarseTrace:
             and not self._completes_a_layer(position)
         ]
         weigher = _Weigher(self, positions)
-        weigher.measure(example)
+        try:
+            weigher.measure(example)
+        except Exception as error:  # a module was opened whose control flow asks for the type of a value
+            raise CutError(f"{type(self.backbone).__name__} does not run as traced: {first_line(error)}") from error
         self.macs, self.tensors = weigher.macs, weigher.tensors
         total = max(sum(self.macs), 1)
         found = []

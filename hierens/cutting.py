@@ -180,8 +180,8 @@ def _balanced(backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, ex
     """Open the heaviest leaves until the best cuts leave no block with too much of the work; the cuts by name."""
     opened, closed = ancestors(classifiers), set[str]()
     trace = CoarseTrace(backbone, opened, classifiers)
+    candidates = trace.candidates(example)
     while True:
-        candidates = trace.candidates(example)
         best = _best_cuts(candidates, blocks)
         heavy = trace.openable(closed)
         if not heavy or (best is not None and best[1] <= max(_UNEVEN / blocks, 1.1 * trace.indivisible(heavy))):
@@ -190,7 +190,8 @@ def _balanced(backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, ex
             # A trace each would take long: leaves of like weight are opened together, all when places are short.
             least = max(heavy.values()) / 2 if best is not None else 0
             names = [name for name, macs in heavy.items() if macs >= least]
-            trace = CoarseTrace(backbone, opened | set(names), classifiers)
+            finer = CoarseTrace(backbone, opened | set(names), classifiers)
+            candidates, trace = finer.candidates(example), finer
             opened |= set(names)
         except CutError:
             closed |= set(names)

@@ -168,3 +168,11 @@ def test_sizes_come_from_the_model():
 def test_what_cannot_be_cut_says_why(call, message):
     with pytest.raises(CutError, match=message):
         call()
+
+
+def test_lists_that_a_backbone_writes_into_are_traced_to_their_makers():
+    """HRNet's modules replace the entries of the list that the module before returned."""
+    with torch.device("meta"):
+        backbone = timm.create_model("hrnet_w32", num_classes=10).eval()
+    cutting = cut(backbone, 4)
+    assert len(cutting.blocks) == 4 and cutting.at[1].startswith("stage3")
