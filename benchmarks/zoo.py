@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import hierens
 from hierens.cutting import cut, example_input
+from hierens.modes import quiet_dropout
 
 ROOT = Path(__file__).parents[1]
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"
@@ -41,7 +42,7 @@ _PER_POOL = 40  # architectures until processes are renewed
 EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
 LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
-TOO_LARGE = 100.0  # million parameters from which a variant is only cut, without weights
+TOO_LARGE = 1000.0  # million parameters from which a variant is only cut, without weights
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,7 @@ def _packed_against_looped(model: hierens.HierarchicalEnsemble, x: Tensor, train
     outputs = []
     for executor in ("looped", "grouped"):
         own = copy.deepcopy(tree).train(training)
-        for module in own.modules():
-            if "drop" in type(module).__name__.lower():
-                module.eval()
+        quiet_dropout(own)
         own.set_executor(executor)
         outputs.append(own(x.to(next(own.parameters()).dtype), reduce=False))
     return _difference(*outputs)

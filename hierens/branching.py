@@ -22,12 +22,14 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from hierens.errors import first_line
+from hierens.modes import quiet_dropout
 from hierens.packed import Width, branch_states, caches_of, concatenate, forget, replace, state_of
 from hierens.packing import Packed
 from hierens.packing_rules import PackError
 
 Executor = Literal["auto", "looped", "grouped"]
 Value = Any  # what one branch hands on: a tensor, or the tuple of values that cross a cut
+_HEAVY = 50_000_000  # weights of a block from which float64 would need many GB
 _LIGHT = 1_000_000  # weights per branch up to which one grouped call beats a loop on CPUs (docs/architecture.md)
 
 
@@ -137,6 +139,10 @@ class Level(nn.Module):
             return [{}]
         return branch_states(self.block, self.scalars, self.branches, stop, start)
 
+    def weights(self, stop: int) -> list[dict[str, Tensor]]:
+        """The weights of the first `stop` branches, as views, also for a level of one branch."""
+        return self.states(stop) if self.branches > 1 else [dict(state_of(self.block))]
+
     def _call(self, state: dict[str, Tensor], value: Value) -> Value:
         args = value if isinstance(value, tuple) else (value,)
         forget(self._caches)
@@ -172,8 +178,7 @@ class Level(nn.Module):
         names = [name for name, _ in state_of(self.block)]
         with torch.no_grad():
             block = copy.deepcopy(self.block)
-            states = self.states(branches) if self.branches > 1 else [dict(state_of(block))]
-            level = Level(block, [{name: state[name].clone() for name in names} for state in states])
+            level = Level(block, [{name: state[name].clone() for name in names} for state in self.weights(branches)])
         level.executor = self.executor
         if self._packed:
             level.group()
@@ -202,7 +207,8 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
 
     Three branches with independent weights and inputs are run both ways, in evaluation and in training (dropout off),
     with two batch sizes and with fewer branches than there are; outputs and running statistics are compared, and the
-    branches, as a control that must differ: in float64, or in float32 where the block insists on that.
+    branches, as a control that must differ: in float64, or in float32 where the block insists on that or is so large
+    that memory does.
 
     Args:
         block: a block of a cutting; it is left as it is.
@@ -213,7 +219,8 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
     if not all(isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point() for value in values):
         return "values other than batches of feature maps cross into it"
     reasons = []
-    for dtype in (torch.float64, torch.float32):
+    heavy = sum(parameter.numel() for parameter in block.parameters()) > _HEAVY
+    for dtype in (torch.float32,) if heavy else (torch.float64, torch.float32):
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code that failed
             because, blamed = _disagreement(block, example, dtype, seed)
         if not blamed:
@@ -226,50 +233,52 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
     """What differs between the two ways to run a level; and whether that is because even the loop fails."""
     generator = torch.Generator().manual_seed(seed)
     probe = copy.deepcopy(block).to("cpu", dtype)
-    looped = Level(probe, [_perturbed(probe, generator) for _ in range(3)])
-    looped.group()
-    if looped.looped_because:
-        return looped.looped_because, False
-    looped.executor = "looped"
+    level = Level(probe, [_perturbed(probe, generator) for _ in range(3)])
+    level.group()
+    if level.looped_because:
+        return level.looped_because, False
+    statistics = dict(probe.named_buffers())
     for training, batch, count in ((False, 1, 3), (True, 2, 2)):
         mode = "training" if training else "evaluation"
         inputs = [_drawn_like(example, batch, dtype, generator) for _ in range(count)]
-        grouped = copy.deepcopy(looped)
-        grouped.executor = "grouped"
-        for level in (looped, grouped):
-            _without_dropout(level.train(training))
+        level.train(training)
+        quiet_dropout(level)
+        before = {name: tensor.clone() for name, tensor in statistics.items()}
         try:
-            with torch.no_grad():
-                expected = looped(Activations(inputs)).listed()
+            expected = _run(level, "looped", inputs)
         except Exception as error:
             return f"it fails in {mode}: {first_line(error)}", True
+        moved = {name: tensor.clone() for name, tensor in statistics.items()}
+        for name, tensor in before.items():
+            statistics[name].copy_(tensor)
         try:
-            with torch.no_grad():
-                actual = grouped(Activations(inputs)).listed()
-                statistics = zip(state_of(looped.block), state_of(grouped.block), strict=True)
-                moved = [name for (name, a), (_, b) in statistics if not _close(a, b)]
+            actual = _run(level, "grouped", inputs)
         except Exception as error:
             return f"its grouped form fails in {mode}: {first_line(error)}", False
         if not all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
             return f"its grouped form differs in {mode}", False
-        if moved:
-            return f"its grouped form leaves other statistics in {', '.join(moved)}", False
+        if other := [name for name, tensor in moved.items() if not _close(statistics[name], tensor)]:
+            return f"its grouped form leaves other statistics in {', '.join(other)}", False
         if _same(actual[0], actual[1]):
             return f"branches of other weights and inputs agree in {mode}, so that nothing can be told", False
     return "", False
+
+
+@torch.no_grad()
+def _run(level: Level, executor: Executor, inputs: list[Value]) -> list[Value]:
+    level.executor = executor
+    return level(Activations([_copied(value) for value in inputs])).listed()
+
+
+def _copied(value: Value) -> Value:
+    """A value that the block may change in place."""
+    return value.clone() if isinstance(value, Tensor) else tuple(_copied(part) for part in value)
 
 
 def _drawn_like(example: Value, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Value:
     if isinstance(example, tuple):
         return tuple(_drawn_like(value, batch, dtype, generator) for value in example)
     return torch.randn((batch * example.shape[0], *example.shape[1:]), generator=generator, dtype=dtype)
-
-
-def _without_dropout(level: nn.Module) -> None:
-    """Nothing random: the two ways to run a level draw in different orders."""
-    for module in level.modules():
-        if "drop" in type(module).__name__.lower():
-            module.eval()
 
 
 def _close(a: Value, b: Value) -> bool:

@@ -174,6 +174,7 @@ class CoarseTrace:
         self.features_end = min(self.index.get(marker, self.classifier_start), self.classifier_start)
         self.macs: list[int] = []
         self.tensors: set[fx.Node] = set()
+        self.list_makers: set[str] = set()
 
     def position(self, name: str) -> int:
         """Index of the first node that calls the module `name` or one inside it."""
@@ -220,11 +221,11 @@ class CoarseTrace:
             and not self._completes_a_layer(position)
         ]
         weigher = _Weigher(self, positions)
+        self.macs, self.tensors, self.list_makers = weigher.macs, weigher.tensors, weigher.list_makers
         try:
             weigher.measure(example)
         except Exception as error:  # a module was opened whose control flow asks for the type of a value
             raise CutError(f"{type(self.backbone).__name__} does not run as traced: {first_line(error)}") from error
-        self.macs, self.tensors = weigher.macs, weigher.tensors
         total = max(sum(self.macs), 1)
         found = []
         for position in positions:
@@ -308,6 +309,7 @@ class _Weigher(fx.Interpreter):
         self.macs: list[int] = []
         self.mutated: set[int] = set()
         self.tensors: set[fx.Node] = set()
+        self.list_makers: set[str] = set()
         self.original = {copied: node for node, copied in made.items()}
 
     def measure(self, example: Tensor) -> None:
@@ -338,6 +340,8 @@ class _Weigher(fx.Interpreter):
             self.macs.append((self.counter.get_total_flops() - before) // 2)
             if isinstance(result, Tensor):
                 self.tensors.add(self.original[n])
+            elif n.op == "call_module":
+                self.list_makers.add(str(n.target))
         return result
 
 

@@ -88,9 +88,9 @@ def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = No
     classifiers = classifier_names(backbone)
     opened, closed = ancestors([*at, *classifiers]), set[str]()
     with evaluating(backbone):
-        trace = CoarseTrace(backbone, opened, classifiers)
+        trace, everywhere = _measured(backbone, opened, classifiers, example)
         while True:
-            candidates = _within_last(trace, at, example)
+            candidates = _within_last(trace, everywhere, at)
             best = _best_cuts(candidates, 2)
             start = trace.position(at[-1]) if at else 0
             inside = {node.target for node in trace.nodes[start:] if node.op == "call_module"}
@@ -99,7 +99,7 @@ def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = No
                 break
             name = next(iter(heavy))
             try:
-                trace = CoarseTrace(backbone, opened | {name}, classifiers)
+                trace, everywhere = _measured(backbone, opened | {name}, classifiers, example)
                 opened.add(name)
             except CutError:
                 closed.add(name)
@@ -108,9 +108,11 @@ def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = No
     return candidates[best[0][0]][1].name
 
 
-def _within_last(trace: CoarseTrace, at: Sequence[str], example: Tensor) -> list[tuple[int, CutPoint]]:
+def _within_last(
+    trace: CoarseTrace, candidates: list[tuple[int, CutPoint]], at: Sequence[str]
+) -> list[tuple[int, CutPoint]]:
     """The candidates inside the last block, with the share of that block's work that lies before each."""
-    candidates, start = trace.candidates(example), trace.position(at[-1]) if at else 0
+    start = trace.position(at[-1]) if at else 0
     total = sum(trace.macs)
     spent = sum(trace.macs[:start]) / total
     return [
@@ -161,26 +163,40 @@ def _traced_for(
 ) -> tuple[CoarseTrace, list[int]]:
     """A trace that can be cut at the named modules, and where; what would hand on a list across a cut is opened."""
     opened = ancestors([*at, *classifiers])
-    trace = CoarseTrace(backbone, opened, classifiers)
+    trace, _ = _measured(backbone, opened, classifiers, example)
     while True:
-        trace.candidates(example)  # tells which values are tensors
         positions = [trace.position(name) for name in at]
-        crossing = {node for position in positions for node in trace.crossing(position)}
-        makers = {str(node.target) for node in crossing - trace.tensors if node.op == "call_module"} - opened
+        crossing = {str(node.target) for position in positions for node in trace.crossing(position)}
+        makers = crossing & trace.list_makers - opened
         if not makers:
             return trace, positions
         try:
-            trace = CoarseTrace(backbone, opened | makers, classifiers)
+            trace, _ = _measured(backbone, opened | makers, classifiers, example)
         except CutError:
             return trace, positions
         opened |= makers
 
 
+def _measured(
+    backbone: nn.Module, opened: set[str], classifiers: tuple[str, ...], example: Tensor
+) -> tuple[CoarseTrace, list[tuple[int, CutPoint]]]:
+    """A trace that runs, and its candidates: a module that asks for a list gets one, if its maker is opened as well."""
+    opened = set(opened)
+    while True:
+        trace = CoarseTrace(backbone, opened, classifiers)
+        try:
+            return trace, trace.candidates(example)
+        except CutError:
+            makers = trace.list_makers - opened
+            if not makers:
+                raise
+            opened |= makers
+
+
 def _balanced(backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor) -> list[str]:
     """Open the heaviest leaves until the best cuts leave no block with too much of the work; the cuts by name."""
     opened, closed = ancestors(classifiers), set[str]()
-    trace = CoarseTrace(backbone, opened, classifiers)
-    candidates = trace.candidates(example)
+    trace, candidates = _measured(backbone, opened, classifiers, example)
     while True:
         best = _best_cuts(candidates, blocks)
         heavy = trace.openable(closed)
@@ -190,8 +206,7 @@ def _balanced(backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, ex
             # A trace each would take long: leaves of like weight are opened together, all when places are short.
             least = max(heavy.values()) / 2 if best is not None else 0
             names = [name for name, macs in heavy.items() if macs >= least]
-            finer = CoarseTrace(backbone, opened | set(names), classifiers)
-            candidates, trace = finer.candidates(example), finer
+            trace, candidates = _measured(backbone, opened | set(names), classifiers, example)
             opened |= set(names)
         except CutError:
             closed |= set(names)

@@ -7,7 +7,7 @@ tree can be trained small and grown, or a converted network deepened without con
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -57,7 +57,7 @@ def grow(model: HierarchicalEnsemble) -> HierarchicalEnsemble:
 
 def _planted(block: fx.GraphModule, source: Level, copies: int, because: str) -> Level:
     """A level of a block, or of a part of it, with the weights of every branch of its source `copies` times."""
-    own = [state for state in _states(source) for _ in range(copies)]
+    own = [state for state in source.weights(source.branches) for _ in range(copies)]
     names = list(block.state_dict())
     level = Level(block, [{name: state[name].detach().clone() for name in names} for state in own])
     level.executor = source.executor
@@ -66,10 +66,6 @@ def _planted(block: fx.GraphModule, source: Level, copies: int, because: str) ->
     else:
         level.group()
     return level
-
-
-def _states(level: Level) -> list[Mapping[str, Tensor]]:
-    return list(level.states(level.branches)) if level.branches > 1 else [level.block.state_dict()]
 
 
 class _Network(nn.Module):

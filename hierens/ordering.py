@@ -191,7 +191,7 @@ def _permute(model: HierarchicalEnsemble, order: Sequence[int]) -> None:
 
 
 def _rearrange(level: Level, sources: Sequence[int]) -> None:
-    places = list(level.states(level.branches))
+    places = level.states(level.branches)
     copies = [{name: tensor.clone() for name, tensor in state.items()} for state in places]
     for place, source in zip(places, sources, strict=True):
         for name, tensor in place.items():

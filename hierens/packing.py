@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 
 from hierens.errors import first_line
@@ -69,7 +69,7 @@ class _FineTracer(fx.Tracer):
             return True
         if isinstance(m, (nn.Sequential, fx.GraphModule)):
             return False
-        return type(m).__module__.startswith("torch.nn") or (type(m) in get_notrace_modules() and type(m) not in OPENED)
+        return type(m).__module__.startswith("torch.nn") or (is_notrace_module(type(m)) and type(m) not in OPENED)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:

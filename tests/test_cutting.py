@@ -176,3 +176,12 @@ def test_lists_that_a_backbone_writes_into_are_traced_to_their_makers():
         backbone = timm.create_model("hrnet_w32", num_classes=10).eval()
     cutting = cut(backbone, 4)
     assert len(cutting.blocks) == 4 and cutting.at[1].startswith("stage3")
+
+
+def test_blocks_that_ask_for_a_list_get_one():
+    """SelecSLS' blocks test whether they are given a list: one of them opened needs the one before opened too."""
+    with torch.device("meta"):
+        backbone = timm.create_model("selecsls60", num_classes=10).eval()
+    at = cut(backbone, 4).at
+    assert at[1].startswith("features.")
+    assert cut(backbone, at=at).at == at

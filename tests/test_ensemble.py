@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hierens
+from hierens.modes import quiet_dropout
 from hierens.tree import Tree
 
 EXECUTORS = ("looped", "grouped")
@@ -59,9 +60,7 @@ def test_grouped_equals_looped_in_evaluation(backbone, images):
 def test_grouped_equals_looped_in_training(backbone, images):
     results = {}
     model = reinitialised(backbone).double().train()
-    for module in model.modules():
-        if "drop" in type(module).__name__.lower():
-            module.eval()
+    quiet_dropout(model)
     for executor in EXECUTORS:
         trained = copy.deepcopy(model)
         trained.set_executor(executor)
