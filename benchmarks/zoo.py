@@ -42,6 +42,7 @@ _PER_POOL = 40  # architectures until processes are renewed
 EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
 LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
+HUGE = 200.0  # and from which it has two
 TOO_LARGE = 1000.0  # million parameters from which a variant is only cut, without weights
 
 
@@ -118,8 +119,9 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     enliven(backbone)
     x = few_pixels(backbone)
     start = time.perf_counter()
-    large = sum(p.numel() for p in backbone.parameters()) > LARGE * 1e6
-    model = hierens.hierensify(backbone, branching=(1, 1, 2, 2) if large else (1, 2, 2, 2)).eval()
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    branching = (1, 1, 1, 2) if millions > HUGE else (1, 1, 2, 2) if millions > LARGE else (1, 2, 2, 2)
+    model = hierens.hierensify(backbone, branching=branching).eval()
     found: dict[str, Any] = {
         "seconds": time.perf_counter() - start,
         "pixels": x.shape[-1],
@@ -142,7 +144,7 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
         "compiled": lambda: _same(torch.compile(model.at_depth(1), backend="aot_eager"), model.at_depth(1), x),
         "exported": lambda: _same(torch.export.export(model.at_depth(1), (x,)).module(), model.at_depth(1), x),
     }
-    for what, try_out in (others | compilers if thorough and not large else others).items():
+    for what, try_out in (others | compilers if thorough and millions <= LARGE else others).items():
         try:
             found[what] = try_out()
         except Exception as error:
@@ -306,7 +308,7 @@ def page(
     return f"""# The whole zoo
 
 The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS} blocks and made a tree of eight
-networks (four from {LARGE:g} million parameters on). Weights are random, also those that initialisation leaves at zero;
+networks (four from {LARGE:g} million parameters on, two from {HUGE:g}). Weights are random, also those that initialisation leaves at zero;
 two images. Only cut, for their size: {", ".join(f"`{name}`" for name in skipped) or "none"}.
 
 - **{len(exact)} of {len(rows)} model files convert exactly**: copies of the backbone answer within {EXACT:g} of it

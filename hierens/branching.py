@@ -6,14 +6,13 @@ and the state dict does not depend on how the level is run. There are two ways t
 
 - looped: the block is called once per branch, with that branch's slices put in place of its weights. Always available;
   it defines what is right.
-- grouped: `hierens.packing` runs all branches in one call. A block earns it at conversion by `self_check`.
+- grouped: `hierens.packing` runs several branches in one call: all of them, or for inference a few at a time, whatever
+  is fastest. A block earns it at conversion by `hierens.checking.self_check`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,15 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from hierens.errors import first_line
-from hierens.modes import quiet_dropout
 from hierens.packed import Width, branch_states, caches_of, concatenate, forget, replace, state_of
 from hierens.packing import Packed
 from hierens.packing_rules import PackError
 
 Executor = Literal["auto", "looped", "grouped"]
 Value = Any  # what one branch hands on: a tensor, or the tuple of values that cross a cut
-_HEAVY = 50_000_000  # weights of a block from which float64 would need many GB
 _LIGHT = 1_000_000  # weights per branch up to which one grouped call beats a loop on CPUs (docs/architecture.md)
 
 
@@ -60,12 +56,12 @@ class Activations:
             return self.values[0]
         return _across(lambda tensors: torch.cat(tensors, dim=1), self.values)
 
-    def fork(self, parents: Sequence[int]) -> Activations:
-        """The inputs of the next level's branches, given the branch of this level that feeds each."""
-        if list(parents) == list(range(self.count)):
+    def some(self, which: Sequence[int]) -> Activations:
+        """These branches' values, each as often as it is named."""
+        if list(which) == list(range(self.count)):
             return self
         values = self.listed()
-        return Activations([values[parent] for parent in parents])
+        return Activations([values[branch] for branch in which])
 
     def stacked(self) -> Value:
         """All branches' tensors along a new dim 1: (N, branches, ...)."""
@@ -91,6 +87,12 @@ def _across(combine: Callable[[list[Any]], Any], values: Sequence[Value]) -> Val
     if isinstance(values[0], Tensor):
         return combine(list(values))
     return tuple(combine(list(parts)) for parts in zip(*values, strict=True))
+
+
+def _siblings(parents: Sequence[int]) -> int:
+    """How many successive branches read each input, if that is the same number for all; else 0."""
+    first, siblings = parents[0], len(parents) // (parents[-1] - parents[0] + 1)
+    return siblings if list(parents) == [first + branch // siblings for branch in range(len(parents))] else 0
 
 
 class Level(nn.Module):
@@ -120,17 +122,33 @@ class Level(nn.Module):
             own = [state[name] for state in states]
             replace(block, name, tensor, own[0] if self.branches == 1 else concatenate(own))
 
-    def forward(self, x: Activations) -> Activations:
-        """Run the first `x.count` branches, each on its own input."""
-        if self.branches > 1 and self._runs_grouped(x):
-            inputs, width = x.side_by_side(), Width(x.count, self.branches)
-            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-            return Activations(packed=self._packed[0](inputs, width, self.training), count=x.count)
-        values = x.listed()
-        return Activations([self._call(state, v) for state, v in zip(self.states(x.count), values, strict=True)])
+    def forward(self, x: Activations, parents: Sequence[int] | None = None) -> Activations:
+        """Run the first branches.
+
+        Args:
+            x: their inputs.
+            parents: which input each branch reads, for siblings read the same one; the i-th by default.
+        """
+        parents = range(x.count) if parents is None else parents
+        together = self._together(x, len(parents))
+        if not together:
+            values, states = x.some(parents).listed(), self.states(len(parents))
+            return Activations([self._call(state, v) for state, v in zip(states, values, strict=True)])
+        starts = range(0, len(parents), together)
+        runs = [self._packed_run(x, parents[start : start + together], start) for start in starts]
+        return runs[0] if len(runs) == 1 else Activations([value for run in runs for value in run.listed()])
+
+    def _packed_run(self, x: Activations, parents: Sequence[int], start: int) -> Activations:
+        """Run some branches in one call of the packed form."""
+        siblings = _siblings(parents)
+        family = x.some(range(parents[0], parents[-1] + 1)) if siblings else x.some(parents)
+        width = Width(len(parents), self.branches, start, siblings or 1)
+        return Activations(packed=self._packed[0](family.side_by_side(), width, self.training), count=len(parents))
 
     def run_branch(self, branch: int, value: Value) -> Value:
         """Run a single branch."""
+        if self.branches > 1 and self._packed and self.executor != "looped" and not torch.is_grad_enabled():
+            return self._packed[0](value, Width(1, self.branches, branch), self.training)
         return self._call(self.states(branch + 1, start=branch)[0], value)
 
     def states(self, stop: int, start: int = 0) -> list[dict[str, Tensor]]:
@@ -148,13 +166,17 @@ class Level(nn.Module):
         forget(self._caches)
         return functional_call(self.block, state, args) if state else self.block(*args)
 
-    def _runs_grouped(self, x: Activations) -> bool:
-        if not self._packed or self.executor == "looped":
-            return False
+    def _together(self, x: Activations, count: int) -> int:
+        """How many branches to run in one call of the packed form; 0: loop over the block itself."""
+        if self.branches == 1 or not self._packed or self.executor == "looped":
+            return 0
         if self.executor == "grouped":
-            return True
+            return count
         # On CPUs only small layers gain, and those not at all that work per sample.
-        return x.first_tensor().device.type != "cpu" or (self.light and self._packed[0].channelwise)
+        gains = x.first_tensor().device.type != "cpu" or (self.light and self._packed[0].channelwise)
+        if torch.is_grad_enabled():  # the backward pass of slices would be slow
+            return count if gains else 0
+        return count if gains else 1
 
     def group(self) -> None:
         """Take up the grouped form, if the block has one; `looped_because` tells otherwise."""
@@ -200,111 +222,3 @@ class Level(nn.Module):
     def extra_repr(self) -> str:
         """How many branches, and how they are run."""
         return f"branches={self.branches}, " + (f"looped: {self.looped_because}" if self.looped_because else "grouped")
-
-
-def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
-    """Why the grouped form of a block may not be used; an empty string if it agrees with the looped one.
-
-    Three branches with independent weights and inputs are run both ways, in evaluation and in training (dropout off),
-    with two batch sizes and with fewer branches than there are; outputs and running statistics are compared, and the
-    branches, as a control that must differ: in float64, or in float32 where the block insists on that or is so large
-    that memory does.
-
-    Args:
-        block: a block of a cutting; it is left as it is.
-        example: what enters it, for one image.
-        seed: of the random weights and inputs.
-    """
-    values = example if isinstance(example, tuple) else (example,)
-    if not all(isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point() for value in values):
-        return "values other than batches of feature maps cross into it"
-    reasons = []
-    heavy = sum(parameter.numel() for parameter in block.parameters()) > _HEAVY
-    for dtype in (torch.float32,) if heavy else (torch.float64, torch.float32):
-        with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code that failed
-            because, blamed = _disagreement(block, example, dtype, seed)
-        if not blamed:
-            return because
-        reasons.append(because)
-    return reasons[-1]
-
-
-def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, seed: int) -> tuple[str, bool]:
-    """What differs between the two ways to run a level; and whether that is because even the loop fails."""
-    generator = torch.Generator().manual_seed(seed)
-    probe = copy.deepcopy(block).to("cpu", dtype)
-    level = Level(probe, [_perturbed(probe, generator) for _ in range(3)])
-    level.group()
-    if level.looped_because:
-        return level.looped_because, False
-    statistics = dict(probe.named_buffers())
-    for training, batch, count in ((False, 1, 3), (True, 2, 2)):
-        mode = "training" if training else "evaluation"
-        inputs = [_drawn_like(example, batch, dtype, generator) for _ in range(count)]
-        level.train(training)
-        quiet_dropout(level)
-        before = {name: tensor.clone() for name, tensor in statistics.items()}
-        try:
-            expected = _run(level, "looped", inputs)
-        except Exception as error:
-            return f"it fails in {mode}: {first_line(error)}", True
-        moved = {name: tensor.clone() for name, tensor in statistics.items()}
-        for name, tensor in before.items():
-            statistics[name].copy_(tensor)
-        try:
-            actual = _run(level, "grouped", inputs)
-        except Exception as error:
-            return f"its grouped form fails in {mode}: {first_line(error)}", False
-        if not all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
-            return f"its grouped form differs in {mode}", False
-        if other := [name for name, tensor in moved.items() if not _close(statistics[name], tensor)]:
-            return f"its grouped form leaves other statistics in {', '.join(other)}", False
-        if _same(actual[0], actual[1]):
-            return f"branches of other weights and inputs agree in {mode}, so that nothing can be told", False
-    return "", False
-
-
-@torch.no_grad()
-def _run(level: Level, executor: Executor, inputs: list[Value]) -> list[Value]:
-    level.executor = executor
-    return level(Activations([_copied(value) for value in inputs])).listed()
-
-
-def _copied(value: Value) -> Value:
-    """A value that the block may change in place."""
-    return value.clone() if isinstance(value, Tensor) else tuple(_copied(part) for part in value)
-
-
-def _drawn_like(example: Value, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Value:
-    if isinstance(example, tuple):
-        return tuple(_drawn_like(value, batch, dtype, generator) for value in example)
-    return torch.randn((batch * example.shape[0], *example.shape[1:]), generator=generator, dtype=dtype)
-
-
-def _close(a: Value, b: Value) -> bool:
-    """Equal but for rounding: in relation to the largest value, since sums may run in another order."""
-    if not isinstance(a, Tensor):
-        return all(_close(x, y) for x, y in zip(a, b, strict=True))
-    if a.shape != b.shape:
-        return False
-    tolerance = 1e-6 if a.dtype == torch.float64 else 2e-5
-    return bool((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max())
-
-
-def _same(a: Value, b: Value) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else all(_same(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """A branch's own weights: none zero, so that no path of the block stays untried."""
-    state, parameters = {}, dict(block.named_parameters())
-    for name, tensor in state_of(block):
-        tensor = tensor.detach().clone()
-        if name in parameters:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            tensor += noise * (0.1 + 0.5 * tensor.std(correction=0))
-        elif tensor.is_floating_point():  # running variances stay positive
-            noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-            tensor = tensor * (1 + noise) + 0.1 * noise
-        state[name] = tensor
-    return state

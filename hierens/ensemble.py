@@ -16,7 +16,8 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hierens.branching import Activations, Executor, Level, self_check
+from hierens.branching import Activations, Executor, Level
+from hierens.checking import self_check
 from hierens.cutting import CutError, Cutting, cut, example_input, input_size
 from hierens.modes import evaluating
 from hierens.profiling import Profile, branch_macs, profile
@@ -149,18 +150,18 @@ class HierarchicalEnsemble(nn.Module):
         activations = Activations([x])
         for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, leaves))]
-            activations = self._run(level, activations.fork(parents))
+            activations = self._run(level, activations, parents)
         return activations
 
     def _logits(self, features: Activations, reduce: bool) -> Tensor:
         logits = self._run(self.classifier, self._run(self.head, features)).stacked()  # (N, leaves, classes)
         return logits.mean(1) if reduce else logits
 
-    def _run(self, level: nn.Module, x: Activations) -> Activations:
+    def _run(self, level: nn.Module, x: Activations, parents: Sequence[int] | None = None) -> Activations:
         if self.grad_checkpointing and torch.is_grad_enabled():
             contexts = _statistics_once(level)
-            return checkpoint(level, x, use_reentrant=False, context_fn=contexts)
-        return level(x)
+            return checkpoint(level, x, parents, use_reentrant=False, context_fn=contexts)
+        return level(x, parents)
 
     @torch.no_grad()
     def anytime(self, x: Tensor) -> Iterator[Step]:

@@ -17,16 +17,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Width:
-    """How many of a level's branches run: the first `active` of `total`."""
+    """Which of a level's branches run: `active` of `total`, from `start` on; each input feeds `siblings` of them."""
 
     active: int
     total: int
+    start: int = 0
+    siblings: int = 1
+
+    @property
+    def parents(self) -> int:
+        """How many inputs there are."""
+        return self.active // self.siblings
 
     def rows(self, packed: Tensor | None) -> Any:
         """The active branches' part, a view, of a packed tensor."""
         if packed is None or self.active == self.total:
             return packed
-        return packed[: packed.shape[0] // self.total * self.active]
+        rows = packed.shape[0] // self.total
+        return packed[rows * self.start : rows * (self.start + self.active)]
 
     def stacked(self, packed: Tensor) -> Tensor:
         """The active branches' values along a new dim 0: (active, ...); a view."""

@@ -42,6 +42,24 @@ def to_channels(value: Any, width: Width) -> Any:
     return tree_map_only(Tensor, lambda x: x.unflatten(0, (width.active, -1)).transpose(0, 1).flatten(1, 2), value)
 
 
+def to_siblings(value: Any, width: Width) -> Any:
+    """From one input per parent (N, parents*C, ...) to one per branch (N, w*C, ...); tuples tensor by tensor."""
+    if width.siblings == 1:
+        return value
+
+    def repeated(x: Tensor) -> Tensor:
+        apart = x.unflatten(1, (width.parents, 1, -1))
+        return apart.expand(-1, -1, width.siblings, *apart.shape[3:]).flatten(1, 3)
+
+    return tree_map_only(Tensor, repeated, value)
+
+
+def shape_of_parents(x: Tensor, width: Width) -> torch.Size:
+    """The shape (w*N, C, ...) that a tensor with one input per parent would have one after another."""
+    batch, channels, *rest = x.shape
+    return torch.Size((batch * width.active, channels // width.parents, *rest))
+
+
 def shape_in_batch(x: Tensor, width: Width) -> torch.Size:
     """The shape (w*N, C, ...) that a tensor lying side by side would have one after another."""
     batch, channels, *rest = x.shape
@@ -60,8 +78,8 @@ _SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # TensorFlow's padding
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
-def convolution(module: Any, x: Tensor, width: Width) -> Tensor:
-    """Any convolution over w branches: the branches are further groups."""
+def convolution(module: Any, x: Tensor, width: Width, shared: bool = False) -> Tensor:
+    """Any convolution over w branches: they are further groups. On what siblings share, they are further outputs."""
     weight, bias = width.rows(module.weight), width.rows(module.bias)
     if isinstance(module, _STANDARDISED):
         weight = _standardised(module, weight, width)
@@ -69,7 +87,15 @@ def convolution(module: Any, x: Tensor, width: Width) -> Tensor:
     if isinstance(module, _SAME) and getattr(module, "same_pad", True):
         x, padding = pad_same(x, module.kernel_size, module.stride, module.dilation), 0
     run = _CONVOLUTIONS[weight.ndim - 2]
-    return run(x, weight, bias, module.stride, padding, module.dilation, module.groups * width.active)
+    return run(
+        x,
+        weight,
+        bias,
+        module.stride,
+        padding,
+        module.dilation,
+        module.groups * (width.parents if shared else width.active),
+    )
 
 
 def _standardised(module: Any, weight: Tensor, width: Width) -> Tensor:

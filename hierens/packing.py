@@ -3,13 +3,13 @@
 The block is traced down to single layers. Convolutions and all that works per channel keep the branches side by side
 in channels; whatever works per sample takes them one after another in the batch; a layer for which neither can be done
 is called once per branch, in place, while the rest of the block stays packed. Where the form changes, a conversion is
-written into the graph. Packing is an optimisation, never a need: `hierens.branching.self_check` says whether it is
+written into the graph. Packing is an optimisation, never a need: `hierens.checking.self_check` says whether it is
 right, and a block that cannot be traced to its layers is looped as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from typing import Any
 
 from timm.models import get_notrace_functions, is_notrace_module
@@ -52,9 +52,9 @@ class Packed:
         self.looped = rewriters[0].looped
         self.channelwise = not any(form is Form.BATCH for _, form in rewriters[0].conversions)
 
-    def __call__(self, values: Sequence[Tensor], width: Width, training: bool) -> Any:
-        """What the block returns, all side by side, for inputs side by side."""
-        return self._graphs[training](*values, width)
+    def __call__(self, values: Tensor | tuple[Tensor, ...], width: Width, training: bool) -> Any:
+        """What the block returns for the branches, all side by side, given what the parents handed on, side by side."""
+        return self._graphs[training](*(values if isinstance(values, tuple) else (values,)), width)
 
 
 class _FineTracer(fx.Tracer):

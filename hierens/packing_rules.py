@@ -30,6 +30,7 @@ class Form(Enum):
     """How a value in the packed graph holds its branches."""
 
     CHANNELS = "side by side: (N, w*C, ...)"
+    PARENTS = "side by side, but once for all siblings: (N, parents*C, ...)"
     BATCH = "one after another: (w*N, C, ...)"
     WEIGHT = "stacked, without images: (w, ...)"
     SHARED = "the same for all"
@@ -95,6 +96,11 @@ def per_channel(module: nn.Module) -> bool:
         return module.start_dim == 1
     known = type(module) in PER_CHANNEL or type(module).__module__ in _TIMM_ACTIVATIONS
     return known and next(module.parameters(), None) is None
+
+
+def reads_parents(module: nn.Module, function: Callable[..., Tensor]) -> bool:
+    """Whether a layer takes what siblings share as it is, instead of a copy for each."""
+    return function is layers.convolution and getattr(module, "groups", 0) == 1
 
 
 def layer_form(module: nn.Module) -> tuple[Form, Callable[..., Tensor]] | None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hierens import packed_layers as layers
 from hierens.packed import Width, branch_states, caches_of, forget, state_of
-from hierens.packing_rules import ABOUT, BINARY, UNARY, Form, PackError, layer_form, per_channel
+from hierens.packing_rules import ABOUT, BINARY, UNARY, Form, PackError, layer_form, per_channel, reads_parents
 
 
 class PerBranch(nn.Module):
@@ -31,7 +31,7 @@ class PerBranch(nn.Module):
         target = self.target[0]
         states: Sequence[dict[str, Tensor] | None] = [None] * width.active
         if isinstance(target, nn.Module):
-            states = branch_states(target, self.scalars, width.total, width.active)
+            states = branch_states(target, self.scalars, width.total, width.start + width.active, width.start)
         results = []
         for branch, state in enumerate(states):
             args, kwargs = tree_unflatten([values[branch] for values in split], self.spec)
@@ -83,14 +83,14 @@ class Rewriter:
         self.conversions: set[tuple[fx.Node, Form]] = set()
 
     def rewrite(self) -> fx.GraphModule:
-        """A module `(*values, width)` on values side by side, which reads its weights from the block's own modules.
+        """A module `(*values, width)` on values of the parents, which reads its weights from the block's own modules.
 
         Raises:
             PackError: the block hands on something other than images.
         """
         placeholders = [node for node in self.trace.nodes if node.op == "placeholder"]
         for node in placeholders:
-            self._put(node, self.graph.placeholder(node.name), Form.CHANNELS)
+            self._put(node, self.graph.placeholder(node.name), Form.PARENTS)
         self.width = self.graph.placeholder("width")
         for node in self.trace.nodes:
             if node.op == "output":
@@ -112,21 +112,36 @@ class Rewriter:
 
     def _as(self, node: fx.Node, form: Form) -> fx.Node:
         """A value in another form; a conversion is written once."""
-        while node in self.changed:
-            node = self.changed[node]
+        node = self._current(node)
         own = self.form[node]
         if own is Form.SHARED or own is form:
             return self.made[node, own]
         if own is Form.WEIGHT or form not in (Form.CHANNELS, Form.BATCH):
             raise PackError(f"{node.name} is used both as weights and as images")
         if (node, form) not in self.made:
-            convert = layers.to_batch if form is Form.BATCH else layers.to_channels
+            if own is Form.PARENTS and form is Form.CHANNELS:
+                value, convert = self.made[node, own], layers.to_siblings
+            elif form is Form.BATCH:
+                value, convert = self._as(node, Form.CHANNELS), layers.to_batch
+            else:
+                value, convert = self.made[node, own], layers.to_channels
             self.conversions.add((node, form))
-            self.made[node, form] = self.graph.call_function(convert, (self.made[node, own], self.width))
+            self.made[node, form] = self.graph.call_function(convert, (value, self.width))
         return self.made[node, form]
 
+    def _current(self, node: fx.Node) -> fx.Node:
+        """A value as the last change in place left it."""
+        while node in self.changed:
+            node = self.changed[node]
+        return node
+
+    def _form(self, node: fx.Node) -> Form:
+        """The form of a value; what siblings share counts as side by side."""
+        form = self.form[self._current(node)]
+        return Form.CHANNELS if form is Form.PARENTS else form
+
     def _forms(self, node: fx.Node) -> set[Form]:
-        return {self.form[n] for n in node.all_input_nodes} - {Form.SHARED}
+        return {self._form(n) for n in node.all_input_nodes} - {Form.SHARED}
 
     def _copied(self, node: fx.Node, form: Form) -> None:
         """The same call on values in one form."""
@@ -144,7 +159,7 @@ class Rewriter:
         forms, values = [], []
         for value in flat:
             if isinstance(value, fx.Node):
-                own = self.form[value]
+                own = self._form(value)
                 forms.append(Form.BATCH if own is Form.CHANNELS else own)
                 values.append(self._as(value, forms[-1]))
             else:
@@ -191,8 +206,10 @@ class Rewriter:
                 self._copied(node, Form.BATCH)
                 return
             before = set(self.conversions)
-            mapped = self._as(_first(node), form)
-            made = self.graph.call_function(function, (self.graph.get_attr(name), mapped, self.width))
+            shared = self.form[self._current(_first(node))] is Form.PARENTS and reads_parents(module, function)
+            mapped = self._as(_first(node), Form.PARENTS if shared else form)
+            kwargs = {"shared": True} if shared else {}
+            made = self.graph.call_function(function, (self.graph.get_attr(name), mapped, self.width), kwargs)
             if function is layers.linear:
                 self.conversions = before  # cheap, and worth it: see `channelwise`
             self._put(node, made, form)
@@ -233,13 +250,17 @@ class Rewriter:
 
     def _attribute(self, node: fx.Node, name: Any) -> None:
         """What is asked about a tensor, not of it: one answer for all branches."""
-        source = _first(node)
+        source = self._current(_first(node))
         form = self.form[source]
+        shapes = {
+            Form.PARENTS: layers.shape_of_parents,
+            Form.CHANNELS: layers.shape_in_batch,
+            Form.WEIGHT: layers.shape_of_one,
+        }
         if name not in ABOUT and form is not Form.SHARED:
             self._operation(node)  # such as x.T
-        elif form in (Form.CHANNELS, Form.WEIGHT) and name in ("shape", "size", "numel", "ndim", "dim"):
-            rule = layers.shape_in_batch if form is Form.CHANNELS else layers.shape_of_one
-            answer = self.graph.call_function(rule, (self._as(source, form), self.width))
+        elif form in shapes and name in ("shape", "size", "numel", "ndim", "dim"):
+            answer = self.graph.call_function(shapes[form], (self._as(source, form), self.width))
             if name == "size" and len(node.args) > 1:
                 answer = self.graph.call_function(operator.getitem, (answer, node.args[1]))
             elif name == "numel":
@@ -253,7 +274,7 @@ class Rewriter:
     def _item(self, node: fx.Node) -> None:
         source = node.args[0]
         if isinstance(source, fx.Node) and source in self.tuples:
-            self._copied(node, self.form[source])
+            self._copied(node, self._form(source))
         else:
             self._operation(node)
 
@@ -273,14 +294,14 @@ class Rewriter:
 
     def _operation_with_weights(self, node: fx.Node) -> None:
         op, args = BINARY.get(node.target), [arg for arg in node.args if isinstance(arg, fx.Node)]
-        own = [self.form[arg] for arg in args]
+        own = [self._form(arg) for arg in args]
         if op is None or len(args) != 2 or node.kwargs or len(set(own)) != 2 or Form.SHARED in own:
             self._per_branch(node, node.target)
             return
         first = own[0] is Form.WEIGHT
         form = own[1 if first else 0]
         rule = layers.with_weights_of_channels if form is Form.CHANNELS else layers.with_weights
-        values = [self._as(arg, self.form[arg]) for arg in args]
+        values = [self._as(arg, form) for arg, form in zip(args, own, strict=True)]
         self._put(node, self.graph.call_function(rule, (op.removeprefix("i"), *values, self.width, first)), form)
 
     def _stays_in_channels(self, node: fx.Node) -> bool:

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
-from hierens import branching
-from hierens.branching import Activations, Level, self_check
+from hierens import branching, packed_layers
+from hierens.branching import Activations, Level
+from hierens.checking import self_check
 from hierens.packed import Width
 from hierens.packing import Packed
 
@@ -84,7 +86,7 @@ def test_forms_of_activations_turn_into_each_other():
     packed = Activations(packed=listed.side_by_side(), count=3)
     assert all(torch.equal(a, b) for a, b in zip(packed.listed(), values, strict=True))
     assert torch.equal(packed.stacked(), listed.stacked()) and packed.stacked().shape == (2, 3, 3, 4, 4)
-    forked = packed.fork([0, 0, 1, 1, 2])
+    forked = packed.some([0, 0, 1, 1, 2])
     assert torch.equal(forked.side_by_side(), torch.cat([values[p] for p in (0, 0, 1, 1, 2)], 1))
 
 
@@ -201,13 +203,52 @@ def test_stochastic_depth_is_drawn_for_every_branch():
     assert (dropped[:, 0] != dropped[:, 1]).any() and (dropped[:, 1] != dropped[:, 2]).any()
 
 
-def test_light_levels_are_grouped_on_a_cpu_and_heavy_ones_looped(monkeypatch):
+def test_on_a_cpu_light_levels_are_grouped_and_heavy_ones_run_branch_by_branch(monkeypatch):
     ran, original = [], Packed.__call__
-    level, _ = level_of(nn.Conv2d(3, 4, 3))
-    level.group()
-    monkeypatch.setattr(Packed, "__call__", lambda *args: ran.append("grouped") or original(*args))
-    level(Activations([torch.randn(1, 3, 8, 8)] * 3))
-    assert ran == ["grouped"]
+    monkeypatch.setattr(Packed, "__call__", lambda *args: ran.append(args[2].active) or original(*args))
+    light, _ = level_of(nn.Conv2d(3, 4, 3))
     monkeypatch.setattr(branching, "_LIGHT", 10)
     heavy, _ = level_of(nn.Conv2d(3, 4, 3))
-    assert level.light and not heavy.light
+    x = Activations([torch.randn(1, 3, 8, 8)] * 3)
+    for level, without_gradients, with_gradients in ((light, [3], [3]), (heavy, [1, 1, 1], [])):
+        level.group()
+        with torch.no_grad():
+            level(x)
+        assert ran == without_gradients
+        ran.clear()
+        level(x)
+        assert ran == with_gradients
+        ran.clear()
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 4, 6])
+def test_branches_run_a_few_at_a_time_agree_with_all_at_once(monkeypatch, together):
+    """Whatever share of the families runs together: siblings, half of them, or members of several families."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)
+    level, _ = level_of(*layers, branches=6)
+    level.eval().group()
+    for parents in ([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5], [0, 0, 1], [0, 0, 0, 0]):
+        x = Activations([torch.randn(2, 4, 8, 8) for _ in range(parents[-1] + 1)])
+        with torch.no_grad():
+            level.executor = "looped"
+            expected = level(x, parents).listed()
+            level.executor = "auto"
+            monkeypatch.setattr(level, "_together", lambda x, count: together)
+            actual = level(x, parents).listed()
+            monkeypatch.undo()
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_siblings_read_their_parents_feature_map_without_a_copy(monkeypatch):
+    shapes, original = [], F.conv2d
+    monkeypatch.setattr(
+        packed_layers, "_CONVOLUTIONS", {2: lambda x, *a: shapes.append(tuple(x.shape)) or original(x, *a)}
+    )
+    block = block_of(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
+    level = Level(block, [dict(block.state_dict()) for _ in range(4)])
+    level.group()
+    level.executor = "grouped"
+    level(Activations([torch.randn(1, 4, 8, 8) for _ in range(2)]), [0, 0, 1, 1])
+    assert shapes == [(1, 2 * 4, 8, 8), (1, 4 * 8, 8, 8)]

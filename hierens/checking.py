@@ -1,0 +1,126 @@
+"""The proof that a block's packed form is right: both ways to run it, compared at conversion."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from hierens.branching import Activations, Executor, Level, Value
+from hierens.errors import first_line
+from hierens.modes import quiet_dropout
+from hierens.packed import state_of
+
+_HEAVY = 50_000_000  # weights of a block from which float64 would need many GB
+
+
+def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
+    """Why the grouped form of a block may not be used; an empty string if it agrees with the looped one.
+
+    Three branches with independent weights and inputs are run both ways, in evaluation and in training (dropout off),
+    with two batch sizes, with fewer branches than there are and with siblings that share their input; outputs and
+    running statistics are compared, and the branches, as a control that must differ: in float64, or in float32 where the block insists on that or is so large
+    that memory does.
+
+    Args:
+        block: a block of a cutting; it is left as it is.
+        example: what enters it, for one image.
+        seed: of the random weights and inputs.
+    """
+    values = example if isinstance(example, tuple) else (example,)
+    if not all(isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point() for value in values):
+        return "values other than batches of feature maps cross into it"
+    reasons = []
+    heavy = sum(parameter.numel() for parameter in block.parameters()) > _HEAVY
+    for dtype in (torch.float32,) if heavy else (torch.float64, torch.float32):
+        with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code that failed
+            because, blamed = _disagreement(block, example, dtype, seed)
+        if not blamed:
+            return because
+        reasons.append(because)
+    return reasons[-1]
+
+
+def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, seed: int) -> tuple[str, bool]:
+    """What differs between the two ways to run a level; and whether that is because even the loop fails."""
+    generator = torch.Generator().manual_seed(seed)
+    probe = copy.deepcopy(block).to("cpu", dtype)
+    level = Level(probe, [_perturbed(probe, generator) for _ in range(3)])
+    level.group()
+    if level.looped_because:
+        return level.looped_because, False
+    statistics = dict(probe.named_buffers())
+    for training, batch, parents in ((False, 1, (0, 1, 2)), (True, 2, (0, 1)), (False, 2, (0, 0))):
+        mode = "training" if training else "evaluation"
+        inputs = [_drawn_like(example, batch, dtype, generator) for _ in range(parents[-1] + 1)]
+        level.train(training)
+        quiet_dropout(level)
+        before = {name: tensor.clone() for name, tensor in statistics.items()}
+        try:
+            expected = _run(level, "looped", inputs, parents)
+        except Exception as error:
+            return f"it fails in {mode}: {first_line(error)}", True
+        moved = {name: tensor.clone() for name, tensor in statistics.items()}
+        for name, tensor in before.items():
+            statistics[name].copy_(tensor)
+        try:
+            actual = _run(level, "grouped", inputs, parents)
+        except Exception as error:
+            return f"its grouped form fails in {mode}: {first_line(error)}", False
+        if not all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
+            return f"its grouped form differs in {mode}", False
+        if other := [name for name, tensor in moved.items() if not _close(statistics[name], tensor)]:
+            return f"its grouped form leaves other statistics in {', '.join(other)}", False
+        if len(inputs) > 1 and _same(actual[0], actual[1]):
+            return f"branches of other weights and inputs agree in {mode}, so that nothing can be told", False
+    return "", False
+
+
+@torch.no_grad()
+def _run(level: Level, executor: Executor, inputs: list[Value], parents: Sequence[int]) -> list[Value]:
+    level.executor = executor
+    return level(Activations([_copied(value) for value in inputs]), parents).listed()
+
+
+def _copied(value: Value) -> Value:
+    """A value that the block may change in place."""
+    return value.clone() if isinstance(value, Tensor) else tuple(_copied(part) for part in value)
+
+
+def _drawn_like(example: Value, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Value:
+    if isinstance(example, tuple):
+        return tuple(_drawn_like(value, batch, dtype, generator) for value in example)
+    return torch.randn((batch * example.shape[0], *example.shape[1:]), generator=generator, dtype=dtype)
+
+
+def _close(a: Value, b: Value) -> bool:
+    """Equal but for rounding: in relation to the largest value, since sums may run in another order."""
+    if not isinstance(a, Tensor):
+        return all(_close(x, y) for x, y in zip(a, b, strict=True))
+    if a.shape != b.shape:
+        return False
+    tolerance = 1e-6 if a.dtype == torch.float64 else 2e-5
+    return bool((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max())
+
+
+def _same(a: Value, b: Value) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """A branch's own weights: none zero, so that no path of the block stays untried."""
+    state, parameters = {}, dict(block.named_parameters())
+    for name, tensor in state_of(block):
+        tensor = tensor.detach().clone()
+        if name in parameters:
+            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            tensor += noise * (0.1 + 0.5 * tensor.std(correction=0))
+        elif tensor.is_floating_point():  # running variances stay positive
+            noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+            tensor = tensor * (1 + noise) + 0.1 * noise
+        state[name] = tensor
+    return state
