@@ -26,7 +26,8 @@ from hierens.packing_rules import PackError
 
 Executor = Literal["auto", "looped", "grouped"]
 Value = Any  # what one branch hands on: a tensor, or the tuple of values that cross a cut
-_LIGHT = 1_000_000  # weights per branch up to which one grouped call beats a loop on CPUs (docs/architecture.md)
+# Weights per branch up to which one grouped call beats a loop on CPUs (docs/architecture.md).
+_LIGHT, _LIGHT_FROZEN = 1_000_000, 4_000_000
 
 
 class Activations:
@@ -99,28 +100,36 @@ class Level(nn.Module):
     """One block in `branches` independent copies.
 
     Args:
-        block: the block, as `hierens.cutting` makes it.
-        states: the state dict of each branch, by the block's own names.
+        block: the block, as `hierens.cutting` makes it, with the branches' parameters packed (see `Level.of`).
+        branches: how many there are.
+        scalars: names of the values that have no dimensions in a single branch.
 
     Attributes:
         block: the block's module tree, with packed parameters if there are two or more branches.
         branches: number of copies.
+        size: weights and statistics of one copy.
         looped_because: why the level has no grouped form; empty if it has one.
+        frozen: whether its weights are never trained, as after `fuse`.
     """
 
-    def __init__(self, block: fx.GraphModule, states: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, block: fx.GraphModule, branches: int, scalars: frozenset[str]) -> None:
         super().__init__()
-        self.block, self.branches = block, len(states)
+        self.block, self.branches, self.scalars = block, branches, scalars
         self.executor: Executor = "auto"
         self.looped_because = ""
+        self.frozen = False
         self.constants = nn.Module()
         self._packed: list[Packed] = []  # in a list, so that deep copies keep it beside the block, unregistered
-        self.scalars = frozenset(name for name, tensor in states[0].items() if tensor.ndim == 0)
-        self.light = sum(tensor.numel() for tensor in states[0].values()) <= _LIGHT
+        self.size = sum(tensor.numel() for _, tensor in state_of(block)) // branches  # weights of one
         self._caches = caches_of(block)
+
+    @classmethod
+    def of(cls, block: fx.GraphModule, states: Sequence[Mapping[str, Tensor]]) -> Level:
+        """A level of a block, which it takes over, and the state dict of each branch, by the block's own names."""
         for name, tensor in list(state_of(block)):
             own = [state[name] for state in states]
-            replace(block, name, tensor, own[0] if self.branches == 1 else concatenate(own))
+            replace(block, name, tensor, own[0] if len(states) == 1 else concatenate(own))
+        return cls(block, len(states), frozenset(name for name, tensor in states[0].items() if tensor.ndim == 0))
 
     def forward(self, x: Activations, parents: Sequence[int] | None = None) -> Activations:
         """Run the first branches.
@@ -147,7 +156,12 @@ class Level(nn.Module):
 
     def run_branch(self, branch: int, value: Value) -> Value:
         """Run a single branch."""
-        if self.branches > 1 and self._packed and self.executor != "looped" and not torch.is_grad_enabled():
+        if (
+            self.branches > 1
+            and self._packed
+            and self.executor != "looped"
+            and (self.frozen or not torch.is_grad_enabled())
+        ):
             return self._packed[0](value, Width(1, self.branches, branch), self.training)
         return self._call(self.states(branch + 1, start=branch)[0], value)
 
@@ -173,8 +187,9 @@ class Level(nn.Module):
         if self.executor == "grouped":
             return count
         # On CPUs only small layers gain, and those not at all that work per sample.
-        gains = x.first_tensor().device.type != "cpu" or (self.light and self._packed[0].channelwise)
-        if torch.is_grad_enabled():  # the backward pass of slices would be slow
+        light = self.size <= (_LIGHT_FROZEN if self.frozen else _LIGHT)
+        gains = x.first_tensor().device.type != "cpu" or (light and self._packed[0].channelwise)
+        if torch.is_grad_enabled() and not self.frozen:  # the backward pass of slices would be slow
             return count if gains else 0
         return count if gains else 1
 
@@ -191,6 +206,11 @@ class Level(nn.Module):
         self._packed, self.looped_because = [], because
 
     @property
+    def grouped(self) -> bool:
+        """Whether the block has a grouped form."""
+        return bool(self._packed)
+
+    @property
     def looped_layers(self) -> dict[str, str]:
         """Modules that a grouped level calls once per branch, in place, and why."""
         return self._packed[0].looped if self._packed else {}
@@ -200,8 +220,8 @@ class Level(nn.Module):
         names = [name for name, _ in state_of(self.block)]
         with torch.no_grad():
             block = copy.deepcopy(self.block)
-            level = Level(block, [{name: state[name].clone() for name in names} for state in self.weights(branches)])
-        level.executor = self.executor
+            level = Level.of(block, [{name: state[name].clone() for name in names} for state in self.weights(branches)])
+        level.executor, level.frozen = self.executor, self.frozen
         if self._packed:
             level.group()
         else:

@@ -23,8 +23,8 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
 
     Three branches with independent weights and inputs are run both ways, in evaluation and in training (dropout off),
     with two batch sizes, with fewer branches than there are and with siblings that share their input; outputs and
-    running statistics are compared, and the branches, as a control that must differ: in float64, or in float32 where the block insists on that or is so large
-    that memory does.
+    running statistics are compared, and the branches, as a control that must differ: in float64, or in float32 where
+    the block insists on that or is so large that memory does.
 
     Args:
         block: a block of a cutting; it is left as it is.
@@ -49,7 +49,7 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
     """What differs between the two ways to run a level; and whether that is because even the loop fails."""
     generator = torch.Generator().manual_seed(seed)
     probe = copy.deepcopy(block).to("cpu", dtype)
-    level = Level(probe, [_perturbed(probe, generator) for _ in range(3)])
+    level = Level.of(probe, [_perturbed(probe, generator) for _ in range(3)])
     level.group()
     if level.looped_because:
         return level.looped_because, False

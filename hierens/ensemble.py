@@ -25,6 +25,7 @@ from hierens.symmetry import break_symmetry, symmetric
 from hierens.tree import Tree, nested_sizes
 
 if TYPE_CHECKING:
+    from hierens.fusing import FusedEnsemble
     from hierens.ordering import Reordering
 
 _CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
@@ -75,12 +76,12 @@ class HierarchicalEnsemble(nn.Module):
         self.tree = tree
         self.classifier_names = cutting.classifier_names
         self.levels = nn.ModuleList(
-            Level(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
+            Level.of(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
             for level, block in enumerate(cutting.blocks)
         )
         last = tree.levels - 1
-        self.head = Level(cutting.head, [self._drawn(cutting.head, last, b, init) for b in range(tree.leaves)])
-        self.classifier = Level(
+        self.head = Level.of(cutting.head, [self._drawn(cutting.head, last, b, init) for b in range(tree.leaves)])
+        self.classifier = Level.of(
             cutting.classifier, [self._drawn(cutting.classifier, last, b, init) for b in range(tree.leaves)]
         )
         self.grad_checkpointing = False
@@ -146,8 +147,7 @@ class HierarchicalEnsemble(nn.Module):
         return self._logits(self._features(x, n), reduce)
 
     def _features(self, x: Tensor, leaves: int) -> Activations:
-        self._check_images(x)
-        activations = Activations([x])
+        activations = Activations([self._prepared(x)])
         for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, leaves))]
             activations = self._run(level, activations, parents)
@@ -173,7 +173,7 @@ class HierarchicalEnsemble(nn.Module):
         Yields:
             After each leaf the mean logits so far, what `forward(x, leaves=step.leaves)` returns.
         """
-        self._check_images(x)
+        x = self._prepared(x)
         macs = self.branch_macs(tuple(x.shape[1:]))
         path: list[Any] = [x] + [None] * self.tree.levels
         total, spent = torch.zeros(()), 0
@@ -194,9 +194,11 @@ class HierarchicalEnsemble(nn.Module):
         """The levels of the tree, then the head and the classifier, which have a copy per leaf."""
         return [*(self._level(i) for i in range(self.tree.levels)), self.head, self.classifier]
 
-    def _check_images(self, x: Tensor) -> None:
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Images as the first block takes them."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected images (N, {self.in_chans}, H, W), got a tensor of shape {tuple(x.shape)}.")
+        return x
 
     # --- smaller trees, other weights -------------------------------------------------------------------------------
 
@@ -225,15 +227,23 @@ class HierarchicalEnsemble(nn.Module):
 
         return grow(self)
 
+    def fuse(self) -> FusedEnsemble:
+        """A copy for inference, faster and equal up to rounding: see `hierens.fusing.fuse`."""
+        from hierens.fusing import fuse
+
+        return fuse(self)
+
     def reorder(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
         """Permute siblings in place so that small depths answer best: see `hierens.ordering.reorder`."""
         from hierens.ordering import reorder
 
         return reorder(self, loader)
 
-    def with_levels(self, tree: Tree, levels: Sequence[Level], head: Level, classifier: Level) -> HierarchicalEnsemble:
-        """A model of its own that is described as this one but has other levels; it takes them over."""
-        other = HierarchicalEnsemble.__new__(HierarchicalEnsemble)
+    def with_levels(
+        self, tree: Tree, levels: Sequence[Level], head: Level, classifier: Level, kind: type[Any] | None = None
+    ) -> Any:
+        """A model of its own (of this class, or of `kind`) that is described as this one but has other levels."""
+        other: Any = object.__new__(kind or type(self))
         nn.Module.__init__(other)
         kept = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in nn.Module().__dict__}
         other.__dict__.update(kept, tree=tree, training=self.training, _macs={})

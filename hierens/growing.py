@@ -59,7 +59,7 @@ def _planted(block: fx.GraphModule, source: Level, copies: int, because: str) ->
     """A level of a block, or of a part of it, with the weights of every branch of its source `copies` times."""
     own = [state for state in source.weights(source.branches) for _ in range(copies)]
     names = list(block.state_dict())
-    level = Level(block, [{name: state[name].detach().clone() for name in names} for state in own])
+    level = Level.of(block, [{name: state[name].detach().clone() for name in names} for state in own])
     level.executor = source.executor
     if because:
         level.loop(because)

@@ -74,17 +74,17 @@ def shape_of_one(weights: Tensor, width: Width) -> torch.Size:
 # --- layers over feature maps side by side ---------------------------------------------------------------------------
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # TensorFlow's padding, computed from the input's size
-_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # TensorFlow's padding, computed from the input's size
+STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 def convolution(module: Any, x: Tensor, width: Width, shared: bool = False) -> Tensor:
     """Any convolution over w branches: they are further groups. On what siblings share, they are further outputs."""
     weight, bias = width.rows(module.weight), width.rows(module.bias)
-    if isinstance(module, _STANDARDISED):
-        weight = _standardised(module, weight, width)
+    if isinstance(module, STANDARDISED):
+        weight = standardised(module, weight, width)
     padding = module.padding
-    if isinstance(module, _SAME) and getattr(module, "same_pad", True):
+    if isinstance(module, SAME) and getattr(module, "same_pad", True):
         x, padding = pad_same(x, module.kernel_size, module.stride, module.dilation), 0
     run = _CONVOLUTIONS[weight.ndim - 2]
     return run(
@@ -98,8 +98,8 @@ def convolution(module: Any, x: Tensor, width: Width, shared: bool = False) -> T
     )
 
 
-def _standardised(module: Any, weight: Tensor, width: Width) -> Tensor:
-    """Weight standardisation is per output channel, so branches are further output channels."""
+def standardised(module: Any, weight: Tensor, width: Width) -> Tensor:
+    """Standardised weights; this is per output channel, so branches are further output channels."""
     gain = (width.rows(module.gain) * module.scale).view(-1) if hasattr(module, "gain") else None
     flat = weight.reshape(1, weight.shape[0], -1)
     return F.batch_norm(flat, None, None, gain, None, True, 0.0, module.eps).reshape_as(weight)

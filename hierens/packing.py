@@ -44,7 +44,7 @@ class Packed:
             PackError: the block cannot be traced to its layers, or hands on something other than tensors.
         """
         closed: dict[str, str] = {}
-        traces = [_traced(block, mode, closed) for mode in (False, True)]
+        traces = [traced(block, mode, closed) for mode in (False, True)]
         rewriters = [Rewriter(block, trace, scalars, constants, closed) for trace in traces]
         graphs = [rewriter.rewrite() for rewriter in rewriters]
         same = str(graphs[0].code) == str(graphs[1].code)
@@ -79,7 +79,7 @@ class _FineTracer(fx.Tracer):
             raise
 
 
-def _traced(block: fx.GraphModule, training: bool, closed: dict[str, str]) -> fx.Graph:
+def traced(block: fx.GraphModule, training: bool, closed: dict[str, str]) -> fx.Graph:
     """A trace in one mode, in which modules that cannot be traced were left whole (and added to `closed`, with why)."""
     caches = caches_of(block)
     with in_mode(block, training):

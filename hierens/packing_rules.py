@@ -20,6 +20,7 @@ from timm.models.nfnet import NormFreeBlock
 from torch import Tensor, nn
 
 from hierens import packed_layers as layers
+from hierens.fused_layers import FusedConvolution, fused_convolution
 
 
 class PackError(ValueError):
@@ -41,6 +42,7 @@ LAYERS: dict[type[nn.Module], tuple[Form, Callable[..., Tensor]]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, tl.Conv2dSame), (Form.CHANNELS, layers.convolution)),
     **dict.fromkeys((tl.StdConv2d, StdConv2dSame), (Form.CHANNELS, layers.convolution)),
     **dict.fromkeys((tl.ScaledStdConv2d, tl.ScaledStdConv2dSame), (Form.CHANNELS, layers.convolution)),
+    FusedConvolution: (Form.CHANNELS, fused_convolution),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, tl.BatchNormAct2d), (Form.CHANNELS, layers.batch_norm)),
     **dict.fromkeys((nn.GroupNorm, TimmGroupNorm, tl.GroupNorm1), (Form.CHANNELS, layers.group_norm)),
     **dict.fromkeys((tl.GroupNormAct, tl.GroupNorm1Act), (Form.CHANNELS, layers.group_norm)),
@@ -100,12 +102,14 @@ def per_channel(module: nn.Module) -> bool:
 
 def reads_parents(module: nn.Module, function: Callable[..., Tensor]) -> bool:
     """Whether a layer takes what siblings share as it is, instead of a copy for each."""
-    return function is layers.convolution and getattr(module, "groups", 0) == 1
+    return function in (layers.convolution, fused_convolution) and getattr(module, "groups", 0) == 1
 
 
 def layer_form(module: nn.Module) -> tuple[Form, Callable[..., Tensor]] | None:
     """The packed form of a layer, if its type has one and its settings allow it."""
     found = LAYERS.get(type(module))
+    if isinstance(module, FusedConvolution):
+        return found
     inner = [part for part in (getattr(module, "drop", None), getattr(module, "act", None)) if part is not None]
     if found is None or not layers.has_layer(module) or not all(per_channel(part) for part in inner):
         return None

@@ -208,7 +208,7 @@ class Rewriter:
             before = set(self.conversions)
             shared = self.form[self._current(_first(node))] is Form.PARENTS and reads_parents(module, function)
             mapped = self._as(_first(node), Form.PARENTS if shared else form)
-            kwargs = {"shared": True} if shared else {}
+            kwargs: dict[str, Any] = {"shared": True} if shared else {}
             made = self.graph.call_function(function, (self.graph.get_attr(name), mapped, self.width), kwargs)
             if function is layers.linear:
                 self.conversions = before  # cheap, and worth it: see `channelwise`

@@ -26,7 +26,7 @@ def level_of(*layers, branches=3):
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.5)
         states.append({name: t.detach().clone() for name, t in block.state_dict().items()})
-    return Level(block_of(*layers), states), states
+    return Level.of(block_of(*layers), states), states
 
 
 class Reversed(nn.Module):
@@ -116,7 +116,7 @@ def test_the_self_check_passes_what_is_right(layers):
 def test_what_has_no_place_in_channels_is_run_in_another_form(layer):
     block = block_of(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), layer)
     assert self_check(block, torch.randn(1, 4, 16, 16)) == ""
-    level = Level(block, [dict(block.state_dict()) for _ in range(3)])
+    level = Level.of(block, [dict(block.state_dict()) for _ in range(3)])
     level.group()
     has_weights = next(layer.parameters(), None) is not None
     assert ("2" in level.looped_layers) == has_weights
@@ -127,7 +127,7 @@ def test_a_module_that_cannot_be_traced_is_looped_in_place_and_says_why():
     graph = fx.Graph()
     graph.output(graph.call_module("1", (graph.call_module("0", (graph.placeholder("x"),)),)))
     block = fx.GraphModule(nn.ModuleDict({"0": nn.Conv2d(4, 4, 3), "1": Undecided()}), graph)
-    level = Level(block, [dict(block.state_dict()) for _ in range(3)])
+    level = Level.of(block, [dict(block.state_dict()) for _ in range(3)])
     level.group()
     assert level.looped_because == "" and "control flow" in level.looped_layers["1"]
     inputs = [torch.randn(2, 4, 9, 9) for _ in range(3)]
@@ -206,9 +206,9 @@ def test_stochastic_depth_is_drawn_for_every_branch():
 def test_on_a_cpu_light_levels_are_grouped_and_heavy_ones_run_branch_by_branch(monkeypatch):
     ran, original = [], Packed.__call__
     monkeypatch.setattr(Packed, "__call__", lambda *args: ran.append(args[2].active) or original(*args))
+    monkeypatch.setattr(branching, "_LIGHT", 200)
     light, _ = level_of(nn.Conv2d(3, 4, 3))
-    monkeypatch.setattr(branching, "_LIGHT", 10)
-    heavy, _ = level_of(nn.Conv2d(3, 4, 3))
+    heavy, _ = level_of(nn.Conv2d(3, 8, 3))
     x = Activations([torch.randn(1, 3, 8, 8)] * 3)
     for level, without_gradients, with_gradients in ((light, [3], [3]), (heavy, [1, 1, 1], [])):
         level.group()
@@ -247,7 +247,7 @@ def test_siblings_read_their_parents_feature_map_without_a_copy(monkeypatch):
         packed_layers, "_CONVOLUTIONS", {2: lambda x, *a: shapes.append(tuple(x.shape)) or original(x, *a)}
     )
     block = block_of(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
-    level = Level(block, [dict(block.state_dict()) for _ in range(4)])
+    level = Level.of(block, [dict(block.state_dict()) for _ in range(4)])
     level.group()
     level.executor = "grouped"
     level(Activations([torch.randn(1, 4, 8, 8) for _ in range(2)]), [0, 0, 1, 1])

@@ -1,0 +1,172 @@
+"""A model made ready for inference: batch norms folded into convolutions, activations attached, weights in order.
+
+What a fused model answers equals what the model answers, up to rounding (section 3.2.2 of Ioffe & Szegedy, arXiv
+1502.03167: at inference a batch norm is an affine map of each channel).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any, NoReturn
+
+import torch
+from timm.layers import BatchNormAct2d, DropPath
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from hierens.branching import Level
+from hierens.ensemble import HierarchicalEnsemble
+from hierens.fused_layers import FusedConvolution, attachable
+from hierens.packed import Width
+from hierens.packed_layers import SAME, STANDARDISED, standardised
+from hierens.packing import traced
+
+_CONVOLUTIONS = (nn.Conv2d, *SAME, *STANDARDISED)
+_ONLY_TRAINING = (nn.Identity, nn.Dropout, DropPath)
+
+
+class FusedEnsemble(HierarchicalEnsemble):
+    """What `fuse` makes: an ensemble for inference, on any device, that also runs its sub-trees and compiles."""
+
+    def train(self, mode: bool = True) -> FusedEnsemble:
+        """Stay in evaluation mode.
+
+        Raises:
+            ValueError: training was asked for.
+        """
+        if mode:
+            _refuse("trained")
+        super().train(False)
+        return self
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        return super()._prepared(x).contiguous(memory_format=torch.channels_last)
+
+    def fuse(self) -> NoReturn:
+        """Raise a ValueError."""
+        _refuse("fused once more")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a ValueError: the model that this one was made from is what to save."""
+        _refuse("saved")
+
+    def grow(self) -> NoReturn:
+        """Raise a ValueError."""
+        _refuse("grown")
+
+    def reorder(self, loader: Any) -> NoReturn:
+        """Raise a ValueError."""
+        _refuse("reordered")
+
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a ValueError."""
+        _refuse("given another classifier")
+
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> NoReturn:
+        """Raise a ValueError."""
+        _refuse("changed")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(
+        f"a fused model is for inference only and cannot be {what}: do that with the model it was made from, "
+        "then call fuse() again."
+    )
+
+
+def fuse(model: HierarchicalEnsemble) -> FusedEnsemble:
+    """A copy of a model for inference: faster, equal up to rounding.
+
+    In every block with a grouped form batch norms are folded into the convolutions before them, standardised weights
+    are computed once, and activations become part of the convolution's kernel. Feature maps are kept in channels-last
+    order. Other blocks are left as they are.
+
+    Args:
+        model: in either mode; it is left as it is.
+
+    Returns:
+        A model in evaluation mode that cannot be trained or saved.
+    """
+    levels = [_fused(level) for level in model.all_levels()]
+    *own, head, classifier = levels
+    fused = model.with_levels(model.tree, own, head, classifier, FusedEnsemble)
+    return fused.eval().requires_grad_(False)
+
+
+def _fused(level: Level) -> Level:
+    block = copy.deepcopy(level.block).eval()
+    fused = Level(fold(block, level.branches) if level.grouped else block, level.branches, level.scalars)
+    fused.executor, fused.frozen = level.executor, True
+    if level.grouped:
+        fused.group()
+    else:
+        fused.loop(level.looped_because)
+    return fused
+
+
+@torch.no_grad()
+def fold(block: fx.GraphModule, branches: int = 1) -> fx.GraphModule:
+    """A block's layers for inference, with convolution, batch norm and activation in one where they follow each other.
+
+    Args:
+        block: in evaluation mode, with the weights of its branches packed; the result takes over its modules.
+        branches: how many there are.
+    """
+    graph = traced(block, False, {})
+    modules = dict(block.named_modules())
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(modules[node.target], _ONLY_TRAINING):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        if node.op == "call_module" and calls[node.target] == 1 and _is_plain(modules[node.target]):
+            _replace(block, graph, modules, node, branches)
+    folded = fx.GraphModule(block, graph, class_name="FusedBlock")
+    kept = {name for name, _ in block.named_buffers()} & block.state_dict().keys()
+    for name in dict(folded.named_buffers()).keys() - kept:
+        owner, _, key = name.rpartition(".")
+        folded.get_submodule(owner)._non_persistent_buffers_set.add(key)
+    return folded
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a convolution that `FusedConvolution` can stand for."""
+    if not isinstance(module, nn.Conv2d) or type(module) not in _CONVOLUTIONS:
+        return False
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _replace(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, branches: int) -> None:
+    """Put a fused convolution in the place of a convolution and of what follows it."""
+    convolution: Any = modules[str(node.target)]
+    weight, bias, activation = convolution.weight, convolution.bias, None
+    if isinstance(convolution, STANDARDISED):
+        weight = standardised(convolution, weight, Width(branches, branches))
+    norm, followed = _follower(node, modules)
+    if followed is not None and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+        assert norm.running_var is not None
+        args = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        weight, bias = fuse_conv_bn_weights(weight, bias, *args)
+        if isinstance(norm, BatchNormAct2d) and not isinstance(norm.act, nn.Identity):
+            activation = norm.act
+        followed.replace_all_uses_with(node)
+        graph.erase_node(followed)
+    act, followed = _follower(node, modules)
+    if activation is None and followed is not None and act is not None and attachable(act):
+        activation = act
+        followed.replace_all_uses_with(node)
+        graph.erase_node(followed)
+    same_pad = isinstance(convolution, SAME) and getattr(convolution, "same_pad", True)
+    fused = FusedConvolution(convolution, weight, bias, activation, same_pad)
+    owner, _, key = str(node.target).rpartition(".")
+    setattr(block.get_submodule(owner), key, fused)
+
+
+def _follower(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[nn.Module | None, fx.Node | None]:
+    """The module that is the only one to read a value, and the node that calls it."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module" or len(users[0].all_input_nodes) != 1:
+        return None, None
+    return modules[str(users[0].target)], users[0]
