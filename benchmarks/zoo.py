@@ -43,7 +43,7 @@ EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
 LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
 HUGE = 200.0  # and from which it has two
-TOO_LARGE = 1000.0  # million parameters from which a variant is only cut, without weights
+TOO_LARGE = 300.0  # million parameters from which a variant is only cut, without weights
 
 
 @dataclass(frozen=True)

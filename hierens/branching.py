@@ -96,6 +96,15 @@ def _siblings(parents: Sequence[int]) -> int:
     return siblings if list(parents) == [first + branch // siblings for branch in range(len(parents))] else 0
 
 
+def _next_larger(plan: Mapping[tuple[int, int], int], wanted: tuple[int, int]) -> int:
+    """What was found for these branches and this batch, or for the next larger that were measured, or the largest."""
+    found = plan.get(wanted)
+    if found is None:
+        covering = [key for key in plan if key[0] >= wanted[0] and key[1] >= wanted[1]]
+        found = plan[min(covering, default=max(plan))]
+    return min(found, wanted[0])
+
+
 class Level(nn.Module):
     """One block in `branches` independent copies.
 
@@ -109,6 +118,7 @@ class Level(nn.Module):
         branches: number of copies.
         size: weights and statistics of one copy.
         looped_because: why the level has no grouped form; empty if it has one.
+        plan: how many branches to run in one call, by their number and the batch size, as `hierens.tuning` measured.
         frozen: whether its weights are never trained, as after `fuse`.
     """
 
@@ -118,6 +128,7 @@ class Level(nn.Module):
         self.executor: Executor = "auto"
         self.looped_because = ""
         self.frozen = False
+        self.plan: dict[tuple[int, int], int] = {}
         self.constants = nn.Module()
         self._packed: list[Packed] = []  # in a list, so that deep copies keep it beside the block, unregistered
         self.size = sum(tensor.numel() for _, tensor in state_of(block)) // branches  # weights of one
@@ -156,12 +167,8 @@ class Level(nn.Module):
 
     def run_branch(self, branch: int, value: Value) -> Value:
         """Run a single branch."""
-        if (
-            self.branches > 1
-            and self._packed
-            and self.executor != "looped"
-            and (self.frozen or not torch.is_grad_enabled())
-        ):
+        without_gradients = self.frozen or not torch.is_grad_enabled()
+        if self.branches > 1 and self._packed and self.executor != "looped" and without_gradients:
             return self._packed[0](value, Width(1, self.branches, branch), self.training)
         return self._call(self.states(branch + 1, start=branch)[0], value)
 
@@ -186,12 +193,13 @@ class Level(nn.Module):
             return 0
         if self.executor == "grouped":
             return count
+        without_gradients = self.frozen or not torch.is_grad_enabled()
+        if self.plan and without_gradients:
+            return _next_larger(self.plan, (count, x.first_tensor().shape[0]))
         # On CPUs only small layers gain, and those not at all that work per sample.
         light = self.size <= (_LIGHT_FROZEN if self.frozen else _LIGHT)
         gains = x.first_tensor().device.type != "cpu" or (light and self._packed[0].channelwise)
-        if torch.is_grad_enabled() and not self.frozen:  # the backward pass of slices would be slow
-            return count if gains else 0
-        return count if gains else 1
+        return count if gains else int(without_gradients)  # the backward pass of slices would be slow
 
     def group(self) -> None:
         """Take up the grouped form, if the block has one; `looped_because` tells otherwise."""

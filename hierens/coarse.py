@@ -104,10 +104,15 @@ class _CoarseTracer(fx.Tracer):
 
     def look_into(self, node: fx.Node) -> None:
         """Note the modules nearest to a value that is asked for its length or truth."""
-        if node.op == "call_module":
-            self.looked_into.add(str(node.target))
-        for earlier in node.all_input_nodes if node.op != "call_module" else ():
-            self.look_into(earlier)
+        waiting, seen = [node], {node}
+        while waiting:
+            node = waiting.pop()
+            if node.op == "call_module":
+                self.looked_into.add(str(node.target))
+                continue
+            new = set(node.all_input_nodes) - seen
+            waiting += new
+            seen |= new
 
 
 def _features_end() -> None:

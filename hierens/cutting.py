@@ -35,6 +35,7 @@ _UNEVEN = 1.6  # a block may hold this multiple of an equal share of the MACs be
 _OFF_STAGE = 0.02  # added to the sum of squared shares for a cut within a stage
 _SEVERAL = 0.1  # for one that several tensors cross
 _OTHER = 1.0  # and for one that anything else crosses, such as sizes: taken only when nothing else is left
+_TINY = 4.0  # for a block with less than a quarter of an equal share, which would hardly be a level
 
 
 def cut(
@@ -227,19 +228,23 @@ def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[lis
     ]
     if len(candidates) + 1 < blocks:
         return None
+
+    def block_cost(share: float) -> float:
+        return share**2 + _TINY * (share < 0.25 / blocks)
+
     # cheapest[j]: the best way to end a block at place j, as (cost, places of the cuts so far)
     cheapest: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for _ in range(blocks - 1):
         cheapest = {
             place: min(
-                (cost + (before[place] - before[last]) ** 2 + penalty[place], (*cuts, place))
+                (cost + block_cost(before[place] - before[last]) + penalty[place], (*cuts, place))
                 for last, (cost, cuts) in cheapest.items()
                 if last < place
             )
             for place in range(1, len(candidates) + 1)
             if any(last < place for last in cheapest)
         }
-    _, cuts = min((cost + (1 - before[last]) ** 2, cuts) for last, (cost, cuts) in cheapest.items())
+    _, cuts = min((cost + block_cost(1 - before[last]), cuts) for last, (cost, cuts) in cheapest.items())
     edges = [0, *cuts, len(before) - 1]
     largest = max(before[right] - before[left] for left, right in pairwise(edges))
     return [place - 1 for place in cuts], largest

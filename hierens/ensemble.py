@@ -27,6 +27,7 @@ from hierens.tree import Tree, nested_sizes
 if TYPE_CHECKING:
     from hierens.fusing import FusedEnsemble
     from hierens.ordering import Reordering
+    from hierens.tuning import Tuning
 
 _CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
@@ -232,6 +233,18 @@ class HierarchicalEnsemble(nn.Module):
         from hierens.fusing import fuse
 
         return fuse(self)
+
+    def tune(
+        self,
+        example: Tensor,
+        depths: Sequence[int] | None = None,
+        batch_sizes: Sequence[int] | None = None,
+        file: str | Path | None = None,
+    ) -> Tuning:
+        """Measure how to run each level on this machine, and do so from now on: see `hierens.tuning.tune`."""
+        from hierens.tuning import tune
+
+        return tune(self, example, depths, batch_sizes, file)
 
     def reorder(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
         """Permute siblings in place so that small depths answer best: see `hierens.ordering.reorder`."""

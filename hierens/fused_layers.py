@@ -92,6 +92,10 @@ class FusedConvolution(nn.Module):
             self._kernels[key] = made
         return made[1]
 
+    def forget(self) -> None:
+        """Drop the reordered weights; those that are needed are made again."""
+        self._kernels.clear()
+
     def extra_repr(self) -> str:
         """Shape and stride."""
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
@@ -116,7 +120,7 @@ def fused_convolution(module: FusedConvolution, x: Tensor, width: Width, shared:
 _KNOWN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 if _KNOWN and torch.ops.mkldnn._convolution_pointwise not in flop_registry:
 
-    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)  # type: ignore[untyped-decorator]
+    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
     def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         """So that torch's counter sees these convolutions as it sees its own."""
         return int(conv_flop_count(list(x), list(weight), list(out_shape)))

@@ -1,0 +1,107 @@
+"""Tuning: what is measured is run, remembered for the machine and the model, and never changes an answer."""
+
+import json
+
+import pytest
+import torch
+from test_fusing import close, different
+
+from hierens import tuning
+from hierens.packing import Packed
+from hierens.tuning import Measurement, Tuning
+
+
+@pytest.fixture(scope="module")
+def model():
+    return different("test_efficientnet", blocks=3)[0]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(tuning, "_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "_REPEATS", 1)
+
+
+@torch.no_grad()
+def test_every_way_to_run_a_tuned_model_gives_the_same(model, images, quick):
+    fused = model.fuse()
+    expected = [fused(images, leaves=n, reduce=False) for n in range(1, 5)]
+    found = fused.tune(images, batch_sizes=(1, 2))
+    assert {m.batch_size for m in found.measurements} == {1, 2}
+    for together in (1, 2, 3, 4):
+        for level in fused.all_levels():
+            level.plan = dict.fromkeys(level.plan, together)
+        for leaves in range(1, 5):
+            assert close(fused(images, leaves=leaves, reduce=False), expected[leaves - 1]), (together, leaves)
+
+
+@torch.no_grad()
+def test_the_fastest_way_is_run(model, images, monkeypatch):
+    """A way that is made slow is not chosen, and what is chosen is what runs."""
+    fused, original, ran = model.fuse(), Packed.__call__, []
+    monkeypatch.setattr(tuning, "_SECONDS", 0.005)
+
+    def slow_unless_two(packed, values, width, training):
+        ran.append(width.active)
+        if width.active != 2:
+            torch.ones(2_000_000).cumsum(0)
+        return original(packed, values, width, training)
+
+    monkeypatch.setattr(Packed, "__call__", slow_unless_two)
+    found = fused.tune(images)
+    last = [m for m in found.measurements if m.level == 2 and m.branches == 4]
+    assert [m.together for m in last] == [2] and set(last[0].milliseconds) == {1, 2, 4}
+    ran.clear()
+    fused(images)
+    assert set(ran) == {2}
+
+
+def test_it_is_remembered_for_the_machine_the_model_and_the_size(model, images, quick, tmp_path, monkeypatch):
+    file = tmp_path / "deep" / "tuning.json"
+    fused = model.fuse()
+    found = fused.tune(images, batch_sizes=(1, 2), file=file)
+    plans = [level.plan for level in fused.all_levels()]
+    monkeypatch.setattr(tuning, "_ways", lambda *args: pytest.fail("it was measured before"))
+    again = model.fuse()
+    assert again.tune(images, batch_sizes=(2,), file=file) == found
+    assert [level.plan for level in again.all_levels()] == plans
+    monkeypatch.setattr(tuning, "_ways", lambda level, x, parents, branches: {1: 1.0, branches: 2.0})
+    model.tune(images, file=file)  # not fused: another model
+    again.tune(images[..., :32, :32], file=file)
+    again.bfloat16().tune(images.bfloat16(), file=file)
+    records = json.loads(file.read_text())
+    assert len(records) == 4 and len({(r["machine"], r["model"], tuple(r["size"])) for r in records}) == 4
+    assert again.tune(images.bfloat16(), batch_sizes=(2, 4), file=file) != found  # a batch that is not there yet
+    assert len(json.loads(file.read_text())) == 4
+
+
+def test_what_was_not_measured_runs_like_the_next_larger(model):
+    level = model.fuse().all_levels()[2]
+    level.plan = {(2, 1): 1, (4, 1): 4, (2, 8): 2, (4, 8): 1}
+    x = lambda batch: type("X", (), {"first_tensor": lambda self: torch.zeros(batch)})()  # noqa: E731
+    chosen = {(n, b): level._together(x(b), n) for n in (1, 2, 3, 4) for b in (1, 4, 8, 64)}
+    assert chosen[2, 1] == 1 and chosen[3, 1] == 3 and chosen[4, 1] == 4
+    assert chosen[2, 4] == chosen[2, 8] == 2 and chosen[3, 4] == chosen[4, 8] == chosen[4, 64] == 1
+
+
+def test_what_cannot_be_tuned_says_why(model, images, tmp_path):
+    fused = model.fuse()
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    for call, message in (
+        (lambda: fused.tune(images, depths=[7]), "depth must be from 0 to 2"),
+        (lambda: fused.tune(images, batch_sizes=[0]), "batch sizes must be at least 1"),
+        (lambda: fused.tune(images[:, :2]), r"expected images \(N, 3, H, W\)"),
+        (lambda: fused.tune(images, file=tmp_path / "config.json"), "does not hold what tune"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_it_prints_as_a_table():
+    found = Tuning("cpu", "{}", (3, 64, 64), (Measurement(2, 4, 8, {1: 3.0, 2: 1.5, 4: 2.0}),))
+    assert "|     2 |        4 |     8 |        2 | 1: 3.00, 2: 1.50, 4: 2.00 |" in str(found)
