@@ -1,0 +1,46 @@
+"""`torch.compile` takes each depth as one graph, and going back to a depth compiles nothing."""
+
+import pytest
+import torch
+from test_fusing import close, different
+from torch._dynamo.testing import CompileCounter
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("executor", ["auto", "looped", "grouped"])
+@torch.no_grad()
+def test_a_graph_for_each_depth_and_no_more(fused, executor):
+    model, x = different("test_efficientnet", blocks=3)
+    model = model.fuse() if fused else model
+    model.set_executor(executor)
+    expected = [model(x, depth=depth) for depth in range(3)]
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for depth in (0, 1, 2, 1, 0, 2, 2, 0):
+        assert close(compiled(x, depth=depth), expected[depth])
+    assert counter.frame_count == 3
+
+
+def test_training_compiles_too():
+    model, x = different("resnet10t", blocks=3)
+    counter = CompileCounter()
+    compiled = torch.compile(model.train(), backend=counter, fullgraph=True)
+    for depth in (2, 0, 2):
+        compiled(x, depth=depth, reduce=False).sum().backward()
+    assert counter.frame_count == 2
+
+
+@torch.no_grad()
+def test_code_is_generated_for_a_fused_model():
+    """With Inductor, code generation and all; slow, so for one small model."""
+    model, x = different("test_efficientnet", blocks=2)
+    fused = model.fuse()
+    compiled = torch.compile(fused, fullgraph=True, dynamic=False)
+    assert close(compiled(x, depth=1), fused(x, depth=1))
