@@ -422,8 +422,8 @@ def page() -> str:
 INTRODUCTION = """# Speed
 
 What saved multiply-accumulates are worth in milliseconds. Every cell below was measured in one process, all ways in
-turn, at least three rounds, most of them five or more; times are medians, ratios medians of the rounds' own. {machine}. No GPU was to be had, so
-nothing is said of GPUs.
+turn, at least three rounds, most of them five or more; times are
+medians, ratios medians of the rounds' own. No GPU was to be had, so nothing is said of GPUs. {machine}.
 
 - *hierens*: `model.fuse()`, then `tune()`. All networks have independent random weights, 224 pixels, 1000 classes.
 - *backbone, fused*: the tree's first network alone, `model.at_depth(0).fuse()`: the backbone run in the same way.

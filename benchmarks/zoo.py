@@ -309,7 +309,8 @@ def page(
 
 The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS} blocks and made a tree of eight
 networks (four from {LARGE:g} million parameters on, two from {HUGE:g}). Weights are random, also those that
-initialisation leaves at zero; two images. Only cut, for their size: {", ".join(f"`{name}`" for name in skipped) or "none"}.
+initialisation leaves at zero; two images.
+Only cut, for their size: {", ".join(f"`{name}`" for name in skipped) or "none"}.
 
 - **{len(exact)} of {len(rows)} model files convert exactly**: copies of the backbone answer within {EXACT:g} of it
   (relative to the largest logit) at every depth.

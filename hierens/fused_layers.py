@@ -71,7 +71,7 @@ class FusedConvolution(nn.Module):
         self.padding = (0, 0) if same_pad else convolution.padding
         self.activation = activation
         self.attached: _Attached | None = ("none", [], "") if activation is None else attachable(activation)
-        self._kernels: dict[Any, tuple[int, Tensor]] = {}
+        self._kernels: dict[Any, tuple[int, Tensor, Tensor | None]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, O, H', W')."""
@@ -81,16 +81,20 @@ class FusedConvolution(nn.Module):
         """Without the reordered weights, which cannot be copied and are made again when needed."""
         return {**self.__dict__, "_kernels": {}}
 
-    def kernel(self, width: Width, groups: int, x: Tensor) -> Tensor:
-        """The weights of some branches in oneDNN's order; made at their first use and when the weights have changed."""
-        key = (self.weight.data_ptr(), width.start, width.active, groups)
-        version = 0 if self.weight.is_inference() else self.weight._version
+    def kernel(self, width: Width, groups: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weights of some branches in oneDNN's order, and their biases.
+
+        They are made at their first use, and anew when the weights have been changed.
+        """
+        plain: Any = self._parameters["weight"]  # without nn.Module's own lookup, which small layers would feel
+        key = (plain.data_ptr(), width.start, width.active, groups)
+        version = 0 if plain.is_inference() else plain._version
         made = self._kernels.get(key)
         if made is None or made[0] != version:
             args = (self.padding, self.stride, self.dilation, groups, list(x.shape))
-            made = version, torch.ops.mkldnn._reorder_convolution_weight(width.rows(self.weight), *args)
-            self._kernels[key] = made
-        return made[1]
+            weight = torch.ops.mkldnn._reorder_convolution_weight(width.rows(plain), *args)
+            made = self._kernels[key] = version, weight, width.rows(self.bias)
+        return made[1], made[2]
 
     def forget(self) -> None:
         """Drop the reordered weights; those that are needed are made again."""
@@ -106,18 +110,18 @@ def fused_convolution(module: FusedConvolution, x: Tensor, width: Width, shared:
     groups = module.groups * (width.parents if shared else width.active)
     if module.same_pad:
         x = pad_same(x, list(module.kernel_size), list(module.stride), list(module.dilation))
-    bias = width.rows(module.bias)
-    if _onednn(module, x):
-        name, numbers, variant = module.attached or ("none", [], "")
-        kernel = module.kernel(width, groups, x)
-        geometry = (module.padding, module.stride, module.dilation, groups)
-        x = torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *geometry, name, numbers, variant)
+    geometry: Any = (module.stride, module.padding, module.dilation, groups)
+    if _onednn(x):
+        weight, bias = module.kernel(width, groups, x)
+        stride, padding, *others = geometry
+        x = _run_onednn(x, weight, bias, padding, stride, *others, *(module.attached or ("none", [], "")))
         return x if module.attached or module.activation is None else module.activation(x)
-    x = F.conv2d(x, width.rows(module.weight), bias, module.stride, module.padding, module.dilation, groups)
+    x = F.conv2d(x, width.rows(module.weight), width.rows(module.bias), *geometry)
     return x if module.activation is None else module.activation(x)
 
 
 _KNOWN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+_run_onednn: Any = torch.ops.mkldnn._convolution_pointwise.default if _KNOWN else None
 if _KNOWN and torch.ops.mkldnn._convolution_pointwise not in flop_registry:
 
     @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
@@ -126,7 +130,7 @@ if _KNOWN and torch.ops.mkldnn._convolution_pointwise not in flop_registry:
         return int(conv_flop_count(list(x), list(weight), list(out_shape)))
 
 
-def _onednn(module: FusedConvolution, x: Tensor) -> bool:
+def _onednn(x: Tensor) -> bool:
     """Whether to call oneDNN itself: on CPUs, when nothing is recorded for a backward pass or by a compiler."""
     types = x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     usable = _KNOWN and torch.backends.mkldnn.enabled and x.device.type == "cpu" and types
