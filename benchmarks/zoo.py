@@ -43,7 +43,8 @@ EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
 LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
 HUGE = 200.0  # and from which it has two
-TOO_LARGE = 300.0  # million parameters from which a variant is only cut, without weights
+TOO_LARGE = 500.0  # million parameters from which a variant is only cut, without weights
+SHALLOW: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 8}}  # of 32 equal layers, for memory
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def cut_only(name: str) -> dict[str, Any]:
 def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     """All that the page says of one architecture; without compilers unless `thorough`."""
     torch.manual_seed(0)
-    backbone = timm.create_model(name, num_classes=10).eval()
+    backbone = timm.create_model(name, num_classes=10, **SHALLOW.get(name, {})).eval()
     enliven(backbone)
     x = few_pixels(backbone)
     start = time.perf_counter()
@@ -310,7 +311,8 @@ def page(
 The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS} blocks and made a tree of eight
 networks (four from {LARGE:g} million parameters on, two from {HUGE:g}). Weights are random, also those that
 initialisation leaves at zero; two images.
-Only cut, for their size: {", ".join(f"`{name}`" for name in skipped) or "none"}.
+Only cut, for their size: {", ".join(f"`{name}`" for name in skipped) or "none"}. With fewer of their equal layers, for
+memory: {", ".join(f"`{name}` ({settings})" for name, settings in SHALLOW.items())}.
 
 - **{len(exact)} of {len(rows)} model files convert exactly**: copies of the backbone answer within {EXACT:g} of it
   (relative to the largest logit) at every depth.
