@@ -8,21 +8,20 @@ from __future__ import annotations
 import dataclasses
 import platform
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 
 import timm
 import torch
-import train_imagenet
 import tyro
 
 import hierens
 from hierens.plotting import plot_accuracy
 from hierens.profiling import millions, table
+from hierens.training.presets import PRESETS
+from hierens.training.run import train
 
 OBJECTIVES = {"with co-distillation": "independent+hierarchical_codistillation", "labels only": "independent"}
 RESULTS = ROOT / "docs" / "results"
@@ -45,9 +44,10 @@ def main(settings: Settings) -> None:
     for seed in range(settings.seeds):
         for name, objective in OBJECTIVES.items():
             directory = f"runs/demo-seeds/{objective}-{seed}"
-            demo = train_imagenet.DEMO
-            train = dataclasses.replace(demo.train, seed=seed, objective=objective, output_dir=directory)
-            model, accuracy = train_imagenet.train(dataclasses.replace(demo, train=train))
+            demo = PRESETS["demo"]
+            training = dataclasses.replace(demo.train, seed=seed, objective=objective, output_dir=directory)
+            model, record = train(dataclasses.replace(demo, train=training))
+            accuracy = record["accuracy"]
             accuracies[name].append(accuracy)
             print(f"seed {seed}, {name}: {', '.join(f'{value:.2f}' for value in accuracy)} %")
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -9,21 +9,21 @@ import dataclasses
 import json
 import os
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 
 import timm
 import torch
-import train_imagenet
 import tyro
 
 import hierens
+from hierens.cli import results_table
 from hierens.plotting import plot_accuracy
 from hierens.training.config import to_json
+from hierens.training.presets import PRESETS
+from hierens.training.run import Run, train
 
 RESULTS = ROOT / "docs" / "results"
 
@@ -46,32 +46,36 @@ def main(settings: Settings) -> None:
     """One run, one table, one picture."""
     torch.set_num_threads(settings.threads)
     run = configure(settings)
-    model, accuracy = train_imagenet.train(run)
+    model, record = train(run)
     RESULTS.mkdir(parents=True, exist_ok=True)
     title = "Fashion-MNIST, four networks of resnet8_cifar"
-    plot_accuracy({"hierarchical co-distillation": (model.macs(), accuracy)}, RESULTS / "fashion_mnist.png", title)
-    (RESULTS / "fashion_mnist.md").write_text(page(settings, run, train_imagenet.report(model, accuracy)))
+    plot_accuracy(
+        {"hierarchical co-distillation": (model.macs(), record["accuracy"])}, RESULTS / "fashion_mnist.png", title
+    )
+    (RESULTS / "fashion_mnist.md").write_text(page(settings, run, results_table(model, record)))
     print(f"wrote {RESULTS / 'fashion_mnist.md'}")
 
 
-def configure(settings: Settings) -> train_imagenet.Run:
+def configure(settings: Settings) -> Run:
     """The example's recipe for Fashion-MNIST, with the settings put in."""
-    recipe = train_imagenet.FASHION_MNIST
+    recipe = PRESETS["fashion-mnist"]
     directory = f"runs/fashion_mnist/{settings.epochs}-epochs-seed-{settings.seed}"
-    train = dataclasses.replace(
+    training = dataclasses.replace(
         recipe.train, epochs=settings.epochs, seed=settings.seed, output_dir=directory, cpu=True
     )
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data_dir=settings.data_dir), train=train)
+    return dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, data_dir=settings.data_dir), train=training
+    )
 
 
-def speed(run: train_imagenet.Run) -> str:
+def speed(run: Run) -> str:
     """Images per second while training, from the run's log."""
     lines = (Path(run.train.output_dir) / "log.jsonl").read_text().splitlines()
     rates = sorted(record["images_per_s"] for record in map(json.loads, lines) if "images_per_s" in record)
     return f"Training ran at {rates[len(rates) // 2]} images per second (median)."
 
 
-def page(settings: Settings, run: train_imagenet.Run, report: str) -> str:
+def page(settings: Settings, run: Run, report: str) -> str:
     """The results page."""
     shown = json.dumps({name: to_json(getattr(run, name)) for name in ("model", "train")}, indent=2)
     return f"""# Fashion-MNIST

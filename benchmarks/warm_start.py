@@ -17,13 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
 import efficientnet_lite0
 import timm
 import torch
-import train_imagenet
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,8 +28,10 @@ from hierens.plotting import plot_accuracy
 from hierens.profiling import millions, table
 from hierens.training.config import DataConfig, ModelConfig, TrainConfig, to_json
 from hierens.training.data import ArrayImages, SeededDataset, count_classes, create_datasets, create_transform
+from hierens.training.run import Run, create_ensemble
 from hierens.training.trainer import Trainer
 
+ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 RUNS = Path("runs/warm_start")
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
@@ -100,12 +98,12 @@ def main(settings: Settings) -> None:
 # --- the runs -------------------------------------------------------------------------------------------------------
 
 
-def recipe(settings: Settings) -> train_imagenet.Run:
+def recipe(settings: Settings) -> Run:
     """What all runs share, with the ImageNet weights."""
     weights = RUNS / f"{efficientnet_lite0.ARCHITECTURE}.safetensors"
     if not weights.exists():
         efficientnet_lite0.convert(weights)
-    return train_imagenet.Run(
+    return Run(
         # One channel: summing the stem over colours answers to grey images as three equal channels do, and costs less.
         DataConfig(
             dataset="fashion_mnist",
@@ -121,17 +119,17 @@ def recipe(settings: Settings) -> train_imagenet.Run:
     )
 
 
-def from_scratch(run: train_imagenet.Run) -> train_imagenet.Run:
+def from_scratch(run: Run) -> Run:
     """The same run with every branch drawn anew."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, weights="", init="reinit"))
 
 
-def with_changes(run: train_imagenet.Run, **changes: Any) -> train_imagenet.Run:
+def with_changes(run: Run, **changes: Any) -> Run:
     """The same run with other training settings."""
     return dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
 
 
-def pilot(settings: Settings, run: train_imagenet.Run, new_classifiers: bool = False) -> Result:
+def pilot(settings: Settings, run: Run, new_classifiers: bool = False) -> Result:
     """A short run, judged on training images that no run trains on: the test images choose nothing."""
     train, _ = create_datasets(run.data)
     assert isinstance(train, ArrayImages)
@@ -140,7 +138,7 @@ def pilot(settings: Settings, run: train_imagenet.Run, new_classifiers: bool = F
     return measure(run, first(train, settings.pilot_images), held_out, f"pilot-{settings.held_out}", new_classifiers)
 
 
-def full_run(settings: Settings, run: train_imagenet.Run) -> Result:
+def full_run(settings: Settings, run: Run) -> Result:
     """A run at the full budget, on all test images."""
     train, test = create_datasets(run.data)
     assert isinstance(train, ArrayImages)
@@ -153,9 +151,7 @@ def first(data: ArrayImages, images: int) -> ArrayImages:
     return ArrayImages(data.images[:images], data.labels[:images], data.mode, data.transform)
 
 
-def measure(
-    run: train_imagenet.Run, train: ArrayImages, test: Dataset[Any], kind: str, new_classifiers: bool = False
-) -> Result:
+def measure(run: Run, train: ArrayImages, test: Dataset[Any], kind: str, new_classifiers: bool = False) -> Result:
     """Train, unless this very run lies finished under runs/, and look at its leaves."""
     start = "warm" if run.model.warm else "scratch"
     name = f"{kind}-{start}-{run.data.input_size[-1]}px-{run.model.blocks}-{len(train)}-lr{run.train.lr:g}"
@@ -165,7 +161,7 @@ def measure(
     if file.exists():
         return Result(**json.loads(file.read_text()))
     print(f"{name}:", flush=True)
-    model = train_imagenet.create_ensemble(run, count_classes(train))
+    model = create_ensemble(run, count_classes(train))
     if new_classifiers:
         model.reset_classifier(model.num_classes)
     batch = run.train.batch_size
@@ -190,7 +186,7 @@ def spread(model: hierens.HierarchicalEnsemble, loader: DataLoader[Any], batches
 
 def page(
     settings: Settings,
-    run: train_imagenet.Run,
+    run: Run,
     rates: Mapping[str, Mapping[float, Result]],
     best: Mapping[str, float],
     noises: Mapping[str, Result],

@@ -76,17 +76,19 @@ _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # for ti
 class CifarResNet(ResNet):
     """timm's ResNet as He et al. (2015, section 4.2) build it for small images: 3x3 stem, three stages, no pooling."""
 
-    def __init__(self, channels: Sequence[int] = (16, 32, 64), in_chans: int = 3, **kwargs: Any) -> None:
-        """Take timm's `ResNet` arguments; `channels` are the three stages' widths."""
+    def __init__(
+        self, channels: Sequence[int] = (16, 32, 64), in_chans: int = 3, stem_stride: int = 1, **kwargs: Any
+    ) -> None:
+        """Take timm's `ResNet` arguments; `channels` are the stages' widths, `stem_stride` 2 makes it cheaper."""
         width = channels[0]
         super().__init__(
             BasicBlock, channels=tuple(channels), in_chans=in_chans, stem_type="deep", stem_width=width // 2, **kwargs
         )
-        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, width, 3, stem_stride, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = self.layer4 = nn.Identity()  # called by timm's forward pass
         for info in self.feature_info:
-            info["reduction"] = max(1, info["reduction"] // 4)
+            info["reduction"] = stem_stride * max(1, info["reduction"] // 4)
 
 
 def _cifar_resnet(variant: str, pretrained: bool, blocks_per_stage: int, **kwargs: Any) -> nn.Module:

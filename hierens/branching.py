@@ -64,6 +64,12 @@ class Activations:
         values = self.listed()
         return Activations([values[branch] for branch in which])
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Activations:
+        """Every tensor changed by a function that keeps its shape."""
+        if self.packed is not None:
+            return Activations(packed=_each(change, self.packed), count=self.count)
+        return Activations([_each(change, value) for value in self.values])
+
     def stacked(self) -> Value:
         """All branches' tensors along a new dim 1: (N, branches, ...)."""
         if isinstance(self.packed, Tensor):
@@ -88,6 +94,13 @@ def _across(combine: Callable[[list[Any]], Any], values: Sequence[Value]) -> Val
     if isinstance(values[0], Tensor):
         return combine(list(values))
     return tuple(combine(list(parts)) for parts in zip(*values, strict=True))
+
+
+def _each(change: Callable[[Tensor], Tensor], value: Value) -> Value:
+    """Change a tensor, or each of the tensors that cross."""
+    if isinstance(value, tuple):
+        return tuple(_each(change, part) for part in value)
+    return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _siblings(parents: Sequence[int]) -> int:

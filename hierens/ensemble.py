@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from hierens.branching import Activations, Executor, Level
 from hierens.checking import self_check
 from hierens.cutting import CutError, Cutting, cut, example_input, input_size
+from hierens.equilibrium import scale_gradient
 from hierens.modes import evaluating
 from hierens.profiling import Profile, branch_macs, profile
 from hierens.symmetry import break_symmetry, symmetric
@@ -62,6 +64,8 @@ class HierarchicalEnsemble(nn.Module):
         in_chans: image channels.
         pretrained_cfg: timm's description of the model and its preprocessing.
         classifier_names: of the last linear layer (two for a distilled backbone), as the backbone has them.
+        gradient_equilibrium: whether every branch gets the mean, not the sum, of the gradients that the leaves below it
+            send; off by default. See `hierens.equilibrium`.
     """
 
     def __init__(self, backbone: nn.Module, cutting: Cutting, tree: Tree, init: Sequence[nn.Module] = ()) -> None:
@@ -85,7 +89,7 @@ class HierarchicalEnsemble(nn.Module):
         self.classifier = Level.of(
             cutting.classifier, [self._drawn(cutting.classifier, last, b, init) for b in range(tree.leaves)]
         )
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.gradient_equilibrium = False
         self._macs: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._describe(backbone, cutting)
         self.train(backbone.training)
@@ -151,6 +155,8 @@ class HierarchicalEnsemble(nn.Module):
         activations = Activations([self._prepared(x)])
         for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, leaves))]
+            if self.gradient_equilibrium and self.tree.branching[index] > 1 and index > 0:
+                activations = activations.mapped(partial(scale_gradient, factor=1 / self.tree.branching[index]))
             activations = self._run(level, activations, parents)
         return activations
 

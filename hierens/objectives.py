@@ -8,6 +8,7 @@ stacked predictions, one softmax for the teacher, two inner products.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ def independent(leaf_logits: Logits, target: Target) -> Scalar:
     Returns:
         The sum over networks of the cross-entropy, mean over the batch.
     """
-    return _fused(leaf_logits, target, {"independent": 1.0})
+    return _fused(leaf_logits, target, _Weights({"independent": 1.0}))
 
 
 def hierarchical(leaf_logits: Logits, target: Target) -> Scalar:
@@ -70,7 +71,7 @@ def hierarchical(leaf_logits: Logits, target: Target) -> Scalar:
     Returns:
         The sum over nested ensembles of the cross-entropy, mean over the batch.
     """
-    return _fused(leaf_logits, target, {"hierarchical": 1.0})
+    return _fused(leaf_logits, target, _Weights({"hierarchical": 1.0}))
 
 
 def codistillation(leaf_logits: Logits, target: Target | None = None, temperature: float = 2.0) -> Scalar:
@@ -84,7 +85,7 @@ def codistillation(leaf_logits: Logits, target: Target | None = None, temperatur
     Returns:
         The sum over networks of the cross-entropy to the detached teacher, mean over the batch.
     """
-    return _fused(leaf_logits, target, {"codistillation": 1.0}, temperature)
+    return _fused(leaf_logits, target, _Weights({"codistillation": 1.0}), temperature)
 
 
 def hierarchical_codistillation(
@@ -102,7 +103,7 @@ def hierarchical_codistillation(
     Returns:
         The sum over the nested ensembles below the full one, mean over the batch.
     """
-    return _fused(leaf_logits, target, {"hierarchical_codistillation": 1.0}, temperature)
+    return _fused(leaf_logits, target, _Weights({"hierarchical_codistillation": 1.0}), temperature)
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,12 @@ class Objective:
             `hierarchical_codistillation` (12), at least one of the first two.
         alpha: weight of distillation, from 0 to 1.
         temperature: the teacher is softmax(y^E / temperature), detached; the student is not tempered.
+        temper_students: divide the students' logits by the temperature as well, and multiply the distilled terms by
+            its square, as Hinton et al. (arXiv 1503.02531, section 2) do.
+        depth_weights: of the nested ensembles y^0, y^1, ... in the two hierarchical terms; all 1 by default.
 
     Raises:
-        ValueError: an unknown or repeated term, distillation alone, alpha or temperature out of range.
+        ValueError: an unknown or repeated term, distillation alone, alpha, temperature or a weight out of range.
 
     Examples:
         >>> objective = Objective("independent+hierarchical_codistillation", alpha=0.5)
@@ -132,6 +136,8 @@ class Objective:
     name: str = "independent+hierarchical_codistillation"
     alpha: float = 0.5
     temperature: float = 2.0
+    temper_students: bool = False
+    depth_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         terms = self.terms
@@ -149,6 +155,8 @@ class Objective:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}.")
         _check_temperature(self.temperature)
+        if any(not weight >= 0 for weight in self.depth_weights):
+            raise ValueError(f"depth_weights must not be negative, got {self.depth_weights}.")
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -162,24 +170,62 @@ class Objective:
             return dict.fromkeys(self.terms, 1.0)
         return {term: self.alpha if term in DISTILLED else 1 - self.alpha for term in self.terms}
 
-    def __call__(self, leaf_logits: Logits, target: Target) -> Scalar:
+    def __call__(self, leaf_logits: Logits, target: Target, teacher: Tensor | None = None) -> Scalar:
         """The loss, a mean over the batch.
 
         Args:
             leaf_logits: (N, leaves, classes), in any floating-point type.
-            target: class indices (N,), or probabilities (N, classes) as mixup gives them.
+            target: class indices (N,), or probabilities (N, classes) as mixup gives them. The distilled terms never
+                see it: under mixup their teacher is what the full ensemble says of the mixed image itself.
+            teacher: logits (N, classes) that take the place of y^E in the distilled terms, as from an average of the
+                weights.
 
         Raises:
             ValueError: shapes that do not fit each other.
         """
-        return _fused(leaf_logits, target, self.weights, self.temperature)
+        weighed = _Weights(self.weights, self.depth_weights)
+        return _fused(leaf_logits, target, weighed, self.temperature, self.temper_students, teacher)
+
+
+def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0) -> Scalar:
+    """Every network learns from another model: sum_n T^2 KL(softmax(t / T) || softmax(y_n / T)).
+
+    Hinton et al. (arXiv 1503.02531, section 2), summed over networks as L_I is.
+
+    Args:
+        leaf_logits: (N, leaves, classes).
+        teacher: the other model's logits t, (N, classes); no gradient flows into them.
+        temperature: T, of teacher and students.
+
+    Returns:
+        The sum over networks of the divergence, mean over the batch.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a temperature that is not positive.
+    """
+    _check_logits(leaf_logits)
+    _check_teacher(leaf_logits, teacher)
+    _check_temperature(temperature)
+    log_q = F.log_softmax(_at_least_float32(teacher.detach()) / temperature, dim=-1)[:, None]
+    log_p = F.log_softmax(_at_least_float32(leaf_logits) / temperature, dim=-1)
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum((1, 2)).mean()
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What each term and, within the hierarchical terms, each nested ensemble counts."""
+
+    terms: Mapping[str, float]
+    depths: tuple[float, ...] = ()
 
 
 def _fused(
     leaf_logits: Tensor,
     target: Tensor | None,
-    weights: dict[str, float],
+    weights: _Weights,
     temperature: float = 1.0,
+    temper_students: bool = False,
+    teacher: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of the named terms in one pass over the predictions."""
     _check_logits(leaf_logits)
@@ -191,11 +237,16 @@ def _fused(
     to_labels, to_teacher = _prediction_weights(leaf_logits.shape[1], weights, predictions)
     log_p = F.log_softmax(predictions, dim=-1)  # (N, predictions, classes)
     loss = log_p.new_zeros(())
-    if target is not None and any(term in SUPERVISED for term in weights):
+    if target is not None and any(term in SUPERVISED for term in weights.terms):
         loss = loss + _cross_entropy(log_p, to_labels, _as_probabilities(target, log_p))
-    if any(term in DISTILLED for term in weights):
-        teacher = F.softmax(nested[:, -1].detach() / temperature, dim=-1)
-        loss = loss + _cross_entropy(log_p, to_teacher, teacher)
+    if any(term in DISTILLED for term in weights.terms):
+        if teacher is None:
+            teacher = nested[:, -1]
+        _check_teacher(leaf_logits, teacher)
+        soft = F.softmax(_at_least_float32(teacher.detach()) / temperature, dim=-1)
+        if temper_students:
+            log_p, to_teacher = F.log_softmax(predictions / temperature, dim=-1), to_teacher * temperature**2
+        loss = loss + _cross_entropy(log_p, to_teacher, soft)
     return loss
 
 
@@ -206,15 +257,19 @@ def _cross_entropy(log_p: Tensor, weights: Tensor, probabilities: Tensor) -> Ten
     return -(weighted * probabilities).sum(-1).mean()
 
 
-def _prediction_weights(leaves: int, weights: dict[str, float], like: Tensor) -> tuple[Tensor, Tensor]:
+def _prediction_weights(leaves: int, weights: _Weights, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weights of each prediction's cross-entropy to the labels and to the teacher: leaves, then ensembles."""
     depths = len(nested_sizes(leaves))
+    if weights.depths and len(weights.depths) != depths:
+        raise ValueError(f"depth_weights needs {depths} values, one per depth of {leaves} leaves: {weights.depths}.")
+    of_ensembles = like.new_tensor(weights.depths or (1.0,) * depths)
     to_labels, to_teacher = like.new_zeros(leaves + depths - 1), like.new_zeros(leaves + depths - 1)
     of_depth = [0, *range(leaves, leaves + depths - 1)]  # where the prediction of each depth stands
-    to_labels[:leaves] += weights.get("independent", 0.0)
-    to_labels[of_depth] += weights.get("hierarchical", 0.0)
-    to_teacher[:leaves] += weights.get("codistillation", 0.0)
-    to_teacher[of_depth[:-1]] += weights.get("hierarchical_codistillation", 0.0)
+    terms = weights.terms
+    to_labels[:leaves] += terms.get("independent", 0.0)
+    to_labels[of_depth] += terms.get("hierarchical", 0.0) * of_ensembles
+    to_teacher[:leaves] += terms.get("codistillation", 0.0)
+    to_teacher[of_depth[:-1]] += terms.get("hierarchical_codistillation", 0.0) * of_ensembles[:-1]
     return to_labels, to_teacher
 
 
@@ -242,6 +297,12 @@ def _check_logits(leaf_logits: Tensor) -> None:
         )
     if shape[1] == 0:
         raise ValueError(f"leaf logits must hold at least one leaf, got shape {shape}.")
+
+
+def _check_teacher(leaf_logits: Tensor, teacher: Tensor) -> None:
+    wanted = (leaf_logits.shape[0], leaf_logits.shape[2])
+    if tuple(teacher.shape) != wanted:
+        raise ValueError(f"the teacher's logits must be {wanted} (N, classes), got shape {tuple(teacher.shape)}.")
 
 
 def _check_target(leaf_logits: Tensor, target: Tensor | None) -> None:

@@ -163,6 +163,47 @@ def test_half_precision_is_as_good_as_its_logits(dtype, autocast, scale):
     assert torch.allclose(logits.grad.double(), exact.grad, rtol=1e-2, atol=float(1e-3 * largest))
 
 
+def test_tempered_students_are_hintons():
+    """T^2 times the cross-entropy between softened teacher and softened students (arXiv 1503.02531, section 2)."""
+    logits, target = example(3, 4, 5)
+    temperature = 3.0
+    teacher = (logits.detach().mean(1) / temperature).softmax(-1)
+    students = [logits[:, :size].mean(1) / temperature for size in (1, 2)]
+    expected = sum(-(teacher * student.log_softmax(-1)).sum(-1).mean() for student in students) * temperature**2
+    objective = Objective(alpha=1.0, temperature=temperature, temper_students=True)
+    assert_same(objective(logits, target), expected, logits)
+
+
+def test_depths_weigh_what_they_are_told_to():
+    logits, target = example(3, 4, 5)
+    weights = (3.0, 0.5, 2.0)
+    nested = [logits[:, :size].mean(1) for size in (1, 2, 4)]
+    labels = sum(w * torch.nn.functional.cross_entropy(y, target) for w, y in zip(weights, nested, strict=True))
+    assert_same(Objective("hierarchical", depth_weights=weights)(logits, target), labels, logits)
+    teacher = (nested[-1].detach() / 2).softmax(-1)
+    distilled = sum(
+        -w * (teacher * y.log_softmax(-1)).sum(-1).mean() for w, y in zip(weights[:2], nested, strict=False)
+    )
+    assert_same(Objective(alpha=1.0, depth_weights=weights)(logits, target), distilled, logits)
+
+
+def test_another_teacher_takes_the_ensembles_place():
+    logits, target = example(3, 4, 5)
+    teacher = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    soft = (teacher.detach() / 2).softmax(-1)
+    expected = sum(-(soft * logits[:, :size].mean(1).log_softmax(-1)).sum(-1).mean() for size in (1, 2))
+    loss = Objective(alpha=1.0)(logits, target, teacher)
+    assert_same(loss, expected, logits)
+    assert teacher.grad is None
+
+
+def test_distillation_from_another_model_is_zero_where_all_agree():
+    logits, _ = example(3, 1, 5)
+    same = logits.detach()[:, 0]
+    assert abs(objectives.distillation(logits, same, 2.0).item()) < 1e-12
+    assert objectives.distillation(logits.detach().expand(3, 4, 5) + torch.arange(5.0), same, 2.0) > 0.1
+
+
 LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
 
 
@@ -189,6 +230,13 @@ LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
         (lambda: Objective()(LOGITS, torch.zeros(2, 9)), r"got shape \(2, 9\)"),
         (lambda: Objective()(LOGITS, torch.zeros(2)), "class indices"),
         (lambda: Objective()(LOGITS.long(), LABELS), "floating-point"),
+        (lambda: Objective(depth_weights=(1.0, -1.0)), "depth_weights must not be negative"),
+        (
+            lambda: Objective(depth_weights=(1.0, 1.0))(LOGITS, LABELS),
+            "depth_weights needs 3 values, one per depth of 4",
+        ),
+        (lambda: Objective()(LOGITS, LABELS, torch.zeros(2, 9)), r"teacher's logits must be \(2, 10\)"),
+        (lambda: objectives.distillation(LOGITS, torch.zeros(3, 10)), r"teacher's logits must be \(2, 10\)"),
     ],
 )
 def test_bad_input_says_what_is_allowed(call, message):

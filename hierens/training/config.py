@@ -67,6 +67,32 @@ class TrainConfig:
     """weight of the distillation term against the labels' (the paper: 0.5 on CIFAR, 0.75 on ImageNet)"""
     temperature: float = 2.0
     """softens the full ensemble's prediction into the teacher's"""
+    temper_students: bool = False
+    """temper the students of co-distillation as well, as Hinton et al. do; the paper does not"""
+    depth_weights: tuple[float, ...] = ()
+    """what each depth's ensemble counts in the hierarchical terms; all the same by default"""
+    alpha_warmup_epochs: int = 0
+    """epochs over which alpha rises linearly from 0, while the ensemble has little to teach"""
+    final_temperature: float | None = None
+    """reached linearly from `temperature` at the end of training; None keeps it"""
+    ema_teacher: bool = False
+    """co-distil from the average of the weights (`ema_decay`) in place of the weights themselves"""
+    gradient_equilibrium: bool = False
+    """every branch gets the mean, not the sum, of the gradients of the leaves below it"""
+    mixup: float = 0.0
+    """timm's mixup alpha; 0 mixes nothing. See docs/how-to/train.md for what the losses mean then"""
+    cutmix: float = 0.0
+    """timm's cutmix alpha; with `mixup` as well, one of the two is drawn for each batch"""
+    mix_probability: float = 1.0
+    """share of batches that are mixed"""
+    mix_switch_probability: float = 0.5
+    """share of mixed batches that get cutmix, if both are on"""
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    """whether one amount is drawn for a batch, for each pair or for each image"""
+    mix_off_epoch: int = 0
+    """mix nothing from this epoch on; 0 mixes to the end"""
+    label_smoothing: float = 0.0
+    """share of each label that is spread over all classes"""
     optimizer: str = "sgd"
     """any optimiser name of timm's"""
     lr: float = 0.1
@@ -75,8 +101,14 @@ class TrainConfig:
     """momentum, or the first beta of Adam-like optimisers"""
     weight_decay: float = 5e-4
     """on weights; biases and norms are spared, as timm does"""
+    layer_decay: float | None = None
+    """factor of the learning rate per level, counted from the last one; None uses one rate for all"""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the optimiser, as `{"betas": [0.9, 0.95]}`"""
     schedule: str = "cosine"
     """any scheduler name of timm's, or `cyclic_step` (ESPNetv2's, as the paper's ImageNet run uses)"""
+    schedule_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of `timm.scheduler.create_scheduler_v2`, as `{"cycle_limit": 3}`"""
     min_lr: float = 0.0
     """where the schedule ends"""
     warmup_epochs: int = 0
@@ -88,11 +120,21 @@ class TrainConfig:
     cycle_epochs: int = 5
     """length of one cycle of `cyclic_step`"""
     clip_grad: float | None = None
-    """largest gradient norm; None clips nothing"""
+    """largest gradient norm, value or ratio, by `clip_mode`; None clips nothing"""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """norm: of all gradients together; value: of each number; agc: adaptive, per unit, relative to its weights"""
+    freeze_levels: int = 0
+    """levels of the tree, from the root, whose weights and statistics stay as they are"""
+    unfreeze_epoch: int | None = None
+    """epoch from which frozen levels are trained after all; None: never"""
     ema_decay: float | None = None
     """decay of an exponential moving average of the weights, evaluated and saved beside them; None keeps none"""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Accelerate's mixed precision"""
+    compile: bool = False
+    """run training steps through torch.compile"""
+    grad_checkpointing: bool = False
+    """recompute each level's activations in the backward pass: less memory, about a third more work"""
     channels_last: bool = True
     """memory format of images and convolutions"""
     sync_batchnorm: bool = True
@@ -124,6 +166,33 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size counts all accumulation steps: {self.batch_size} does not divide by {self.accumulation}."
             )
+        if self.ema_teacher and self.ema_decay is None:
+            raise ValueError("ema_teacher needs an average of the weights: give ema_decay, such as 0.999.")
+        for name in ("mixup", "cutmix", "label_smoothing", "freeze_levels", "alpha_warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Another model to learn from, beside co-distillation."""
+
+    teacher: str = ""
+    """a timm model name, or the folder or Hub name of a saved model; empty for none"""
+    teacher_weights: str = ""
+    """a file of the teacher's weights (.safetensors or .pth); without one they are timm's pretrained ones"""
+    teacher_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of timm.create_model for the teacher"""
+    teacher_share: float = 0.5
+    """the teacher's part of the loss; the rest is the objective's"""
+    teacher_temperature: float = 2.0
+    """softens teacher and students"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.teacher_share <= 1:
+            raise ValueError(f"teacher_share must be from 0 to 1, got {self.teacher_share}.")
+        if self.teacher_weights and not Path(self.teacher_weights).is_file():
+            raise ValueError(f"teacher_weights: there is no file {self.teacher_weights}.")
 
 
 @dataclass(frozen=True)
@@ -140,6 +209,12 @@ class ModelConfig:
     """a file of pretrained weights under timm's names (.safetensors or .pth), in place of timm's own"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
+    branching: tuple[int, ...] = ()
+    """children per branch and level in place of a binary tree, as `1 1 1 8`; sets `blocks`"""
+    drop_path: float | None = None
+    """largest drop-path rate of the backbone's residual branches"""
+    dropout: float | None = None
+    """dropout rate before the classifier"""
     init: Literal["copy", "reinit"] | None = None
     """copy: every branch starts as the backbone; reinit: every branch is drawn anew; by default copy if pretrained"""
     num_classes: int | None = None

@@ -10,7 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 
 from hierens.training.config import TrainConfig
 
-TIMM_SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant")
+TIMM_SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant")
 SCHEDULES = (*TIMM_SCHEDULES, "cyclic_step")
 
 
@@ -49,7 +49,9 @@ class CyclicStepScheduler(Scheduler):
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Scheduler:
-    """The schedule that a config names; call `step_update(step)` after every optimiser step.
+    """The schedule that a config names.
+
+    Call `step_update(step)` after every optimiser step and `step(epochs, accuracy)` after every validation.
 
     Raises:
         ValueError: an unknown name.
@@ -60,21 +62,37 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updat
         return CyclicStepScheduler(
             optimizer, updates_per_epoch, config.decay_epochs, config.decay_rate, config.cycle_epochs
         )
-    if config.schedule == "constant":
-        # timm's step schedule with its one step beyond the end
-        name, decay = "step", float(config.epochs + 1)
-    else:
-        name, decay = config.schedule, float(config.decay_epochs[0]) if config.decay_epochs else config.epochs / 3
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=name,
-        num_epochs=config.epochs,
-        decay_epochs=decay,
-        decay_milestones=list(config.decay_epochs),
-        decay_rate=config.decay_rate,
-        min_lr=config.min_lr,
-        warmup_epochs=config.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
+    decay: float | None = config.decay_epochs[0] if config.decay_epochs else None
+    if decay is None and config.schedule not in ("wsd", "rsqrt"):  # whose own default is a share of the epochs
+        decay = config.epochs / 3
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.schedule,
+            num_epochs=config.epochs,
+            decay_epochs=decay,
+            decay_milestones=list(config.decay_epochs),
+            decay_rate=config.decay_rate,
+            min_lr=config.min_lr,
+            warmup_epochs=config.warmup_epochs,
+            step_on_epochs=config.schedule == "plateau",
+            updates_per_epoch=updates_per_epoch,
+            **config.schedule_args,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"timm cannot make the schedule {config.schedule!r}: {error}") from error
     return scheduler
+
+
+def bring_up_to(schedule: Scheduler, step: int, accuracies: Sequence[tuple[int, float]]) -> None:
+    """Bring a new schedule, and the rates it sets, to where a run stands.
+
+    Args:
+        schedule: of `create_schedule`.
+        step: optimiser steps done.
+        accuracies: every validation so far: epochs done, and the accuracy that `plateau` watches.
+    """
+    schedule.update_groups(schedule.base_values)
+    for epoch, accuracy in accuracies:
+        schedule.step(epoch, accuracy)
+    schedule.step_update(step)

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import set_seed, tqdm
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
 from hierens.ensemble import HierarchicalEnsemble
+from hierens.metrics import LeafMetrics, as_record
 from hierens.modes import evaluating
-from hierens.objectives import Objective, nested_predictions
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from hierens.training.config import TrainConfig, to_json
-from hierens.training.schedules import create_schedule
+from hierens.training.config import TeacherConfig, TrainConfig, to_json
+from hierens.training.loss import TrainingLoss
+from hierens.training.mixing import Mixing
+from hierens.training.optimizers import create_optimizer, frozen_levels
+from hierens.training.randomness import seed_of
+from hierens.training.schedules import bring_up_to, create_schedule
 
 
 class TrainingDivergedError(ValueError):
@@ -46,6 +49,8 @@ class Trainer:
         train_loader: yields (images (N, C, H, W), targets (N,)); its batch size is the micro-batch of all processes
             together, `config.batch_size / config.accumulation`.
         val_loader: the same for validation.
+        teacher: another model to learn from, with as many classes.
+        teacher_config: how much, and how softened.
 
     After `fit` the results stand in `config.output_dir`: `log.jsonl`, `checkpoints/`, and `model/` in the Hub's layout
     (`model_ema/` too if there is an average of the weights).
@@ -54,9 +59,16 @@ class Trainer:
         ValueError: an unknown objective, optimiser or schedule, or batches that do not divide over the processes.
     """
 
-    def __init__(self, model: HierarchicalEnsemble, config: TrainConfig, train_loader: Any, val_loader: Any) -> None:
+    def __init__(
+        self,
+        model: HierarchicalEnsemble,
+        config: TrainConfig,
+        train_loader: Any,
+        val_loader: Any,
+        teacher: nn.Module | None = None,
+        teacher_config: TeacherConfig | None = None,
+    ) -> None:
         self.config = config
-        self.objective = Objective(config.objective, config.alpha, config.temperature)
         self.accelerator = Accelerator(
             cpu=config.cpu,
             mixed_precision=config.precision,
@@ -74,16 +86,31 @@ class Trainer:
             model.break_symmetry(config.symmetry_noise, config.seed)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        optimizer = _create_optimizer(model, config)
+        model.gradient_equilibrium = config.gradient_equilibrium
+        model.set_grad_checkpointing(config.grad_checkpointing)
+        self._frozen = frozen_levels(model, config)
+        optimizer = create_optimizer(model, config)
         self.updates_per_epoch = math.ceil(len(train_loader) / config.accumulation)
         self.schedule = create_schedule(optimizer, config, self.updates_per_epoch)
         self.ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval().to(self.accelerator.device)
+        self.mixing = Mixing(config, model.num_classes)
+        self.loss = TrainingLoss(
+            config,
+            config.epochs * self.updates_per_epoch,
+            self.updates_per_epoch,
+            self.ema.module if self.ema is not None and config.ema_teacher else None,
+            teacher,
+            teacher_config,
+        )
         self.model, self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
             model, optimizer, train_loader, val_loader
         )
+        self._forward = torch.compile(self.model) if config.compile else self.model
         self.state = TrainState()
         self._unchecked: list[tuple[int, Tensor]] = []  # (step, loss) whose finiteness was not yet looked at
         self._unlogged: list[float] = []
@@ -121,7 +148,8 @@ class Trainer:
         folder = find_checkpoint(self.config.output_dir, self.config.resume)
         if folder is not None:
             self.state = load_checkpoint(self.accelerator, folder)
-            self.schedule.step_update(self.state.step)
+            validated = [(record["epoch"], record["accuracy"][-1]) for record in self.state.history]
+            bring_up_to(self.schedule, self.state.step, validated)
             self.accelerator.print(f"resuming from {folder}: epoch {self.state.epoch}, step {self.state.step}")
         self._start_log()
 
@@ -130,18 +158,21 @@ class Trainer:
         loader.set_epoch(epoch)
         if hasattr(loader.dataset, "set_epoch"):
             loader.dataset.set_epoch(epoch)  # Accelerate passes it on to the sampler, not always to the data
-        batches = len(loader)
+        batches, thawing = len(loader), self.config.unfreeze_epoch
         if self.state.batch:
             loader = skip_first_batches(loader, self.state.batch)
         done = self.state.batch // self.config.accumulation
         bar = tqdm(total=self.updates_per_epoch, initial=done, disable=not sys.stderr.isatty(), leave=False)
         bar.set_description(f"epoch {epoch + 1}/{self.config.epochs}")
         self.model.train()
+        frozen = self._frozen if thawing is None or epoch < thawing else []
+        for level in frozen:
+            level.eval()  # their statistics stay as well
         micro: list[Tensor] = []
         start, images_seen = time.perf_counter(), 0
         for images, targets in loader:
             with self.accelerator.accumulate(self.model):
-                micro.append(self._micro_step(images, targets))
+                micro.append(self._micro_step(images, targets, epoch, frozen))
             self.state.batch += 1
             images_seen += len(images) * self.accelerator.num_processes
             if not self.accelerator.sync_gradients:
@@ -156,20 +187,35 @@ class Trainer:
                 self._checkpoint()
         bar.close()
 
-    def _micro_step(self, images: Tensor, targets: Tensor) -> Tensor:
-        config = self.config
-        torch.manual_seed(_mixed(config.seed, self.state.step, self.state.batch, self.accelerator.process_index))
+    def _micro_step(self, images: Tensor, targets: Tensor, epoch: int, frozen: Sequence[nn.Module]) -> Tensor:
+        config, accelerator = self.config, self.accelerator
+        seed = seed_of(config.seed, self.state.step, self.state.batch, accelerator.process_index)
+        images, targets = self.mixing(images, targets, epoch, seed)
+        torch.manual_seed(seed)
         if config.channels_last:
             images = images.to(memory_format=torch.channels_last)
-        with self.accelerator.autocast():
-            leaf_logits = self.model(images, reduce=False)  # (N, leaves, classes)
-        loss = self.objective(leaf_logits, targets)
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients and config.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        with accelerator.autocast():
+            leaf_logits = self._forward(images, reduce=False)  # (N, leaves, classes)
+        loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            for level in frozen:
+                level.zero_grad()
+            if config.clip_grad is not None:
+                self._clip(config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
+
+    def _clip(self, limit: float) -> None:
+        parameters = list(self.model.parameters())
+        if self.config.clip_mode == "norm":
+            self.accelerator.clip_grad_norm_(parameters, limit)
+        elif self.config.clip_mode == "value":
+            self.accelerator.clip_grad_value_(parameters, limit)
+        else:
+            self.accelerator.unscale_gradients(self.optimizer)
+            adaptive_clip_grad([p for p in parameters if p.grad is not None], limit)
 
     def _finish_step(self, loss: Tensor) -> None:
         self.state.step += 1
@@ -216,6 +262,7 @@ class Trainer:
             average = evaluate(self.accelerator, self.ema.module, self.val_loader, self.config.channels_last)
             record |= {f"ema_{name}": value for name, value in average.items()}
         self.state.history.append(record)
+        self.schedule.step(epoch + 1, record["accuracy"][-1])
         self._log(record)
         shown = " ".join(f"{value:.2f}" for value in record["accuracy"])
         self.accelerator.print(f"epoch {epoch + 1}: accuracy by depth {shown} %, loss {record['val_loss']:.4f}")
@@ -251,10 +298,10 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         record, directory = self.state.history[-1], Path(self.config.output_dir)
-        self.ensemble.save_pretrained(directory / "model", results={"accuracy (%)": record["accuracy"]})
+        self.ensemble.save_pretrained(directory / "model", results=_shown(record, ""))
         if self.ema is not None:
             average = self.ema.module
-            average.save_pretrained(directory / "model_ema", results={"accuracy (%)": record["ema_accuracy"]})
+            average.save_pretrained(directory / "model_ema", results=_shown(record, "ema_"))
 
     def _check_division(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -274,7 +321,7 @@ class Trainer:
 def evaluate(
     accelerator: Accelerator, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], channels_last: bool = False
 ) -> dict[str, Any]:
-    """Loss and accuracy of every depth, from one pass over all leaves.
+    """What every depth and every leaf gives, from one pass over all leaves.
 
     Args:
         accelerator: gathers over processes.
@@ -283,43 +330,34 @@ def evaluate(
         channels_last: memory format of the images.
 
     Returns:
-        `accuracy`: percent per depth; `val_loss`: mean cross-entropy of the full ensemble.
+        `val_loss`, the mean cross-entropy of the full ensemble in nats, and `hierens.metrics.LeafEvaluation`'s fields.
     """
-    correct, loss, count = torch.zeros(()), 0.0, 0
+    metrics = LeafMetrics()
     with evaluating(model):
         for images, targets in loader:
             if channels_last:
                 images = images.to(memory_format=torch.channels_last)
             with accelerator.autocast():
                 leaf_logits = model(images, reduce=False)
-            nested = nested_predictions(leaf_logits)  # (N, depths, classes)
-            nested, targets = accelerator.gather_for_metrics((nested, targets))
-            correct = correct + (nested.argmax(-1) == targets[:, None]).sum(0).cpu()
-            loss += float(nn.functional.cross_entropy(nested[:, -1], targets, reduction="sum"))
-            count += len(targets)
-    return {"accuracy": (100 * correct / count).tolist(), "val_loss": loss / count}
+            metrics.update(*accelerator.gather_for_metrics((leaf_logits, targets)))
+    evaluation = metrics.compute()
+    return {"val_loss": evaluation.nll[-1], **as_record(evaluation)}
 
 
-def _create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    try:
-        return create_optimizer_v2(
-            model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-        )
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"timm cannot make the optimiser {config.optimizer!r}: {error}") from error
-
-
-def _mixed(*numbers: int) -> int:
-    """One seed out of several numbers, different wherever any of them is."""
-    return hash(numbers) % 2**63
+def _shown(record: dict[str, Any], prefix: str) -> dict[str, list[float]]:
+    """What a model card says of each depth."""
+    names = {"accuracy": "accuracy (%)", "nll": "NLL", "ece": "ECE"}
+    return {title: record[prefix + name] for name, title in names.items()}
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """Plain values only, which is what trackers take: a list becomes an entry per position."""
+    """Plain values only, which is what trackers take: a list or dictionary becomes an entry per item."""
     flat: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, list):
             flat |= {f"{name}/{position}": item for position, item in enumerate(value)}
+        elif isinstance(value, dict):
+            flat |= _flat({f"{name}/{key}": item for key, item in value.items()})
         else:
             flat[name] = value
     return flat

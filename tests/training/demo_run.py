@@ -3,20 +3,17 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import torch
-import train_imagenet
+
+from hierens.training.presets import PRESETS
+from hierens.training.run import Run, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     settings = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     data = {key: settings.pop(key) for key in ("augment", "workers") if key in settings}
-    demo = train_imagenet.DEMO
+    demo = PRESETS["demo"]
     short = {"epochs": 2, "batch_size": 32, "checkpoint_steps": 7, "log_steps": 1, "output_dir": sys.argv[1]}
-    run = train_imagenet.Run(
-        dataclasses.replace(demo.data, **data), demo.model, dataclasses.replace(demo.train, **short | settings)
-    )
-    train_imagenet.train(run)
+    run = Run(dataclasses.replace(demo.data, **data), demo.model, dataclasses.replace(demo.train, **short | settings))
+    train(run)

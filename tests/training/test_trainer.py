@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
 from hierens.training.checkpoint import find_checkpoint
-from hierens.training.config import TrainConfig
+from hierens.training.config import TeacherConfig, TrainConfig
 from hierens.training.trainer import Trainer, TrainingDivergedError
 
 DEMO = Path(__file__).with_name("demo_run.py")
@@ -105,7 +105,7 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trainer(directory, batch_size=32, data=None, init="reinit", **settings):
+def trainer(directory, batch_size=32, data=None, init="reinit", teacher=None, teacher_config=None, **settings):
     torch.manual_seed(0)
     backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 8), num_classes=2, in_chans=1)
     model = hierens.hierensify(backbone, 3, init=init, seed=0, looped={})
@@ -114,7 +114,7 @@ def trainer(directory, batch_size=32, data=None, init="reinit", **settings):
     micro = batch_size // config.accumulation
     data = data or made_up_data()
     loaders = DataLoader(data, micro, shuffle=True, drop_last=True), DataLoader(made_up_data(40, 1), 32)
-    return Trainer(model, config, *loaders)
+    return Trainer(model, config, *loaders, teacher, teacher_config)
 
 
 def test_it_learns_and_saves_what_it_validated(tmp_path):
@@ -199,6 +199,96 @@ def test_clipping_precision_and_checkpointing_run(tmp_path):
     assert run.fit()[-1]["val_loss"] < 1.0
 
 
+@pytest.mark.parametrize("epochs", [None, 1])
+def test_frozen_levels_stay_until_they_are_released(tmp_path, epochs):
+    run = trainer(tmp_path, epochs=2, freeze_levels=2, unfreeze_epoch=epochs, weight_decay=0.1, init="copy")
+    seen = []
+    validate = run._validate
+
+    def look(epoch):
+        validate(epoch)
+        seen.append({name: tensor.clone() for name, tensor in run.ensemble.state_dict().items()})
+
+    run._validate = look
+    start = {name: tensor.clone() for name, tensor in run.ensemble.state_dict().items()}
+    run.fit()
+    frozen = [name for name in start if name.startswith(("levels.0.", "levels.1."))]
+    moved = [[name for name in start if not torch.equal(start[name], state[name])] for state in seen]
+    assert not set(moved[0]) & set(frozen), "weights and running statistics stay as they were"
+    assert any(name.startswith("levels.2.") for name in moved[0])
+    assert bool(set(moved[1]) & set(frozen)) == (epochs is not None)
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_gradients_are_clipped_as_asked(tmp_path, mode):
+    run = trainer(
+        tmp_path, epochs=1, clip_grad=1e-3, clip_mode=mode, optimizer="momentum", lr=1.0, momentum=0.0, weight_decay=0
+    )
+    before = {name: p.detach().clone() for name, p in run.ensemble.named_parameters()}
+    images, targets = next(iter(run.train_loader))
+    run._micro_step(images, targets, 0, [])
+    steps = {name: (p.detach() - before[name]) for name, p in run.ensemble.named_parameters()}
+    if mode == "norm":
+        assert torch.cat([s.flatten() for s in steps.values()]).norm() == pytest.approx(1e-3, rel=1e-2)
+    elif mode == "value":
+        assert max(s.abs().max() for s in steps.values()) == pytest.approx(1e-3, rel=1e-2)
+    else:
+        name = "classifier.block.fc.weight"
+        units = steps[name].flatten(1).norm(dim=1) / before[name].flatten(1).norm(dim=1)
+        assert 0 < units.max() <= 1.01e-3
+
+
+def test_layer_decay_slows_the_first_levels(tmp_path):
+    run = trainer(tmp_path, layer_decay=0.5, optimizer="adamw", optimizer_args={"betas": [0.8, 0.9]})
+    names = {id(p): name for name, p in run.ensemble.named_parameters()}
+    scales = {names[id(p)].split(".block")[0]: g["lr_scale"] for g in run.optimizer.param_groups for p in g["params"]}
+    assert scales["levels.0"] < scales["levels.1"] < scales["levels.2"] < scales["classifier"] == 1
+    assert all(tuple(group["betas"]) == (0.8, 0.9) for group in run.optimizer.param_groups)
+
+
+def test_everything_together_resumes_in_the_same_bits(tmp_path):
+    """Mixup, cutmix, teachers, gradient equilibrium and schedules that move: stopped after an epoch and resumed."""
+    settings = {
+        "mixup": 0.3,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.9,
+        "ema_teacher": True,
+        "gradient_equilibrium": True,
+        "alpha_warmup_epochs": 2,
+        "final_temperature": 1.0,
+        "schedule": "plateau",
+        "grad_checkpointing": True,
+        "optimizer": "adamw",
+        "epochs": 3,
+        "teacher_config": TeacherConfig("x", teacher_share=0.3),
+    }
+
+    def teacher():
+        torch.manual_seed(5)
+        return timm.create_model("resnet8_cifar", channels=(4, 4, 4), num_classes=2, in_chans=1)
+
+    full = trainer(tmp_path / "full", teacher=teacher(), **settings)
+    full.fit()
+    first = trainer(tmp_path / "parts", teacher=teacher(), **settings)
+    first.config = dataclasses.replace(first.config, epochs=1)  # stops after an epoch, the schedules being for three
+    first.fit()
+    resumed = trainer(tmp_path / "parts", teacher=teacher(), **settings)
+    resumed.fit()
+    assert resumed.state.step == full.state.step == 9
+    assert weights(tmp_path / "parts") == weights(tmp_path / "full")
+
+
+@pytest.mark.slow
+def test_compiled_steps_train_as_eager_ones(tmp_path):
+    losses = []
+    for compiled in (False, True):
+        run = trainer(tmp_path / str(compiled), epochs=1, compile=compiled)
+        run.fit()
+        losses.append([record["loss"] for record in log(tmp_path / str(compiled)) if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_diverging_run_says_when_and_keeps_the_last_good_checkpoint(tmp_path):
     class Poisoned(TensorDataset):
         def __getitem__(self, index):
@@ -241,6 +331,10 @@ def test_weights_that_overflow_are_not_checkpointed(tmp_path):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"accumulation": 3}, "32 does not divide by 3"),
         ({"resume": "/nowhere"}, "/nowhere is no checkpoint"),
+        ({"freeze_levels": 4}, "freeze_levels is 4, but the tree has 3 levels"),
+        ({"optimizer_args": {"nonsense": 1}}, "optimiser 'sgd'.*nonsense"),
+        ({"schedule_args": {"nonsense": 1}}, "schedule 'cosine'.*nonsense"),
+        ({"mixup": -1.0}, "mixup must not be negative"),
     ],
 )
 def test_bad_settings_are_refused_before_training(tmp_path, settings, message):

@@ -1,0 +1,148 @@
+"""What an ensemble is judged by: accuracy, likelihood and calibration of every depth, and how its networks differ.
+
+Needs torchmetrics (`pip install 'hierens[train]'`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hierens.modes import evaluating
+from hierens.objectives import nested_predictions
+from hierens.tree import nested_sizes
+
+BINS = 15  # of the calibration error, as is the custom
+
+
+@dataclass(frozen=True)
+class LeafEvaluation:
+    """How the nested ensembles and the single networks did; a value per depth unless it says otherwise.
+
+    Attributes:
+        count: images seen.
+        accuracy: of the first 2^b networks together, in percent.
+        nll: their mean negative log-likelihood, in nats.
+        ece: their expected calibration error, from 0 to 1: top-1, 15 equal bins, weighted by absolute difference.
+        std: standard deviation of the evaluated networks' logits, mean over classes and images: the paper's measure of
+            diversity (arXiv 2003.01474, section 4.2); around their own mean, so 0 for a single network.
+        agreement: share of images on which two of the evaluated networks name the same class, mean over pairs, from 0
+            to 1; 1 for a single network.
+        leaf_accuracy: of every network alone, in percent, in the order of the leaves.
+    """
+
+    count: int
+    accuracy: list[float]
+    nll: list[float]
+    ece: list[float]
+    std: list[float]
+    agreement: list[float]
+    leaf_accuracy: list[float]
+
+
+class LeafMetrics:
+    """Gathers a `LeafEvaluation` batch by batch.
+
+    Examples:
+        >>> metrics = LeafMetrics()
+        >>> metrics.update(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]), torch.tensor([0]))  # two networks disagree
+        >>> result = metrics.compute()
+        >>> result.accuracy, result.leaf_accuracy, result.agreement
+        ([100.0, 100.0], [100.0, 0.0], [1.0, 0.0])
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._confidence: list[Tensor] = []
+        self._correct: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, leaf_logits: Tensor, targets: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            leaf_logits: (N, leaves, classes), of any floating-point type.
+            targets: class indices (N,); images with a negative one are passed over.
+        """
+        known = targets >= 0
+        leaf_logits, targets = leaf_logits[known], targets[known]
+        if not len(targets):
+            return
+        nested = nested_predictions(leaf_logits)  # (N, depths, classes)
+        log_p = F.log_softmax(nested, dim=-1)
+        confidence, chosen = log_p.exp().max(-1)
+        correct = chosen == targets[:, None]
+        self._confidence.append(confidence.cpu())
+        self._correct.append(correct.cpu())
+        of_leaf = leaf_logits.argmax(-1)  # (N, leaves)
+        self._add("nll", -log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).sum((0, 2)))
+        self._add("leaf", (of_leaf == targets[:, None]).sum(0))
+        sizes = nested_sizes(leaf_logits.shape[1])
+        logits = leaf_logits.float()
+        self._add("std", torch.stack([logits[:, :n].std(1, correction=0).mean(-1).sum() for n in sizes]))
+        self._add("same", torch.stack([_agreeing(of_leaf[:, :n], leaf_logits.shape[2]).sum() for n in sizes]))
+
+    def compute(self) -> LeafEvaluation:
+        """The result so far.
+
+        Raises:
+            ValueError: no image was seen, or torchmetrics is not installed.
+        """
+        try:
+            from torchmetrics.functional.classification import binary_calibration_error
+        except ImportError as error:
+            raise ValueError("metrics need torchmetrics: pip install 'hierens[train]'.") from error
+        if not self._correct:
+            raise ValueError("there is nothing to evaluate: no image with a label was seen.")
+        confidence, correct = torch.cat(self._confidence), torch.cat(self._correct)
+        count, depths = correct.shape
+        confidence, correct = confidence.T.contiguous(), correct.T.int().contiguous()
+        ece = [binary_calibration_error(confidence[b], correct[b], BINS, "l1") for b in range(depths)]
+        mean: dict[str, list[float]] = {name: (total / count).tolist() for name, total in self._sums.items()}
+        return LeafEvaluation(
+            count=count,
+            accuracy=[100 * share for share in correct.double().mean(1).tolist()],
+            nll=mean["nll"],
+            ece=[float(error) for error in ece],
+            std=mean["std"],
+            agreement=mean["same"],
+            leaf_accuracy=[100 * share for share in mean["leaf"]],
+        )
+
+    def _add(self, name: str, values: Tensor) -> None:
+        values = values.double().cpu()
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+
+@torch.no_grad()
+def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafEvaluation:
+    """Evaluate an ensemble on labelled images, on the device where it lies, in evaluation mode.
+
+    Args:
+        model: answers `model(images, reduce=False)` with (N, leaves, classes).
+        batches: images (N, C, H, W) and class indices (N,).
+    """
+    device, metrics = next(model.parameters()).device, LeafMetrics()
+    with evaluating(model):
+        for images, targets in batches:
+            metrics.update(model(images.to(device), reduce=False), targets.to(device))
+    return metrics.compute()
+
+
+def _agreeing(classes: Tensor, num_classes: int) -> Tensor:
+    """Per image, the share of pairs of networks that chose the same class. (N, networks) -> (N,)."""
+    networks = classes.shape[1]
+    if networks == 1:
+        return torch.ones(len(classes))
+    votes = F.one_hot(classes, num_classes).sum(1).double()
+    return (votes * (votes - 1)).sum(-1) / (networks * (networks - 1))
+
+
+def as_record(evaluation: LeafEvaluation) -> dict[str, Any]:
+    """For a log: every list under its name, without the count."""
+    return {name: value for name, value in vars(evaluation).items() if name != "count"}

@@ -1,0 +1,78 @@
+"""What a training step minimises: the objective at this point of the run, and what other models have to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hierens.objectives import Objective, distillation
+from hierens.training.config import TeacherConfig, TrainConfig
+
+
+class TrainingLoss:
+    """The objective, scheduled, with its teachers.
+
+    Args:
+        config: objective, alpha, temperature and their schedules.
+        total_steps: optimiser steps of the whole run.
+        steps_per_epoch: of one epoch.
+        average: the model with averaged weights, if it is to teach in place of the ensemble itself.
+        teacher: another model, with as many classes.
+        teacher_config: its share and temperature.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        total_steps: int,
+        steps_per_epoch: int,
+        average: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        teacher_config: TeacherConfig | None = None,
+    ) -> None:
+        self.config, self.average, self.teacher = config, average, teacher
+        self.objective = Objective(
+            config.objective, config.alpha, config.temperature, config.temper_students, config.depth_weights
+        )
+        self.total_steps, self.warmup = total_steps, config.alpha_warmup_epochs * steps_per_epoch
+        self.teacher_config = teacher_config or TeacherConfig()
+
+    def at(self, step: int) -> Objective:
+        """The objective before optimiser step `step`, counted from 0."""
+        config, objective = self.config, self.objective
+        if step < self.warmup:
+            objective = replace(objective, alpha=config.alpha * step / self.warmup)
+        if config.final_temperature is not None:
+            passed = step / max(self.total_steps - 1, 1)
+            temperature = config.temperature + passed * (config.final_temperature - config.temperature)
+            objective = replace(objective, temperature=temperature)
+        return objective
+
+    def __call__(
+        self, leaf_logits: Tensor, images: Tensor, targets: Tensor, step: int, precision: Callable[[], object]
+    ) -> Tensor:
+        """The loss, a mean over the batch.
+
+        Args:
+            leaf_logits: (N, leaves, classes).
+            images: (N, C, H, W) that they answer, mixed or not: teachers see the same.
+            targets: (N,) or (N, classes).
+            step: optimiser steps done.
+            precision: a context that other models are run in, as `accelerator.autocast`.
+        """
+        loss = self.at(step)(leaf_logits, targets, self._answer(self.average, images, precision))
+        answer = self._answer(self.teacher, images, precision)
+        if answer is None:
+            return loss
+        share = self.teacher_config.teacher_share
+        return (1 - share) * loss + share * distillation(leaf_logits, answer, self.teacher_config.teacher_temperature)
+
+    @staticmethod
+    def _answer(model: nn.Module | None, images: Tensor, precision: Callable[[], object]) -> Tensor | None:
+        if model is None:
+            return None
+        with torch.no_grad(), precision():  # type: ignore[attr-defined]
+            return model(images)

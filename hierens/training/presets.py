@@ -1,0 +1,166 @@
+"""Recipes by name: whole runs to start from, every field of which a flag or a file may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from hierens.training.config import DataConfig, ModelConfig, TrainConfig, to_json
+from hierens.training.run import Run
+
+_Config = TypeVar("_Config")
+_SMALL_IMAGES: dict[str, Any] = {"mean": (0.5,), "std": (0.25,), "crop_pct": 1.0, "workers": 0}
+
+PRESETS: dict[str, Run] = {
+    # Ruiz & Verbeek, section 4.1 and supplement A: 150 epochs, batch 450, the cyclic rate halved at six epochs.
+    "paper-imagenet": Run(
+        DataConfig(workers=8),
+        ModelConfig(backbone="hne_mobilenetv2_075"),
+        TrainConfig(
+            output_dir="runs/imagenet",
+            epochs=150,
+            batch_size=450,
+            val_batch_size=450,
+            alpha=0.75,
+            weight_decay=1e-5,
+            schedule="cyclic_step",
+            decay_epochs=(60, 90, 110, 125, 135, 145),
+        ),
+    ),
+    # Section 4.1: the CIFAR recipe is TrainConfig's default.
+    "paper-cifar": Run(
+        DataConfig(
+            dataset="torch/cifar100",
+            input_size=(3, 32, 32),
+            augment="crop_flip",
+            val_split="test",
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+            crop_pct=1.0,
+        ),
+        ModelConfig(backbone="hne_resnet50_cifar"),
+        TrainConfig(output_dir="runs/cifar"),
+    ),
+    "finetune": Run(
+        DataConfig(auto_augment="rand-m6-mstd0.5-inc1", random_erasing=0.1, interpolation="bicubic"),
+        ModelConfig(backbone="efficientnet_b0", pretrained=True, drop_path=0.1),
+        TrainConfig(
+            output_dir="runs/finetune",
+            epochs=20,
+            warmup_epochs=1,
+            optimizer="adamw",
+            lr=5e-4,
+            weight_decay=0.02,
+            layer_decay=0.7,
+            label_smoothing=0.1,
+            mixup=0.2,
+            clip_grad=1.0,
+            ema_decay=0.999,
+        ),
+    ),
+    "fashion-mnist": Run(
+        DataConfig(dataset="fashion_mnist", input_size=(1, 32, 32), augment="crop_flip", pad=0, **_SMALL_IMAGES),
+        ModelConfig(backbone="resnet8_cifar", blocks=3),
+        TrainConfig(output_dir="runs/fashion_mnist", epochs=6, optimizer="adamw", lr=4e-3, weight_decay=0.02),
+    ),
+    "demo": Run(
+        DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, hflip=0.0, **_SMALL_IMAGES),
+        ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [8, 16, 32]}, blocks=4),
+        TrainConfig(output_dir="runs/demo", epochs=40, batch_size=64, lr=0.2, warmup_epochs=1, cpu=True),
+    ),
+}
+
+
+def preset(name: str) -> Run:
+    """A recipe by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}{_meant(name, PRESETS)}: choose {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def load_run(path: str | Path) -> Run:
+    """A run from a YAML or JSON file: what `--print-config` prints, or the `run.json` that a run leaves.
+
+    A file may give some fields only, over those of the preset that it names as `preset`; without one they are the
+    configs' defaults.
+
+    Raises:
+        ValueError: no such file, no YAML, or a field that does not exist.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a configuration: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no configuration: it should hold fields by name, grouped as data, model, train.")
+    base = preset(str(content.pop("preset"))) if "preset" in content else Run()
+    return _replaced(base, content, str(path))
+
+
+def dump_run(run: Run) -> str:
+    """A run as YAML, which `load_run` reads back."""
+    return str(yaml.safe_dump(to_json(run), sort_keys=False))
+
+
+def _replaced(config: _Config, values: Mapping[str, Any], where: str) -> _Config:
+    """The config with some fields replaced, tuples and nested configs in the types that they are declared with."""
+    known = get_type_hints(type(config))
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{where}: there is no field {name!r}{_meant(name, known)}.")
+        current = getattr(config, name)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name} should hold fields by name, got {value!r}.")
+            changed[name] = _replaced(current, value, f"{where}: {name}")
+        elif isinstance(current, tuple) and isinstance(value, list):
+            changed[name] = tuple(value)
+        elif "float" in str(known[name]) and _is_number(value):
+            changed[name] = float(value)
+        else:
+            changed[name] = _checked(value, known[name], f"{where}: {name}")
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+
+
+def _checked(value: Any, declared: Any, where: str) -> Any:
+    """A plain value, if it is of the declared type."""
+    if not _fits(value, declared):
+        allowed = declared.__name__ if isinstance(declared, type) else str(declared).replace("typing.", "")
+        raise ValueError(f"{where} should be {allowed}, got {value!r}.")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, be it in the form 1e-5, which YAML 1.1 takes for text."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    kind, options = get_origin(declared), get_args(declared)
+    if kind is Literal:
+        return value in options
+    if kind in (Union, UnionType):
+        return any(_fits(value, option) for option in options)
+    if declared is int:
+        return type(value) is int
+    return isinstance(value, kind or declared)
+
+
+def _meant(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}" if close else ""

@@ -1,0 +1,115 @@
+"""A training run from its configuration to a trained model: data, backbone, tree, teacher, trainer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from hierens.ensemble import HierarchicalEnsemble, hierensify
+from hierens.hub import from_pretrained
+from hierens.training.config import DataConfig, ModelConfig, TeacherConfig, TrainConfig, to_json
+from hierens.training.data import count_classes, create_loaders
+from hierens.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that makes a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+def train(run: Run) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+    """Train as configured.
+
+    Returns:
+        The model, on the CPU, and the record of its last validation: `accuracy` per depth in percent, and the rest of
+        `hierens.metrics.LeafEvaluation`.
+
+    Raises:
+        ValueError: anything in the configuration that does not work, before the first step.
+    """
+    micro_batch = run.train.batch_size // run.train.accumulation
+    train_loader, val_loader = create_loaders(run.data, micro_batch, run.train.val_batch_size, run.train.seed)
+    model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
+    teacher = create_teacher(run, model.num_classes)
+    trainer = Trainer(model, run.train, train_loader, val_loader, teacher, run.teacher)
+    if trainer.accelerator.is_main_process:
+        output = Path(run.train.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "run.json").write_text(json.dumps(to_json(run), indent=2) + "\n")
+    history = trainer.fit()
+    model = trainer.ensemble.cpu().eval()
+    if trainer.accelerator.is_main_process:
+        results = {"macs": list(model.macs()), **history[-1]}
+        (Path(run.train.output_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return model, history[-1]
+
+
+def create_ensemble(run: Run, num_classes: int) -> HierarchicalEnsemble:
+    """The tree as configured: from pretrained weights copied to every branch, or with branches drawn anew.
+
+    Raises:
+        ValueError: a backbone that timm cannot make, or that cannot be cut so.
+    """
+    config = run.model
+    source = {"pretrained_cfg_overlay": {"file": config.weights}} if config.weights else {}
+    rates = {"drop_path_rate": config.drop_path, "drop_rate": config.dropout}
+    torch.manual_seed(run.train.seed)  # pretrained or not, the classifier may be new
+    try:
+        backbone = timm.create_model(
+            config.backbone,
+            pretrained=config.warm,
+            num_classes=num_classes,
+            in_chans=run.data.input_size[0],
+            **source,
+            **{name: rate for name, rate in rates.items() if rate is not None},
+            **config.backbone_args,
+        )
+    except Exception as error:
+        weights = f" with the weights in {config.weights}" if config.weights else ""
+        raise ValueError(f"timm cannot make {config.backbone}{weights}: {error}") from error
+    if isinstance(backbone, HierarchicalEnsemble):  # hne_...: a tree already
+        model = backbone
+    else:
+        if config.warm and backbone.num_classes != backbone.pretrained_cfg["num_classes"]:
+            # Some of timm's networks draw a classifier so wide, when made for few classes, that the first steps undo
+            # much of what the pretrained weights know: EfficientNet's for 10 classes is 11 times wider than this.
+            backbone.reset_classifier(backbone.num_classes)
+        init = config.init or ("copy" if config.warm else "reinit")
+        branching = config.branching or None
+        model = hierensify(backbone, config.blocks, branching=branching, init=init, seed=run.train.seed)
+    preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
+    return model
+
+
+def create_teacher(run: Run, num_classes: int) -> nn.Module | None:
+    """The external teacher, if one is named.
+
+    Raises:
+        ValueError: it cannot be loaded, or tells other classes apart.
+    """
+    config = run.teacher
+    if not config.teacher:
+        return None
+    try:
+        if Path(config.teacher).is_dir() or "/" in config.teacher.removeprefix("hf-hub:"):
+            teacher: Any = from_pretrained(config.teacher)
+        else:
+            source = {"pretrained_cfg_overlay": {"file": config.teacher_weights}} if config.teacher_weights else {}
+            teacher = timm.create_model(config.teacher, pretrained=True, **source, **config.teacher_args)
+    except Exception as error:
+        raise ValueError(f"the teacher {config.teacher} cannot be loaded: {error}") from error
+    if teacher.num_classes != num_classes:
+        raise ValueError(f"the teacher tells {teacher.num_classes} classes apart, the data set has {num_classes}.")
+    return teacher

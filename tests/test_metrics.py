@@ -1,0 +1,81 @@
+"""Metrics of leaves and nested ensembles, against plain loops and torchmetrics."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from hierens.metrics import LeafMetrics, evaluate_model
+
+
+def data(images=60, leaves=4, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(images, leaves, classes, generator=generator)
+    return logits, torch.randint(classes, (images,), generator=generator)
+
+
+def evaluation(logits, labels, sizes=(25, 20, 15)):
+    metrics = LeafMetrics()
+    for some, those in zip(logits.split(list(sizes)), labels.split(list(sizes)), strict=True):
+        metrics.update(some, those)
+    return metrics.compute()
+
+
+def assert_equal(found, expected):
+    for name, value in vars(expected).items():
+        assert getattr(found, name) == pytest.approx(value), name
+
+
+def test_every_field_is_what_it_says():
+    logits, labels = data()
+    found = evaluation(logits, labels)
+    assert found.count == 60
+    for depth, size in enumerate((1, 2, 4)):
+        mean = logits[:, :size].mean(1)
+        assert found.accuracy[depth] == pytest.approx(100 * (mean.argmax(1) == labels).float().mean().item())
+        assert found.nll[depth] == pytest.approx(F.cross_entropy(mean, labels).item(), rel=1e-5)
+        ece = multiclass_calibration_error(mean.softmax(1), labels, num_classes=5, n_bins=15, norm="l1")
+        assert found.ece[depth] == pytest.approx(ece.item(), rel=1e-4)
+        spread = [logits[i, :size, c].std(correction=0).item() for i in range(60) for c in range(5)]
+        assert found.std[depth] == pytest.approx(sum(spread) / len(spread), rel=1e-5, abs=1e-9)
+        votes = logits[:, :size].argmax(2)
+        pairs = [(a, b) for a in range(size) for b in range(a)]
+        same = [(votes[:, a] == votes[:, b]).float().mean().item() for a, b in pairs] or [1.0]
+        assert found.agreement[depth] == pytest.approx(sum(same) / len(same), rel=1e-5)
+    alone = [100 * (logits[:, n].argmax(1) == labels).float().mean().item() for n in range(4)]
+    assert found.leaf_accuracy == pytest.approx(alone)
+
+
+def test_images_without_a_label_are_passed_over():
+    logits, labels = data()
+    labels[::3] = -1
+    known = labels >= 0
+    assert_equal(evaluation(logits, labels), evaluation(logits[known], labels[known], (15, 15, 10)))
+
+
+def test_half_precision_is_summed_in_full():
+    logits, labels = data()
+    half = evaluation(logits.bfloat16(), labels)
+    assert half.nll == pytest.approx(evaluation(logits.bfloat16().float(), labels).nll, rel=1e-6)
+
+
+def test_nothing_seen_is_said():
+    with pytest.raises(ValueError, match="no image with a label was seen"):
+        LeafMetrics().compute()
+
+
+def test_a_model_is_evaluated_as_it_answers_and_left_in_its_mode():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images, reduce):
+            assert not self.training and not reduce and not torch.is_grad_enabled()
+            return images
+
+    logits, labels = data()
+    model = Model().train()
+    found = evaluate_model(model, zip(logits.split(20), labels.split(20), strict=True))
+    assert_equal(found, evaluation(logits, labels))
+    assert model.training
