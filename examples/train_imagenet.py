@@ -92,7 +92,7 @@ def create_ensemble(run: Run, num_classes: int) -> hierens.HierarchicalEnsemble:
         backbone = timm.create_model(
             config.backbone,
             pretrained=config.warm,
-            num_classes=config.num_classes or num_classes,
+            num_classes=num_classes,
             in_chans=run.data.input_size[0],
             **source,
             **config.backbone_args,
@@ -104,8 +104,11 @@ def create_ensemble(run: Run, num_classes: int) -> hierens.HierarchicalEnsemble:
         # Some of timm's networks draw a classifier so wide, when made for few classes, that the first steps undo much
         # of what the pretrained weights know: EfficientNet's for 10 classes is 11 times wider than this.
         backbone.reset_classifier(backbone.num_classes)
-    init = config.init or ("copy" if config.warm else "reinit")
-    model = hierens.hierensify(backbone, config.blocks, init=init, seed=run.train.seed)
+    if isinstance(backbone, hierens.HierarchicalEnsemble):  # hne_resnet50_cifar and its like are trees as they come
+        model = backbone
+    else:
+        init = config.init or ("copy" if config.warm else "reinit")
+        model = hierens.hierensify(backbone, config.blocks, init=init, seed=run.train.seed)
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
     model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
     return model
@@ -114,8 +117,10 @@ def create_ensemble(run: Run, num_classes: int) -> hierens.HierarchicalEnsemble:
 def train(run: Run) -> tuple[hierens.HierarchicalEnsemble, list[float]]:
     """Train as configured; the model and its accuracy (%) per depth."""
     micro_batch = run.train.batch_size // run.train.accumulation
-    train_loader, val_loader = create_loaders(run.data, micro_batch, run.train.val_batch_size, run.train.seed)
-    model = create_ensemble(run, count_classes(train_loader.dataset))
+    train_loader, val_loader = create_loaders(
+        run.data, micro_batch, run.train.val_batch_size, run.train.seed, run.train.cpu
+    )
+    model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
     trainer = Trainer(model, run.train, train_loader, val_loader)
     if trainer.accelerator.is_main_process:
         output = Path(run.train.output_dir)

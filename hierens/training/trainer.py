@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import sys
-import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import gather_object, set_seed, tqdm
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hierens.ensemble import HierarchicalEnsemble
 from hierens.modes import evaluating
@@ -30,7 +30,10 @@ from hierens.objectives import Objective, nested_predictions
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from hierens.training.config import TrainConfig, to_json
+from hierens.training.images import NO_CLASS
 from hierens.training.schedules import create_schedule
+from hierens.training.throughput import Throughput
+from hierens.training.unreadable import check_readable, report_unreadable
 
 
 class TrainingDivergedError(ValueError):
@@ -84,6 +87,8 @@ class Trainer:
         self.model, self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
             model, optimizer, train_loader, val_loader
         )
+        if hasattr(self.val_loader.batch_sampler, "even_batches"):
+            self.val_loader.batch_sampler.even_batches = False  # no image is validated twice to fill a batch
         self.state = TrainState()
         self._unchecked: list[tuple[int, Tensor]] = []  # (step, loss) whose finiteness was not yet looked at
         self._unlogged: list[float] = []
@@ -138,23 +143,23 @@ class Trainer:
         bar.set_description(f"epoch {epoch + 1}/{self.config.epochs}")
         self.model.train()
         micro: list[Tensor] = []
-        start, images_seen = time.perf_counter(), 0
-        for images, targets in loader:
+        throughput = Throughput(self.accelerator)
+        for images, targets in throughput.watch(loader):
             with self.accelerator.accumulate(self.model):
                 micro.append(self._micro_step(images, targets))
             self.state.batch += 1
-            images_seen += len(images) * self.accelerator.num_processes
             if not self.accelerator.sync_gradients:
                 continue
             self._finish_step(torch.stack(micro).mean())
             micro = []
             bar.update()
             if self.state.step % self.config.log_steps == 0:
-                rate = images_seen / (time.perf_counter() - start)
-                bar.set_postfix(self._log_step(epoch, rate))
+                bar.set_postfix(self._log_step(epoch, *throughput.since_last()))
+                check_readable(self.train_loader, "training")
             if self.state.step % self.config.checkpoint_steps == 0 and self.state.batch < batches:
                 self._checkpoint()
         bar.close()
+        self._report_unreadable(epoch, "training", self.train_loader)
 
     def _micro_step(self, images: Tensor, targets: Tensor) -> Tensor:
         config = self.config
@@ -212,6 +217,7 @@ class Trainer:
         self._check_losses()
         record: dict[str, Any] = {"epoch": epoch + 1, "step": self.state.step}
         record |= evaluate(self.accelerator, self.model, self.val_loader, self.config.channels_last)
+        self._report_unreadable(epoch, "validation", self.val_loader)
         if self.ema is not None:
             average = evaluate(self.accelerator, self.ema.module, self.val_loader, self.config.channels_last)
             record |= {f"ema_{name}": value for name, value in average.items()}
@@ -220,13 +226,19 @@ class Trainer:
         shown = " ".join(f"{value:.2f}" for value in record["accuracy"])
         self.accelerator.print(f"epoch {epoch + 1}: accuracy by depth {shown} %, loss {record['val_loss']:.4f}")
 
-    def _log_step(self, epoch: int, rate: float) -> dict[str, str]:
+    def _report_unreadable(self, epoch: int, part: str, loader: Any) -> None:
+        file = self._log_file.with_name("unreadable.txt")
+        if counts := report_unreadable(self.accelerator, loader, part, epoch + 1, file):
+            self._log({"epoch": epoch + 1, "step": self.state.step, **counts})
+
+    def _log_step(self, epoch: int, rate: float, data_wait: float) -> dict[str, str]:
         self._check_losses()
         loss = sum(self._unlogged) / max(len(self._unlogged), 1)
         lr = self.optimizer.param_groups[0]["lr"]
-        self._log({"epoch": epoch + 1, "step": self.state.step, "loss": loss, "lr": lr, "images_per_s": round(rate)})
+        speed = {"images_per_s": round(rate), "data_wait": round(data_wait, 3)}
+        self._log({"epoch": epoch + 1, "step": self.state.step, "loss": loss, "lr": lr, **speed})
         self._unlogged = []
-        shown = {"loss": f"{loss:.3f}", "img/s": f"{rate:.0f}"}
+        shown = {"loss": f"{loss:.3f}", "img/s": f"{rate:.0f}", "data wait": f"{data_wait:.0%}"}
         if self.state.history:
             accuracy = self.state.history[-1]["accuracy"]
             shown |= {"acc@0": f"{accuracy[0]:.2f}", f"acc@{len(accuracy) - 1}": f"{accuracy[-1]:.2f}"}
@@ -279,25 +291,27 @@ def evaluate(
     Args:
         accelerator: gathers over processes.
         model: the ensemble, wrapped or not.
-        loader: prepared by the accelerator.
+        loader: prepared by the accelerator; targets of -1 belong to no class and do not count.
         channels_last: memory format of the images.
 
     Returns:
         `accuracy`: percent per depth; `val_loss`: mean cross-entropy of the full ensemble.
     """
-    correct, loss, count = torch.zeros(()), 0.0, 0
-    with evaluating(model):
+    # Processes may have different numbers of batches, so they meet only at the end, and call no wrapper that would.
+    module, correct, loss, count = accelerator.unwrap_model(model), torch.zeros(()), 0.0, 0
+    with evaluating(module):
         for images, targets in loader:
             if channels_last:
                 images = images.to(memory_format=torch.channels_last)
             with accelerator.autocast():
-                leaf_logits = model(images, reduce=False)
+                leaf_logits = module(images, reduce=False)
             nested = nested_predictions(leaf_logits)  # (N, depths, classes)
-            nested, targets = accelerator.gather_for_metrics((nested, targets))
             correct = correct + (nested.argmax(-1) == targets[:, None]).sum(0).cpu()
-            loss += float(nn.functional.cross_entropy(nested[:, -1], targets, reduction="sum"))
-            count += len(targets)
-    return {"accuracy": (100 * correct / count).tolist(), "val_loss": loss / count}
+            loss += float(F.cross_entropy(nested[:, -1], targets, reduction="sum", ignore_index=NO_CLASS))
+            count += int((targets != NO_CLASS).sum())
+    parts = gather_object([(correct, loss, count)])
+    correct, loss, count = (sum(values) for values in zip(*parts, strict=True))
+    return {"accuracy": (100 * correct / max(count, 1)).tolist(), "val_loss": loss / max(count, 1)}
 
 
 def _create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
