@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import gather_object, set_seed, tqdm
+from accelerate.utils import broadcast, gather_object, set_seed, tqdm
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -299,6 +299,7 @@ def evaluate(
     """
     # Processes may have different numbers of batches, so they meet only at the end, and call no wrapper that would.
     module, correct, loss, count = accelerator.unwrap_model(model), torch.zeros(()), 0.0, 0
+    broadcast(list(module.buffers()))  # running statistics may differ, and the main process's are those saved
     with evaluating(module):
         for images, targets in loader:
             if channels_last:

@@ -5,6 +5,7 @@ One damaged file in a million must not end a run in its twentieth hour, and must
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class Unreadable:
         """
         row, skipped = _worker(), int(self._counts[_worker(), 1])
         if skipped < _KEPT:
-            name = " ".join(str(reason).split()).encode()[:_NAME_BYTES]
+            # Python's word for an open file says nothing, and differs from epoch to epoch.
+            name = " ".join(re.sub(r"<_io\.[^>]*>", "", str(reason)).split()).encode()[:_NAME_BYTES]
             self._names[row, skipped] = 0
             self._names[row, skipped, : len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
         self._counts[row, 1] += 1

@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import train_imagenet
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
 from hierens.training.checkpoint import find_checkpoint
 from hierens.training.config import TrainConfig
-from hierens.training.trainer import Trainer, TrainingDivergedError
+from hierens.training.data import create_loaders
+from hierens.training.trainer import Trainer, TrainingDivergedError, evaluate
 
 DEMO = Path(__file__).with_name("demo_run.py")
 
@@ -91,6 +94,12 @@ def test_two_processes_train_as_one(tmp_path):
         losses.append([record["loss"] for record in records[:10]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][9] != losses[0][0]
+    accelerator = Accelerator(cpu=True)
+    val_loader = accelerator.prepare(create_loaders(train_imagenet.DEMO.data, 64, 256)[1])  # 450 images: 256 and 194
+    alone = evaluate(accelerator, hierens.from_pretrained(tmp_path / "2" / "model"), val_loader)
+    together = log(tmp_path / "2")[-1]
+    assert together["accuracy"] == alone["accuracy"], "every image is validated once"
+    assert together["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
 
 
 def made_up_data(images=96, seed=0):
