@@ -5,7 +5,7 @@ Needs torchmetrics (`pip install 'hierens[train]'`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,17 @@ class LeafMetrics:
         logits = leaf_logits.float()
         self._add("std", torch.stack([logits[:, :n].std(1, correction=0).mean(-1).sum() for n in sizes]))
         self._add("same", torch.stack([_agreeing(of_leaf[:, :n], leaf_logits.shape[2]).sum() for n in sizes]))
+
+    @classmethod
+    def merged(cls, parts: Sequence[LeafMetrics]) -> LeafMetrics:
+        """All batches that several processes took in."""
+        merged = cls()
+        for part in parts:
+            for name, values in part._sums.items():
+                merged._add(name, values)
+            merged._confidence += part._confidence
+            merged._correct += part._correct
+        return merged
 
     def compute(self) -> LeafEvaluation:
         """The result so far.

@@ -14,7 +14,7 @@ class DataConfig:
     """Which images, and how they become tensors."""
 
     dataset: str = ""
-    """`digits`, `fashion_mnist` or a name of timm's: `torch/cifar100`, `hfds/...`, `wds/...`; empty for a folder"""
+    """`digits`, `fashion_mnist`, a name of timm's (`torch/..`, `hfds/..`, `hfids/..`, `wds/..`); empty for a folder"""
     data_dir: str = ""
     """where the data set lies; `digits` needs none"""
     train_split: str = "train"
@@ -45,6 +45,10 @@ class DataConfig:
     """how images are resized"""
     workers: int = 4
     """loader processes per training process"""
+    num_samples: int | None = None
+    """samples per epoch of a stream (`wds/`, `hfids/`) that does not say how many it has"""
+    max_unreadable: float = 0.1
+    """largest share of images that may be unreadable before the run stops; up to it they are skipped and reported"""
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ class ModelConfig:
     """Which backbone becomes which tree."""
 
     backbone: str = "mobilenetv2_075"
-    """any timm model name"""
+    """any timm model name; one that is an ensemble by itself, such as `hne_mobilenetv2_075`, keeps its own blocks"""
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of timm.create_model"""
     pretrained: bool = False

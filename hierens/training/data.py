@@ -1,77 +1,99 @@
 """From a data set's name to loaders, by timm's factories; two small data sets of real images are read here.
 
-Whatever a sample's augmentation draws at random depends only on the seed, the epoch and the sample: not on the number
-of workers or processes, nor on where a run was resumed.
+Whatever a sample's augmentation draws at random depends only on the seed, the epoch and the sample: not on where a run
+was resumed, nor, unless samples come as a stream, on the number of workers or processes.
 """
 
 from __future__ import annotations
 
-import gzip
-import random
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Sized
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.data
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
+from hierens.training.builtin import digits, fashion_mnist
 from hierens.training.config import DataConfig
+from hierens.training.images import ArrayImages, HeldOutDataset, SeededDataset, StoredImages
+from hierens.training.streams import Stream, TrainStream
+from hierens.training.unreadable import Unreadable
 
 BUILT_IN = ("digits", "fashion_mnist")
-_HOSTED = ("hfds/", "hfids/", "tfds/", "wds/")  # their readers find the data by themselves
-_DIGITS_HELD_OUT = 450
+_STREAMED = ("wds/", "hfids/")
+_HOSTED = ("hfds/", *_STREAMED)  # their readers find the data by themselves
 
 
 def create_loaders(
-    config: DataConfig, batch_size: int, val_batch_size: int, seed: int = 0
+    config: DataConfig, batch_size: int, val_batch_size: int, seed: int = 0, cpu: bool = False
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Loaders of (images (N, C, H, W), targets (N,)) for training, shuffled, and for validation.
+
+    Streams are divided over processes by their readers, so their loaders come prepared for Accelerate, which leaves
+    them as they are, and in training with as many batches for every process.
 
     Args:
         config: the data.
         batch_size: images per training micro-batch, over all processes together.
         val_batch_size: images per validation step, over all processes together.
-        seed: of the augmentation; the order is drawn by the sampler that Accelerate puts in.
+        seed: of the augmentation and of a stream's order; else the order is drawn by the sampler that Accelerate puts
+            in.
+        cpu: whether training is on the CPU even where an accelerator is to hand; several processes that read a stream
+            are made known to each other here.
 
     Raises:
-        ValueError: data that is missing, empty, damaged or smaller than a batch.
+        ValueError: data that is missing, empty, damaged or smaller than a batch, or a stream with too few shards.
     """
+    if config.dataset.startswith(_STREAMED):
+        return _stream_loaders(config, batch_size, val_batch_size, seed, PartialState(cpu=cpu))
     train, val = create_datasets(config)
-    if isinstance(train, Sized) and len(train) < batch_size:
-        raise ValueError(f"the training set has {len(train)} images, fewer than one batch of {batch_size}.")
+    if isinstance(train, Sized):
+        _check_size(len(train), batch_size)
     common: dict[str, Any] = {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }
-    if isinstance(train, IterableDataset):
-        train_loader = DataLoader(train, batch_size, drop_last=True, **common)
-    else:
-        train_loader = DataLoader(SeededDataset(train, seed), batch_size, shuffle=True, drop_last=True, **common)
+    train = SeededDataset(train, seed, _counter(config))
+    val = HeldOutDataset(val, config.input_size, _counter(config))
+    train_loader = DataLoader(train, batch_size, shuffle=True, drop_last=True, **common)
     return train_loader, DataLoader(val, val_batch_size, **common)
 
 
-def create_datasets(config: DataConfig) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Training and validation data with their transforms, before batching.
+def create_datasets(config: DataConfig) -> tuple[Any, Any]:
+    """Training and validation data with their transforms, before batching; of a stream, timm's data sets.
 
     Raises:
         ValueError: data that is missing, empty or damaged, or an unknown name.
     """
-    pair: list[Dataset[Any]] = []
+    pair: list[Any] = []
     for training, split in ((True, config.train_split), (False, config.val_split)):
         transform = create_transform(config, training)
         mode = "L" if config.input_size[0] == 1 else "RGB"
         if config.dataset in BUILT_IN:
-            read = _digits if config.dataset == "digits" else _fashion_mnist
+            read = digits if config.dataset == "digits" else fashion_mnist
             pair.append(ArrayImages(*read(config, training), mode, transform))
-        else:
-            pair.append(_timm_dataset(config, split, training, mode, transform))
+            continue
+        dataset = _timm_dataset(config, split, training, mode)
+        dataset.transform = transform
+        streamed = config.dataset.startswith(_STREAMED)
+        pair.append(dataset if streamed else StoredImages(dataset, mode, transform))
     return pair[0], pair[1]
+
+
+def data_signature(loader: Any) -> dict[str, int]:
+    """What the order of a loader's samples depends on beside seed and epoch: a resumed run must have the same.
+
+    Returns:
+        `processes` and `workers` for a stream; nothing for data by index, whose order depends on neither.
+    """
+    return dict(getattr(loader.dataset, "signature", {}))
 
 
 def create_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
@@ -107,7 +129,7 @@ def count_classes(dataset: Any) -> int:
     Raises:
         ValueError: it does not say.
     """
-    if isinstance(dataset, SeededDataset):
+    if isinstance(dataset, SeededDataset | HeldOutDataset | StoredImages):
         return count_classes(dataset.dataset)
     if isinstance(dataset, ArrayImages):
         return int(dataset.labels.max()) + 1
@@ -116,44 +138,6 @@ def count_classes(dataset: Any) -> int:
             if named := getattr(owner, attribute, None):
                 return len(named)
     raise ValueError("the data set does not say how many classes it has: give num_classes.")
-
-
-class SeededDataset(Dataset[Any]):
-    """A data set whose samples draw their random numbers from (seed, epoch, index) alone.
-
-    Args:
-        dataset: a map-style data set.
-        seed: of the run.
-    """
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see it change
-
-    def set_epoch(self, epoch: int) -> None:
-        """Samples fetched from now on belong to this epoch."""
-        self.epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        with _random_numbers_of(hash((self.seed, int(self.epoch), int(index))) % 2**32):
-            return self.dataset[index]
-
-
-class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
-    """Images that fit into memory: an array (N, H, W) of bytes and a label each."""
-
-    def __init__(self, images: Any, labels: Any, mode: str, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.images, self.labels, self.mode, self.transform = images, labels, mode, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = Image.fromarray(self.images[index]).convert(self.mode)
-        return self.transform(image), int(self.labels[index])
 
 
 class _Fit:
@@ -174,24 +158,51 @@ class _Fit:
         return self.resize(image)
 
 
-@contextmanager
-def _random_numbers_of(seed: int) -> Iterator[None]:
-    """All three generators that augmentations draw from, seeded inside and as they were after."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+def _stream_loaders(
+    config: DataConfig, batch_size: int, val_batch_size: int, seed: int, state: PartialState
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """As `create_loaders`; the process group must exist, since timm's readers ask it which shards are theirs."""
+    processes = state.num_processes
+    for name, size in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+        if size % processes:
+            raise ValueError(f"{name}: {size} images per micro-batch do not divide over {processes} processes.")
+    train, val = create_datasets(config)
+    _check_size(train.reader.num_samples, batch_size)
+    train_stream = TrainStream(
+        train.reader, train.transform, config.workers, seed, _counter(config), batch_size // processes
+    )
+    val_stream = Stream(val.reader, val.transform, config.workers, seed, _counter(config))
+    train_loader = _stream_loader(train_stream, batch_size // processes, config, state, drop_last=True)
+    return train_loader, _stream_loader(val_stream, val_batch_size // processes, config, state)
 
 
-def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, transform: Any) -> Dataset[Any]:
+def _stream_loader(stream: Stream, batch_size: int, config: DataConfig, state: PartialState, **options: Any) -> Any:
+    pin = torch.cuda.is_available()
+    loader = DataLoader(stream, batch_size, num_workers=config.workers, pin_memory=pin, **options)
+    prepared = prepare_data_loader(
+        loader, state.device, num_processes=1, process_index=0, dispatch_batches=False, put_on_device=True
+    )
+    prepared._is_accelerate_prepared = True  # or Accelerate would divide once more what has been divided
+    return prepared
+
+
+def _counter(config: DataConfig) -> Unreadable:
+    return Unreadable(config.workers, config.max_unreadable)
+
+
+def _check_size(images: int, batch_size: int) -> None:
+    if images < batch_size:
+        raise ValueError(f"the training set has {images} images, fewer than one batch of {batch_size}.")
+
+
+def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> Any:
     name, root = config.dataset, Path(config.data_dir)
-    if not name.startswith(_HOSTED):
+    for prefix, package in (("wds/", "webdataset"), ("hfds/", "datasets"), ("hfids/", "datasets")):
+        if name.startswith(prefix) and find_spec(package) is None:
+            raise ValueError(f"{name} is read by the package {package}: pip install 'hierens[data]'.")
+    if name.startswith("tfds/"):
+        raise ValueError(f"{name} cannot be resumed exactly, so it is not read here: use hfds/, hfids/ or wds/.")
+    if not name.startswith(_HOSTED) or (name.startswith("wds/") and ":" not in config.data_dir):
         if not config.data_dir:
             raise ValueError(f"data_dir is needed, the folder that holds {name or 'the images'}.")
         if not root.is_dir():
@@ -200,65 +211,22 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, tra
             )
         if not any(root.iterdir()):
             raise ValueError(f"the data directory {root} is empty: it should hold a folder per split or class.")
+    options: dict[str, Any] = {}
+    if name.startswith(_STREAMED):
+        options["num_samples"] = config.num_samples
+    if name.startswith("wds/"):
+        options["input_key"] = "jpg;jpeg;png;webp"
     try:
         dataset = timm.data.create_dataset(
-            name, root=config.data_dir or None, split=split, is_training=training, input_img_mode=mode
+            name, root=config.data_dir or None, split=split, is_training=training, input_img_mode=mode, **options
         )
     except Exception as error:
         raise ValueError(f"timm cannot read the data set {name!r} in {root} ({split} split): {error}") from error
-    if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+    if isinstance(dataset, Sized) and not name.startswith(_STREAMED) and len(dataset) == 0:
         raise ValueError(
             f"the data directory {root} holds no images in its {split} split: one folder per class is due."
         )
-    dataset.transform = transform
     return dataset
-
-
-def _digits(config: DataConfig, training: bool) -> tuple[Any, Any]:
-    """scikit-learn's 1,797 scanned digits of 8x8 pixels; the same 450 of them are always held out."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ValueError("the digits come with scikit-learn: pip install 'hierens[demo]'.") from error
-    images, labels = load_digits(return_X_y=True)
-    images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    train_x, val_x, train_y, val_y = train_test_split(
-        images, labels, test_size=_DIGITS_HELD_OUT, random_state=0, stratify=labels
-    )
-    return (train_x, train_y) if training else (val_x, val_y)
-
-
-def _fashion_mnist(config: DataConfig, training: bool) -> tuple[Any, Any]:
-    """The 28x28 images of Fashion-MNIST from its four idx files, plain or gzipped."""
-    directory, part = Path(config.data_dir), "train" if training else "t10k"
-    if not config.data_dir or not directory.is_dir():
-        raise ValueError(
-            f"the data directory {config.data_dir!r} does not exist: fashion_mnist needs its idx files there."
-        )
-    images = _read_idx(directory, f"{part}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(directory, f"{part}-labels-idx1-ubyte", dimensions=1)
-    if len(images) != len(labels):
-        raise ValueError(f"{directory} has {len(images)} {part} images but {len(labels)} labels.")
-    return images, labels
-
-
-def _read_idx(directory: Path, name: str, dimensions: int) -> Any:
-    """An array of bytes in the idx format: two zeros, type 8, the number of dimensions, their sizes, the values."""
-    found = [path for path in (directory / name, directory / f"{name}.gz") if path.is_file()]
-    if not found:
-        raise ValueError(f"the data directory {directory} has neither {name} nor {name}.gz.")
-    try:
-        data = gzip.decompress(found[0].read_bytes()) if found[0].suffix == ".gz" else found[0].read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{found[0]} is damaged ({error}): download it again.") from error
-    if len(data) < 4 + 4 * dimensions or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise ValueError(f"{found[0]} is no idx file of {dimensions} dimensions of bytes.")
-    shape = [int(size) for size in np.frombuffer(data, ">i4", dimensions, 4)]
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    if values.size != np.prod(shape) or values.size == 0:
-        raise ValueError(f"{found[0]} is truncated: it holds {values.size} values of {int(np.prod(shape))}.")
-    return values.reshape(shape)
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

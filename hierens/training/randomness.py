@@ -16,11 +16,12 @@ def seed_of(*numbers: int) -> int:
 
 
 @contextmanager
-def random_numbers_of(seed: int) -> Iterator[None]:
+def random_numbers_of(*numbers: int) -> Iterator[None]:
     """Python's, numpy's and torch's CPU generator, which augmentations draw from: seeded inside, as they were after."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = hash(numbers) % 2**32
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     try:
         yield

@@ -39,7 +39,9 @@ def train(run: Run) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
         ValueError: anything in the configuration that does not work, before the first step.
     """
     micro_batch = run.train.batch_size // run.train.accumulation
-    train_loader, val_loader = create_loaders(run.data, micro_batch, run.train.val_batch_size, run.train.seed)
+    train_loader, val_loader = create_loaders(
+        run.data, micro_batch, run.train.val_batch_size, run.train.seed, run.train.cpu
+    )
     model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
     teacher = create_teacher(run, model.num_classes)
     trainer = Trainer(model, run.train, train_loader, val_loader, teacher, run.teacher)

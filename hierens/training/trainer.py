@@ -11,8 +11,7 @@ import contextlib
 import json
 import math
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,17 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
 from hierens.ensemble import HierarchicalEnsemble
-from hierens.metrics import LeafMetrics, as_record
-from hierens.modes import evaluating
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from hierens.training.config import TeacherConfig, TrainConfig, to_json
+from hierens.training.evaluation import evaluate
 from hierens.training.loss import TrainingLoss
 from hierens.training.mixing import Mixing
 from hierens.training.optimizers import create_optimizer, frozen_levels
 from hierens.training.randomness import seed_of
 from hierens.training.schedules import bring_up_to, create_schedule
+from hierens.training.throughput import Throughput
+from hierens.training.unreadable import check_readable, report_unreadable
 
 
 class TrainingDivergedError(ValueError):
@@ -111,6 +111,8 @@ class Trainer:
             model, optimizer, train_loader, val_loader
         )
         self._forward = torch.compile(self.model) if config.compile else self.model
+        if hasattr(self.val_loader.batch_sampler, "even_batches"):
+            self.val_loader.batch_sampler.even_batches = False  # no image is validated twice to fill a batch
         self.state = TrainState()
         self._unchecked: list[tuple[int, Tensor]] = []  # (step, loss) whose finiteness was not yet looked at
         self._unlogged: list[float] = []
@@ -169,23 +171,23 @@ class Trainer:
         for level in frozen:
             level.eval()  # their statistics stay as well
         micro: list[Tensor] = []
-        start, images_seen = time.perf_counter(), 0
-        for images, targets in loader:
+        throughput = Throughput(self.accelerator)
+        for images, targets in throughput.watch(loader):
             with self.accelerator.accumulate(self.model):
                 micro.append(self._micro_step(images, targets, epoch, frozen))
             self.state.batch += 1
-            images_seen += len(images) * self.accelerator.num_processes
             if not self.accelerator.sync_gradients:
                 continue
             self._finish_step(torch.stack(micro).mean())
             micro = []
             bar.update()
             if self.state.step % self.config.log_steps == 0:
-                rate = images_seen / (time.perf_counter() - start)
-                bar.set_postfix(self._log_step(epoch, rate))
+                bar.set_postfix(self._log_step(epoch, *throughput.since_last()))
+                check_readable(self.train_loader, "training")
             if self.state.step % self.config.checkpoint_steps == 0 and self.state.batch < batches:
                 self._checkpoint()
         bar.close()
+        self._report_unreadable(epoch, "training", self.train_loader)
 
     def _micro_step(self, images: Tensor, targets: Tensor, epoch: int, frozen: Sequence[nn.Module]) -> Tensor:
         config, accelerator = self.config, self.accelerator
@@ -258,6 +260,7 @@ class Trainer:
         self._check_losses()
         record: dict[str, Any] = {"epoch": epoch + 1, "step": self.state.step}
         record |= evaluate(self.accelerator, self.model, self.val_loader, self.config.channels_last)
+        self._report_unreadable(epoch, "validation", self.val_loader)
         if self.ema is not None:
             average = evaluate(self.accelerator, self.ema.module, self.val_loader, self.config.channels_last)
             record |= {f"ema_{name}": value for name, value in average.items()}
@@ -267,13 +270,19 @@ class Trainer:
         shown = " ".join(f"{value:.2f}" for value in record["accuracy"])
         self.accelerator.print(f"epoch {epoch + 1}: accuracy by depth {shown} %, loss {record['val_loss']:.4f}")
 
-    def _log_step(self, epoch: int, rate: float) -> dict[str, str]:
+    def _report_unreadable(self, epoch: int, part: str, loader: Any) -> None:
+        file = self._log_file.with_name("unreadable.txt")
+        if counts := report_unreadable(self.accelerator, loader, part, epoch + 1, file):
+            self._log({"epoch": epoch + 1, "step": self.state.step, **counts})
+
+    def _log_step(self, epoch: int, rate: float, data_wait: float) -> dict[str, str]:
         self._check_losses()
         loss = sum(self._unlogged) / max(len(self._unlogged), 1)
         lr = self.optimizer.param_groups[0]["lr"]
-        self._log({"epoch": epoch + 1, "step": self.state.step, "loss": loss, "lr": lr, "images_per_s": round(rate)})
+        speed = {"images_per_s": round(rate), "data_wait": round(data_wait, 3)}
+        self._log({"epoch": epoch + 1, "step": self.state.step, "loss": loss, "lr": lr, **speed})
         self._unlogged = []
-        shown = {"loss": f"{loss:.3f}", "img/s": f"{rate:.0f}"}
+        shown = {"loss": f"{loss:.3f}", "img/s": f"{rate:.0f}", "data wait": f"{data_wait:.0%}"}
         if self.state.history:
             accuracy = self.state.history[-1]["accuracy"]
             shown |= {"acc@0": f"{accuracy[0]:.2f}", f"acc@{len(accuracy) - 1}": f"{accuracy[-1]:.2f}"}
@@ -315,33 +324,6 @@ class Trainer:
     def _synced(self) -> AbstractContextManager[Any]:
         several = self.accelerator.num_processes > 1
         return SyncedBatchNorm() if several and self.config.sync_batchnorm else contextlib.nullcontext()
-
-
-@torch.no_grad()
-def evaluate(
-    accelerator: Accelerator, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], channels_last: bool = False
-) -> dict[str, Any]:
-    """What every depth and every leaf gives, from one pass over all leaves.
-
-    Args:
-        accelerator: gathers over processes.
-        model: the ensemble, wrapped or not.
-        loader: prepared by the accelerator.
-        channels_last: memory format of the images.
-
-    Returns:
-        `val_loss`, the mean cross-entropy of the full ensemble in nats, and `hierens.metrics.LeafEvaluation`'s fields.
-    """
-    metrics = LeafMetrics()
-    with evaluating(model):
-        for images, targets in loader:
-            if channels_last:
-                images = images.to(memory_format=torch.channels_last)
-            with accelerator.autocast():
-                leaf_logits = model(images, reduce=False)
-            metrics.update(*accelerator.gather_for_metrics((leaf_logits, targets)))
-    evaluation = metrics.compute()
-    return {"val_loss": evaluation.nll[-1], **as_record(evaluation)}
 
 
 def _shown(record: dict[str, Any], prefix: str) -> dict[str, list[float]]:

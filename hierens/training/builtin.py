@@ -1,0 +1,60 @@
+"""Two small data sets of real images, read without a download: scikit-learn's digits, and Fashion-MNIST's idx files."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hierens.training.config import DataConfig
+
+_DIGITS_HELD_OUT = 450
+
+
+def digits(config: DataConfig, training: bool) -> tuple[Any, Any]:
+    """scikit-learn's 1,797 scanned digits of 8x8 pixels; the same 450 of them are always held out."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ValueError("the digits come with scikit-learn: pip install 'hierens[demo]'.") from error
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    train_x, val_x, train_y, val_y = train_test_split(
+        images, labels, test_size=_DIGITS_HELD_OUT, random_state=0, stratify=labels
+    )
+    return (train_x, train_y) if training else (val_x, val_y)
+
+
+def fashion_mnist(config: DataConfig, training: bool) -> tuple[Any, Any]:
+    """The 28x28 images of Fashion-MNIST from its four idx files, plain or gzipped."""
+    directory, part = Path(config.data_dir), "train" if training else "t10k"
+    if not config.data_dir or not directory.is_dir():
+        raise ValueError(
+            f"the data directory {config.data_dir!r} does not exist: fashion_mnist needs its idx files there."
+        )
+    images = _read_idx(directory, f"{part}-images-idx3-ubyte", dimensions=3)
+    labels = _read_idx(directory, f"{part}-labels-idx1-ubyte", dimensions=1)
+    if len(images) != len(labels):
+        raise ValueError(f"{directory} has {len(images)} {part} images but {len(labels)} labels.")
+    return images, labels
+
+
+def _read_idx(directory: Path, name: str, dimensions: int) -> Any:
+    """An array of bytes in the idx format: two zeros, type 8, the number of dimensions, their sizes, the values."""
+    found = [path for path in (directory / name, directory / f"{name}.gz") if path.is_file()]
+    if not found:
+        raise ValueError(f"the data directory {directory} has neither {name} nor {name}.gz.")
+    try:
+        data = gzip.decompress(found[0].read_bytes()) if found[0].suffix == ".gz" else found[0].read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{found[0]} is damaged ({error}): download it again.") from error
+    if len(data) < 4 + 4 * dimensions or data[:4] != bytes((0, 0, 8, dimensions)):
+        raise ValueError(f"{found[0]} is no idx file of {dimensions} dimensions of bytes.")
+    shape = [int(size) for size in np.frombuffer(data, ">i4", dimensions, 4)]
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
+    if values.size != np.prod(shape) or values.size == 0:
+        raise ValueError(f"{found[0]} is truncated: it holds {values.size} values of {int(np.prod(shape))}.")
+    return values.reshape(shape)

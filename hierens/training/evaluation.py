@@ -1,0 +1,43 @@
+"""Validation over however many processes there are, each image counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
+
+from hierens.metrics import LeafMetrics, as_record
+from hierens.modes import evaluating
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], channels_last: bool = False
+) -> dict[str, Any]:
+    """What every depth and every leaf gives, from one pass over all leaves.
+
+    Args:
+        accelerator: gathers over processes.
+        model: the ensemble, wrapped or not.
+        loader: prepared by the accelerator; targets of -1 belong to no class and do not count.
+        channels_last: memory format of the images.
+
+    Returns:
+        `val_loss`, the mean cross-entropy of the full ensemble in nats, and `hierens.metrics.LeafEvaluation`'s fields.
+    """
+    # Processes may have different numbers of batches, so they meet only at the end, and call no wrapper that would.
+    module, metrics = accelerator.unwrap_model(model), LeafMetrics()
+    broadcast(list(module.buffers()))  # running statistics may differ, and the main process's are those saved
+    with evaluating(module):
+        for images, targets in loader:
+            if channels_last:
+                images = images.to(memory_format=torch.channels_last)
+            with accelerator.autocast():
+                leaf_logits = module(images, reduce=False)
+            metrics.update(leaf_logits, targets)
+    evaluation = LeafMetrics.merged(gather_object([metrics])).compute()
+    return {"val_loss": evaluation.nll[-1], **as_record(evaluation)}

@@ -1,0 +1,51 @@
+"""How fast training goes, and how much of the time it waits for data: a starved accelerator shows here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Throughput:
+    """Clocks a loader, from one look to the next.
+
+    Args:
+        accelerator: says how many processes train alike, and on what.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._processes, self._asynchronous = accelerator.num_processes, accelerator.device.type != "cpu"
+        self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
+
+    def watch(self, loader: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
+        """The loader's batches, clocked."""
+        batches = iter(loader)
+        while True:
+            if self._asynchronous:
+                # What the device still has to do is not waiting. Copying the next batch to it would wait here anyway.
+                torch.accelerator.synchronize()
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self._images += len(batch[0]) * self._processes
+            yield batch
+
+    def since_last(self) -> tuple[float, float]:
+        """Since this was last asked.
+
+        Returns:
+            Images per second over all processes, and the share (0 to 1) of the time in which there was no batch to
+            work on.
+        """
+        now = time.perf_counter()
+        elapsed = now - self._start
+        rate, share = self._images / elapsed, self._waited / elapsed
+        self._start, self._waited, self._images = now, 0.0, 0
+        return rate, share
