@@ -173,8 +173,9 @@ def main(settings: Settings) -> None:
                 print(f"{run.train.output_dir}")
                 train(run)
     stem = "paper" if settings.name == "fashion_mnist" else f"paper_{settings.name}"
-    (RESULTS / f"{stem}.md").write_text(page(settings, stem))
-    print(f"wrote {RESULTS / stem}.md")
+    file = RESULTS / f"{stem}.md"
+    file.write_text(page(settings, stem))
+    print(f"wrote {file}")
 
 
 def recipe(settings: Settings) -> Run:
@@ -285,6 +286,10 @@ def verdicts(studies: dict[str, dict[str, Group]]) -> str:
             holds = "no, the reverse" if all(seen) else "no, within the noise"
         else:
             holds = "not throughout"
+        if (seeds := found[0][2]) == 1:
+            holds = f"{holds.partition(',')[0]} (one seed)"
+        elif seeds < len(next(iter(groups.values())).records):
+            holds += f" ({seeds} seeds)"
         digits = 2 if claim.field == "accuracy" else 3
         rows.append((claim.text, claim.at, ", ".join(f"{gap:+.{digits}f}" for gap, _, _ in found), holds))
     return table(("the paper", "at", "difference here", "holds"), rows)
@@ -333,6 +338,8 @@ it is less than twice its standard error somewhere. With three seeds that is a r
 
 ## Table 1: objectives
 
+![Accuracy and diversity by objective]({stem}_table1.png)
+
 {comparison(list(studies["table1"].values()))}
 
 ## Figure 4: distillation
@@ -357,7 +364,9 @@ All three trained with L_I + L_HD.
 
 {comparison(list(studies["figure5"].values()))}
 
-MACs: {table(("", *(f"{2**depth}" for depth in range(len(cost[0]) - 1))), cost) if cost else "not run."}
+Multiply-accumulates per image:
+
+{table(("", *(f"{2**depth}" for depth in range(len(cost[0]) - 1))), cost) if cost else "not run."}
 
 ## What beats the paper's objective
 
