@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import timm.data
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms as T
@@ -116,6 +117,13 @@ def count_classes(dataset: Any) -> int:
             if named := getattr(owner, attribute, None):
                 return len(named)
     raise ValueError("the data set does not say how many classes it has: give num_classes.")
+
+
+def data_signature(loader: Any) -> dict[str, int]:
+    """What the order of a loader's samples depends on besides the seed: nothing, for a map-style data set."""
+    if not isinstance(loader.dataset, IterableDataset):
+        return {}
+    return {"processes": PartialState().num_processes, "workers": int(loader.num_workers)}
 
 
 class SeededDataset(Dataset[Any]):

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
-from hierens.training.checkpoint import find_checkpoint
+from hierens.training.checkpoint import choose_checkpoint, newest_checkpoint
 from hierens.training.config import TrainConfig
 from hierens.training.trainer import Trainer, TrainingDivergedError
 
@@ -69,7 +69,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(undisturbed, tmp_path, step):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "model").exists(), "it must have been killed before its end"
-    checkpoint = find_checkpoint(tmp_path, "auto")
+    checkpoint = newest_checkpoint(tmp_path)
     output = finish(start(tmp_path, {}))
     assert f"resuming from {checkpoint}" in output
     assert weights(tmp_path) == weights(undisturbed)
@@ -173,18 +173,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
 
 
 def test_checkpoints_are_kept_by_number(tmp_path):
-    trainer(tmp_path, epochs=3, checkpoint_steps=1, keep_checkpoints=2).fit()
+    history = trainer(tmp_path, epochs=3, checkpoint_steps=1, keep_checkpoints=2).fit()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-000000008", "step-000000009"]
+    best = max(history, key=lambda record: record["accuracy"][-1])["step"]
+    assert names == ["best", *(f"step-{step:09d}" for step in sorted({best, 8, 9}))]
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     trainer(tmp_path).fit()
-    good = find_checkpoint(tmp_path, "auto")
+    good = newest_checkpoint(tmp_path)
     for name in ("step-000000999.partial", "step-000000998"):
         (tmp_path / "checkpoints" / name).mkdir()
     (tmp_path / "checkpoints" / "step-000000999.partial" / "trainer.json").write_text("{}")
-    assert find_checkpoint(tmp_path, "auto") == good
+    assert choose_checkpoint(tmp_path, "auto") == good
 
 
 def test_copies_are_told_apart_before_training(tmp_path):
@@ -217,7 +218,7 @@ def test_a_diverging_run_says_when_and_keeps_the_last_good_checkpoint(tmp_path):
     run._validate = poison_the_second_epoch
     with pytest.raises(TrainingDivergedError, match=r"the loss is nan at step 4; .*step-000000003"):
         run.fit()
-    assert find_checkpoint(tmp_path, "auto").name == "step-000000003"
+    assert newest_checkpoint(tmp_path).name == "step-000000003"
     resumed = trainer(tmp_path, epochs=3)
     resumed.fit()
     assert resumed.state.step == 9
@@ -229,7 +230,7 @@ def test_weights_that_overflow_are_not_checkpointed(tmp_path):
         run.ensemble.get_classifier().bias.fill_(float("inf"))
     with pytest.raises(TrainingDivergedError, match="there is no checkpoint from before"):
         run.fit()
-    assert find_checkpoint(tmp_path, "auto") is None
+    assert newest_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize(
