@@ -10,13 +10,20 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import torch
 import train_imagenet
 
-if __name__ == "__main__":
+
+def main(output_dir, settings):
     torch.set_num_threads(1)
-    settings = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     data = {key: settings.pop(key) for key in ("augment", "workers") if key in settings}
+    blocks = settings.pop("blocks", 4)
     demo = train_imagenet.DEMO
-    short = {"epochs": 2, "batch_size": 32, "checkpoint_steps": 7, "log_steps": 1, "output_dir": sys.argv[1]}
+    short = {"epochs": 2, "batch_size": 32, "checkpoint_steps": 7, "log_steps": 1, "output_dir": output_dir}
     run = train_imagenet.Run(
-        dataclasses.replace(demo.data, **data), demo.model, dataclasses.replace(demo.train, **short | settings)
+        dataclasses.replace(demo.data, **data),
+        dataclasses.replace(demo.model, blocks=blocks),
+        dataclasses.replace(demo.train, **short | settings),
     )
     train_imagenet.train(run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
