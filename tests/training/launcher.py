@@ -86,7 +86,9 @@ class Launcher:
         return self.last
 
     def start_several(self, processes, output, settings=None):
-        """Processes that train together over gloo."""
+        """Processes that train together over gloo, or one that trains alone."""
+        if processes == 1:
+            return [self.start(output, settings)]
         port = str(free_port())
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
         return [

@@ -1,9 +1,13 @@
 """Whatever is killed, cut short or full: a run goes on from the newest whole checkpoint and ends in the same bits."""
 
+import contextlib
 import json
 import random
 import re
+import resource
+import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -55,10 +59,22 @@ def last_logged(directory):
 
 
 def moment(directory):
-    """What the run was at when it was killed."""
+    """What a run is at."""
     if any((directory / "checkpoints").glob("*.partial")):
         return "writing a checkpoint"
-    return "training" if (directory / "log.jsonl").exists() else "starting"
+    if not (directory / "log.jsonl").exists():
+        return "starting"
+    newest = (directory / "log.jsonl").read_text().splitlines()[-1:]
+    return "validating" if newest and re.search(r'"step": (21|42|63|84), "loss"', newest[0]) else "training"
+
+
+def live(run, directory, seconds, aim):
+    """Let a run be for some time, and then until it comes to the moment aimed at; its return code if it ends before."""
+    code = run.wait(seconds)
+    deadline = time.monotonic() + 1.0
+    while aim is not None and code is None and time.monotonic() < deadline and moment(directory) != aim:
+        code = run.wait(0.001)
+    return code
 
 
 def survive(launcher, undisturbed, directory, kills, cuts, seed):
@@ -70,8 +86,11 @@ def survive(launcher, undisturbed, directory, kills, cuts, seed):
     while True:
         run_dir = directory / str(course)
         run = launcher.start(run_dir, SHORT)
-        delay = rng.uniform(0, 0.3 + 3 * seconds / max(kills, 6)) if done < kills else None
-        code = run.wait(*(() if delay is None else (delay,)))
+        if done < kills:
+            aim = rng.choice((None, None, "writing a checkpoint", "validating"))
+            code = live(run, run_dir, rng.uniform(0, 0.3 + 2 * seconds / max(kills, 6)), aim)
+        else:
+            code = run.wait()
         if code is None:
             run.kill(signal.SIGKILL)
             run.wait()
@@ -211,3 +230,81 @@ def test_changed_settings_are_named(tmp_path, capsys):
     trainer(tmp_path).fit()
     trainer(tmp_path, epochs=3, lr=0.01).fit()
     assert "step-000000006: epochs 2 -> 3, lr 0.02 -> 0.01\n" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Files cannot grow beyond this many bytes: what a quota does, and nearly what a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("weights_fit", [False, True])  # AdamW's state is twice as large
+def test_training_outlives_checkpoints_that_cannot_be_written(tmp_path, capsys, weights_fit):
+    run = trainer(tmp_path, checkpoint_steps=1, optimizer="adamw", lr=1e-3)
+    size = sum(4 * parameter.numel() for parameter in run.model.parameters())
+    validate, limit = run._validate, contextlib.ExitStack()
+
+    def and_make_room(epoch):
+        validate(epoch)
+        limit.close()
+
+    run._validate = and_make_room
+    with limit:
+        limit.enter_context(largest_file(int(1.5 * size) if weights_fit else 3000))
+        run.fit()
+    shown = capsys.readouterr().out
+    for step in (1, 2):
+        line = rf"step-00000000{step} cannot be written \(.*\): [\d,.]+ MB free in .*/checkpoints. Training goes on;"
+        assert re.search(line, shown), shown
+    assert "step-000000003 cannot" not in shown
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    assert newest_checkpoint(tmp_path).name == "step-000000006"
+
+
+def test_a_model_that_cannot_be_written_is_a_clear_error(tmp_path):
+    run = trainer(tmp_path, epochs=1, ema_decay=0.9)
+    save_models = run._save_models
+
+    def with_a_full_disk():
+        with largest_file(3000):
+            save_models()
+
+    run._save_models = with_a_full_disk
+    with pytest.raises(ValueError, match=r"model cannot be written .*model_ema cannot .*step-000000003: make room and"):
+        run.fit()
+    assert not list(tmp_path.glob("model*"))
+    trainer(tmp_path, epochs=1, ema_decay=0.9).fit()
+    assert hierens.from_pretrained(tmp_path / "model")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, tmp_path, capsys):
+    """Checkpoints until it is full, then none, then no model; with room made, the same bits after all."""
+    settings = {"epochs": 3, "checkpoint_steps": 1, "keep_checkpoints": 9}
+    run = trainer(small_disk, **settings)
+    with pytest.raises(ValueError, match=r"model cannot be written .*No space left"):
+        run.fit()
+    shown = capsys.readouterr().out
+    assert shown.count("cannot be written") >= 2 and "0.0 MB free" in shown.replace("0.1", "0.0"), shown
+    found = checkpoints(small_disk)
+    assert found and all(damage(folder) is None for folder in found)
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    trainer(small_disk, **settings).fit()
+    trainer(tmp_path / "whole", **settings).fit()
+    assert weights(small_disk) == weights(tmp_path / "whole")
+    assert log(small_disk) == log(tmp_path / "whole")

@@ -61,16 +61,6 @@ def test_workers_do_not_change_the_result(undisturbed, tmp_path):
     assert weights(tmp_path) == weights(undisturbed)
 
 
-def test_two_processes_train_as_one(tmp_path):
-    losses = []
-    for processes in (1, 2):
-        finish(start(tmp_path / str(processes), {"augment": "none", "epochs": 1}, processes))
-        records = [record for record in log(tmp_path / str(processes)) if "loss" in record]
-        losses.append([record["loss"] for record in records[:10]])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0][9] != losses[0][0]
-
-
 def made_up_data(images=96, seed=0):
     """Two classes that differ in brightness, so that a few steps suffice."""
     generator = torch.Generator().manual_seed(seed)
