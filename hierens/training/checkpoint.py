@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step-...`, sealed by a manifest of its files' sizes and digests. The newest
 `keep_checkpoints` stay, and the one with the best validation, to which the link `checkpoints/best` points. Each is a
-model folder too, which `hierens.from_pretrained` reads (but for the layouts of FSDP and DeepSpeed). Weights are
+model folder too, which `hierens.from_pretrained` reads (but for DeepSpeed's layout). Weights are
 safetensors; the optimiser's state is torch's format, which Accelerate reads back with `weights_only`.
 
 Nothing that was not written whole counts. What is damaged, and what is newer than the point from which a run goes on,
@@ -210,7 +210,7 @@ def _check_weights(accelerator: Accelerator, folder: Path) -> None:
     """Names and shapes alone, so that another architecture is named before anything is overwritten."""
     file = folder / WEIGHTS
     if not file.is_file():
-        return  # FSDP's and DeepSpeed's own layouts
+        return  # DeepSpeed's own layout
     with safe_open(file, "pt") as weights:
         there = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     here = {n: tuple(t.shape) for n, t in accelerator.unwrap_model(accelerator._models[0]).state_dict().items()}

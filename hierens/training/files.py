@@ -19,6 +19,7 @@ from hierens.errors import first_line
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
+_TORCH_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error")  # in messages of plain RuntimeErrors
 
 
 def seal(folder: Path) -> None:
@@ -113,9 +114,10 @@ def noting_write_errors() -> Iterator[list[str]]:
         yield problems
     except Exception as error:
         # safetensors and torch wrap the system's error in their own
-        if not isinstance(error, OSError | SafetensorError) and "PytorchStreamWriter" not in str(error):
+        if not isinstance(error, OSError | SafetensorError) and not any(name in str(error) for name in _TORCH_WRITERS):
             raise
-        problems.append(first_line(error))
+        named = isinstance(error, OSError | SafetensorError)
+        problems.append(first_line(error) if named else "not all bytes were taken")
 
 
 def free_space(path: Path) -> str:

@@ -13,8 +13,6 @@ from hierens.hub import WEIGHTS, from_pretrained, save_config, save_pretrained
 from hierens.training.checkpoint import CheckpointWriteError
 from hierens.training.files import PARTIAL, free_space, noting_write_errors, publish, recover, remove
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
 
 def save_model(accelerator: Accelerator, model: nn.Module, directory: Path, accuracy: list[float]) -> None:
     """`save_pretrained`, whole or not at all. Every process must call it.
@@ -28,7 +26,7 @@ def save_model(accelerator: Accelerator, model: nn.Module, directory: Path, accu
     Raises:
         CheckpointWriteError: the disk did not take it.
     """
-    sharded = accelerator.distributed_type in _SHARDED
+    sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
     weights = accelerator.get_state_dict(model) if sharded else {}
     problems: list[str] = []
     if accelerator.is_main_process:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed, tqdm
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -321,6 +321,10 @@ class Trainer:
             raise ValueError(f"{' '.join(problems)} {kept}make room and start the same command again.")
 
     def _check_division(self) -> None:
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") or self.accelerator.distributed_type == DistributedType.FSDP:
+            # Accelerate 1.15 ignores it on CPUs without a word; sharded level by level, views of packed weights outlive
+            # their storage in the backward pass; and no GPU was to hand to test what remains.
+            raise ValueError("FSDP is not supported: choose plain data parallelism in `accelerate config`.")
         config, processes = self.config, self.accelerator.num_processes
         for name, size in (
             ("batch_size", config.batch_size // config.accumulation),

@@ -14,12 +14,13 @@ import train_imagenet
 def main(output_dir, settings):
     torch.set_num_threads(1)
     data = {key: settings.pop(key) for key in ("augment", "workers") if key in settings}
-    blocks = settings.pop("blocks", 4)
     demo = train_imagenet.DEMO
+    blocks = settings.pop("blocks", demo.model.blocks)
+    backbone_args = demo.model.backbone_args | settings.pop("backbone_args", {})
     short = {"epochs": 2, "batch_size": 32, "checkpoint_steps": 7, "log_steps": 1, "output_dir": output_dir}
     run = train_imagenet.Run(
         dataclasses.replace(demo.data, **data),
-        dataclasses.replace(demo.model, blocks=blocks),
+        dataclasses.replace(demo.model, blocks=blocks, backbone_args=backbone_args),
         dataclasses.replace(demo.train, **short | settings),
     )
     train_imagenet.train(run)
