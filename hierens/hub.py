@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 
 import hierens
 import hierens.architectures  # registers the entry point that a config names
@@ -31,7 +32,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _MOST_LEAVES = 4096
 _ARGUMENTS = ("backbone", "backbone_args", "at", "branching", "leaves", "looped", "num_classes", "in_chans")
 
-__all__ = ["LoadError", "SaveError", "from_pretrained", "model_card", "push_to_hub", "save_pretrained"]
+__all__ = ["LoadError", "SaveError", "from_pretrained", "model_card", "push_to_hub", "save_config", "save_pretrained"]
 
 
 class LoadError(ValueError):
@@ -67,6 +68,13 @@ def save_pretrained(
     save_for_hf(plain, str(directory), model_config={"hierens": hierens.__version__}, safe_serialization=True)
     (directory / CARD).write_text(model_card(model, results))
     return directory
+
+
+def save_config(model: HierarchicalEnsemble, directory: str | Path) -> None:
+    """Write `config.json` alone, beside weights that are there already."""
+    described = copy.copy(model)
+    described._model_args = _arguments(model)
+    save_config_for_hf(described, str(Path(directory) / CONFIG), model_config={"hierens": hierens.__version__})
 
 
 def push_to_hub(

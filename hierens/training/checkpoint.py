@@ -1,21 +1,40 @@
-"""Checkpoints: complete or not there, the newest first, old ones removed.
+"""Checkpoints: whole or not there, verified when read, kept by policy.
 
-`accelerator.save_state` writes into a folder with another name, which gets its own in one step once everything is in
-it: a run killed while saving leaves the checkpoint before it. Weights are safetensors; the optimiser's state is torch's
-own format, which Accelerate reads back with `weights_only`.
+A checkpoint is a folder `checkpoints/step-...`, sealed by a manifest of its files' sizes and digests. The newest
+`keep_checkpoints` stay, and the one with the best validation, to which the link `checkpoints/best` points. Each is a
+model folder too, which `hierens.from_pretrained` reads (but for DeepSpeed's layout). Weights are
+safetensors; the optimiser's state is torch's format, which Accelerate reads back with `weights_only`.
+
+Nothing that was not written whole counts. What is damaged, and what is newer than the point from which a run goes on,
+is renamed (`.damaged`, `.superseded`) and not looked at again: delete it when you like.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import safe_open
 
-_STATE = "trainer.json"
+from hierens.errors import first_line
+from hierens.hub import WEIGHTS, save_config
+from hierens.training.config import TrainConfig, to_json
+from hierens.training.files import PARTIAL, damage, free_space, noting_write_errors, publish, recover, remove, seal
+
+_STATE, _BEST = "trainer.json", "best"
+# What a checkpoint's optimiser and averages cannot do without, and what decides which images an epoch has seen.
+_FIXED = ("optimizer", "precision", "ema_decay")
+_FIXED_WITHIN_AN_EPOCH = ("batch_size", "accumulation", "seed")
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; the ones before it are as they were."""
 
 
 @dataclass
@@ -27,60 +46,228 @@ class TrainState:
         epoch: the epoch to go on with.
         batch: micro-batches of it that are done.
         history: a record per validated epoch.
+        unlogged: losses since the last line of the log.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    unlogged: list[float] = field(default_factory=list)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, state: TrainState, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`. Every process must call it.
+def save_checkpoint(
+    accelerator: Accelerator, config: TrainConfig, state: TrainState, data: Mapping[str, int] | None = None
+) -> Path:
+    """Write a checkpoint and remove those that the policy does not keep. Every process must call it.
+
+    Args:
+        accelerator: knows model, optimiser and what else was registered.
+        config: goes into the checkpoint; its `keep_checkpoints` and `keep_best` are the policy.
+        state: how far the run has come.
+        data: what the order of the data depends on, if it depends on anything: see `data_signature`.
 
     Returns:
-        The checkpoint's folder, `output_dir/checkpoints/step-...`.
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointWriteError: the disk did not take it; nothing half-written is left. On every process.
     """
-    final = Path(output_dir) / "checkpoints" / f"step-{state.step:09d}"
-    partial = final.with_suffix(".partial")
+    folder = Path(config.output_dir) / "checkpoints"
+    final = folder / _name(state.step)
+    partial = final.with_suffix(PARTIAL)
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    with noting_write_errors() as problems, _plain_weights(accelerator):
+        accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not problems:
+        with noting_write_errors() as problems:
+            about = {"state": asdict(state), "config": to_json(config), "data": dict(data or {})}
+            (partial / _STATE).write_text(json.dumps(about))
+            save_config(accelerator.unwrap_model(accelerator._models[0]), partial)
+            seal(partial)
+            publish(partial, final)
+    problem = next(filter(None, gather_object(problems or [""])), "")
     if accelerator.is_main_process:
-        (partial / _STATE).write_text(json.dumps(asdict(state)))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in _checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+        if problem:
+            remove(partial)
+        else:
+            _apply_policy(folder, config, state)
     accelerator.wait_for_everyone()
+    if problem:
+        raise CheckpointWriteError(f"{final} cannot be written ({problem}): {free_space(folder)}.")
     return final
 
 
-def find_checkpoint(output_dir: str | Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` means: the newest for `auto`, none for `never`, or the folder named.
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint written last, unread."""
+    return next(reversed(_checkpoints(Path(output_dir) / "checkpoints")), None)
+
+
+def choose_checkpoint(output_dir: str | Path, resume: str, say: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint that `resume` means, verified; the folder of checkpoints is put in order for a run from there.
+
+    Args:
+        output_dir: of the run.
+        resume: `auto`, the newest that is whole; `never`; or a checkpoint's folder.
+        say: told what was found damaged and what was put aside.
 
     Raises:
-        ValueError: the folder named is no checkpoint.
+        ValueError: the folder named is no checkpoint, or a damaged one.
     """
-    if resume == "never":
-        return None
+    folder = Path(output_dir) / "checkpoints"
+    chosen = None
+    if resume not in ("auto", "never"):
+        chosen = Path(resume)
+        if not (chosen / _STATE).is_file():
+            raise ValueError(
+                f"{resume} is no checkpoint (it has no {_STATE}): give a folder like checkpoints/step-000000500."
+            )
+        if wrong := damage(chosen):
+            raise ValueError(
+                f"the checkpoint {resume} is damaged: {wrong}. Give another one, or resume from 'auto', the newest "
+                "that is whole."
+            )
+        chosen = chosen.resolve()  # `best` may come to mean another
+    recover(folder, "step-*")
     if resume == "auto":
-        return next(reversed(_checkpoints(output_dir)), None)
-    if not (Path(resume) / _STATE).is_file():
+        for candidate in reversed(_checkpoints(folder)):
+            wrong = damage(candidate)
+            if wrong is None:
+                chosen = candidate
+                break
+            say(f"the checkpoint {candidate} is damaged: {wrong}. {_put_aside(candidate, '.damaged')}")
+    newer = [other for other in _checkpoints(folder) if chosen is None or other.name > chosen.name]
+    for other in newer:
+        say(f"the checkpoint {other} is newer than where this run starts. {_put_aside(other, '.superseded')}")
+    if not (folder / _BEST).exists():
+        (folder / _BEST).unlink(missing_ok=True)  # it pointed to one of those
+    return chosen
+
+
+def load_checkpoint(
+    accelerator: Accelerator, folder: Path, config: TrainConfig, data: Mapping[str, int] | None = None
+) -> TrainState:
+    """Put weights, optimiser and averages back, say how far the run had come, and print what was configured otherwise.
+
+    The number of processes may be another than before, unless the data depend on it.
+
+    Raises:
+        ValueError: the checkpoint is of another model, optimiser, or order of the data.
+    """
+    about = json.loads((folder / _STATE).read_text())
+    state, before, now = TrainState(**about["state"]), about["config"], to_json(config)
+    _check_data(folder, about["data"], dict(data or {}), state)
+    fixed = (*_FIXED, *(_FIXED_WITHIN_AN_EPOCH if state.batch else ()))
+    for name in fixed:
+        was, new = before.get(name), now[name]
+        if was != new and (name != "ema_decay" or None in (was, new)):
+            where = "an epoch that is under way" if name in _FIXED_WITHIN_AN_EPOCH else "it"
+            raise ValueError(
+                f"{folder} was written with {name}={was!r}, this run has {new!r}: {where} cannot go on with another. "
+                "Keep it, or start anew with resume='never'."
+            )
+    _check_weights(accelerator, folder)
+    try:
+        with _plain_weights(accelerator):
+            accelerator.load_state(str(folder))
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{folder} does not fit this run: {first_line(error)}") from error
+    names = [name for name in now if now[name] != before.get(name) and name not in ("output_dir", "resume")]
+    if names:
+        changes = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in names)
+        accelerator.print(f"changed since {folder}: {changes}")
+    return state
+
+
+def resolve_checkpoint(accelerator: Accelerator, config: TrainConfig) -> Path | None:
+    """`choose_checkpoint`, done by the main process for all; every process raises what it raises."""
+    answer: list[Any] = [None, ""]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = choose_checkpoint(config.output_dir, config.resume)
+        except ValueError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
+def _check_data(folder: Path, before: dict[str, int], now: dict[str, int], state: TrainState) -> None:
+    if before == now:
+        return
+    shown = [", ".join(f"{count} {name}" for name, count in data.items()) or "none" for data in (before, now)]
+    raise ValueError(
+        f"{folder} was written while the data were streamed to {shown[0]}, this run has {shown[1]}: the order of a "
+        "stream depends on that. Use as many as before, or start anew with resume='never'."
+    )
+
+
+def _check_weights(accelerator: Accelerator, folder: Path) -> None:
+    """Names and shapes alone, so that another architecture is named before anything is overwritten."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return  # DeepSpeed's own layout
+    with safe_open(file, "pt") as weights:
+        there = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    here = {n: tuple(t.shape) for n, t in accelerator.unwrap_model(accelerator._models[0]).state_dict().items()}
+    if different := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+        name = different[0]
         raise ValueError(
-            f"{resume} is no checkpoint (it has no {_STATE}): give a folder like checkpoints/step-000000500."
+            f"{folder} holds another model: {len(different)} of {len(here)} tensors differ, such as {name} "
+            f"({there.get(name, 'missing')} there, {here.get(name, 'missing')} here). Make the model as it was, or "
+            "start anew with resume='never'."
         )
-    return Path(resume)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> TrainState:
-    """Put weights, optimiser and averages back, and say how far the run had come."""
-    accelerator.load_state(str(folder))
-    return TrainState(**json.loads((folder / _STATE).read_text()))
+def _apply_policy(folder: Path, config: TrainConfig, state: TrainState) -> None:
+    found = _checkpoints(folder)
+    kept = set(found[-config.keep_checkpoints :])
+    validated = [record for record in state.history if (folder / _name(record["step"])).is_dir()]
+    if config.keep_best and validated:
+        best = folder / _name(max(validated, key=lambda record: record["accuracy"][-1])["step"])
+        kept.add(best)
+        with contextlib.suppress(OSError):  # not every file system has links
+            link = folder / f"{_BEST}.new"
+            link.unlink(missing_ok=True)
+            link.symlink_to(best.name, target_is_directory=True)
+            link.replace(folder / _BEST)
+    for old in found:
+        if old not in kept:
+            remove(old)
 
 
-def _checkpoints(output_dir: str | Path) -> list[Path]:
-    found = Path(output_dir).glob(f"checkpoints/step-*/{_STATE}")
-    return sorted(file.parent for file in found if file.parent.suffix != ".partial")
+def _put_aside(folder: Path, suffix: str) -> str:
+    aside = folder.with_suffix(suffix)
+    remove(aside)
+    folder.rename(aside)
+    return f"It is put aside as {aside.name}."
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+@contextlib.contextmanager
+def _plain_weights(accelerator: Accelerator) -> Iterator[None]:
+    """Weights go under the model's own names inside, whatever Accelerate has wrapped it in: any number of processes."""
+
+    def save(models: list[Any], weights: list[Any], directory: str) -> None:
+        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models[: len(weights)]]
+
+    def load(models: list[Any], directory: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    hooks = accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -151,6 +151,8 @@ class TrainConfig:
     """optimiser steps between checkpoints; one is also written after every epoch"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay"""
+    keep_best: bool = True
+    """the checkpoint whose full ensemble validated best stays too, however old; `checkpoints/best` points to it"""
     resume: str = "auto"
     """`auto`: from output_dir's newest checkpoint if there is one; `never`; or a checkpoint's folder"""
     val_epochs: int = 1

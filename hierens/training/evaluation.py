@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from hierens.modes import evaluating
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], channels_last: bool = False
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    channels_last: bool = False,
+    after_batch: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """What every depth and every leaf gives, from one pass over all leaves.
 
@@ -25,6 +29,7 @@ def evaluate(
         model: the ensemble, wrapped or not.
         loader: prepared by the accelerator; targets of -1 belong to no class and do not count.
         channels_last: memory format of the images.
+        after_batch: called after every batch.
 
     Returns:
         `val_loss`, the mean cross-entropy of the full ensemble in nats, and `hierens.metrics.LeafEvaluation`'s fields.
@@ -39,5 +44,7 @@ def evaluate(
             with accelerator.autocast():
                 leaf_logits = module(images, reduce=False)
             metrics.update(leaf_logits, targets)
+            if after_batch is not None:
+                after_batch()
     evaluation = LeafMetrics.merged(gather_object([metrics])).compute()
     return {"val_loss": evaluation.nll[-1], **as_record(evaluation)}

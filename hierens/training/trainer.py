@@ -8,32 +8,46 @@ no state of a random generator needs to be carried over.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed, tqdm
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
 from hierens.ensemble import HierarchicalEnsemble
+from hierens.errors import first_line
 from hierens.training.batchnorm import SyncedBatchNorm
-from hierens.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from hierens.training.checkpoint import (
+    CheckpointWriteError,
+    TrainState,
+    load_checkpoint,
+    newest_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from hierens.training.config import TeacherConfig, TrainConfig, to_json
+from hierens.training.data import data_signature
 from hierens.training.evaluation import evaluate
+from hierens.training.log import JsonLines
 from hierens.training.loss import TrainingLoss
 from hierens.training.mixing import Mixing
 from hierens.training.optimizers import create_optimizer, frozen_levels
 from hierens.training.randomness import seed_of
+from hierens.training.saving import save_model
 from hierens.training.schedules import bring_up_to, create_schedule
+from hierens.training.signals import StopSignals, interruption
 from hierens.training.throughput import Throughput
 from hierens.training.unreadable import check_readable, report_unreadable
+
+_STEPS_BETWEEN_AGREEMENTS = 10  # on accelerators, where agreeing to stop would wait for the device at every step
 
 
 class TrainingDivergedError(ValueError):
@@ -115,8 +129,9 @@ class Trainer:
             self.val_loader.batch_sampler.even_batches = False  # no image is validated twice to fill a batch
         self.state = TrainState()
         self._unchecked: list[tuple[int, Tensor]] = []  # (step, loss) whose finiteness was not yet looked at
-        self._unlogged: list[float] = []
-        self._log_file = Path(config.output_dir) / "log.jsonl"
+        self._log_file = JsonLines(Path(config.output_dir) / "log.jsonl")
+        self._signals = StopSignals()
+        self._asked = 0  # how often the processes could have agreed to stop
 
     @property
     def ensemble(self) -> HierarchicalEnsemble:
@@ -126,34 +141,47 @@ class Trainer:
     def fit(self) -> list[dict[str, Any]]:
         """Train to the last epoch, resuming as configured, and save the model.
 
+        SIGTERM and SIGINT (Ctrl-C) end it after the step under way and a checkpoint.
+
         Returns:
             A record per validated epoch: epoch, step, val_loss and the accuracy (%) of every depth.
 
         Raises:
             TrainingDivergedError: loss or weights are no longer finite; says at which step.
+            TrainingInterrupted: a signal came; it is a SystemExit with the code 128 + signal. (Ctrl-C in a notebook: a
+                KeyboardInterrupt, and `fit` can be called again.)
+            ValueError: the checkpoint to go on from is damaged or of another model, or no model could be written.
         """
         config = self.config
-        self._resume()
-        self.accelerator.init_trackers("hierens", config=_flat(to_json(config)))
-        with self._synced():
-            for epoch in range(self.state.epoch, config.epochs):
-                self._train_epoch(epoch)
-                if (epoch + 1) % config.val_epochs == 0 or epoch + 1 == config.epochs:
-                    self._validate(epoch)
-                self.state.epoch, self.state.batch = epoch + 1, 0
-                self._checkpoint()
-        self.accelerator.end_training()
-        self._save_models()
+        with self._signals, self._synced():
+            self._resume()
+            self.accelerator.init_trackers("hierens", config=_flat(to_json(config)))
+            try:
+                for epoch in range(self.state.epoch, config.epochs):
+                    if self.state.batch < len(self.train_loader):  # else it was stopped while it validated
+                        self._train_epoch(epoch)
+                    if (epoch + 1) % config.val_epochs == 0 or epoch + 1 == config.epochs:
+                        self._validate(epoch)
+                    self.state.epoch, self.state.batch = epoch + 1, 0
+                    self._checkpoint()
+            except RuntimeError as error:
+                if self._signals.received:  # it went to the loader's workers too, which died of it
+                    self._stop(self._signals.received, f"in the midst of a step ({first_line(error)})")
+                raise
+            self._save_models()
+            self.accelerator.end_training()
         return self.state.history
 
     def _resume(self) -> None:
-        folder = find_checkpoint(self.config.output_dir, self.config.resume)
+        folder = resolve_checkpoint(self.accelerator, self.config)
         if folder is not None:
-            self.state = load_checkpoint(self.accelerator, folder)
+            self.state = load_checkpoint(self.accelerator, folder, self.config, data_signature(self.train_loader))
             validated = [(record["epoch"], record["accuracy"][-1]) for record in self.state.history]
             bring_up_to(self.schedule, self.state.step, validated)
             self.accelerator.print(f"resuming from {folder}: epoch {self.state.epoch}, step {self.state.step}")
-        self._start_log()
+        if self.accelerator.is_main_process:
+            state = self.state
+            self._log_file.restart(lambda r: r["epoch"] <= state.epoch if "val_loss" in r else r["step"] <= state.step)
 
     def _train_epoch(self, epoch: int) -> None:
         loader = self.train_loader
@@ -184,6 +212,7 @@ class Trainer:
             if self.state.step % self.config.log_steps == 0:
                 bar.set_postfix(self._log_step(epoch, *throughput.since_last()))
                 check_readable(self.train_loader, "training")
+            self._stop_if_asked()
             if self.state.step % self.config.checkpoint_steps == 0 and self.state.batch < batches:
                 self._checkpoint()
         bar.close()
@@ -241,28 +270,63 @@ class Trainer:
         for step, value in zip(steps, values, strict=True):
             if not math.isfinite(value):
                 self._diverged(f"the loss is {value} at step {step}")
-        self._unlogged += values
+        self.state.unlogged += values
 
     def _diverged(self, what: str) -> None:
-        newest = find_checkpoint(self.config.output_dir, "auto")
+        newest = newest_checkpoint(self.config.output_dir)
         kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint from before"
         raise TrainingDivergedError(f"{what}; {kept}. Try a lower learning rate, clip_grad, or bf16 in place of fp16.")
 
     def _checkpoint(self) -> None:
         self._check_losses()
-        if not all(bool(p.isfinite().all()) for p in self.ensemble.parameters()):
+        if self._any(not all(bool(p.isfinite().all()) for p in self.ensemble.parameters())):
             self._diverged(f"weights are not finite after step {self.state.step}")
-        save_checkpoint(self.accelerator, self.config.output_dir, self.state, self.config.keep_checkpoints)
+        if self.accelerator.is_main_process:
+            self._log_file.sync()
+        try:
+            save_checkpoint(self.accelerator, self.config, self.state, data_signature(self.train_loader))
+        except CheckpointWriteError as error:
+            newest = newest_checkpoint(self.config.output_dir)
+            kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            self.accelerator.print(f"{error} Training goes on; {kept}, the next is due in time.")
+
+    def _stop_if_asked(self) -> None:
+        """Leave, after a checkpoint, if any process received a signal: all of them leave at the same step."""
+        several, device = self.accelerator.num_processes > 1, self.accelerator.device
+        self._asked += 1
+        if several and device.type != "cpu" and self._asked % _STEPS_BETWEEN_AGREEMENTS:
+            return
+        number = self._signals.received
+        if several:
+            number = int(self.accelerator.gather(torch.tensor([number], device=device)).max())
+        if number:
+            self._checkpoint()
+            self._stop(number, f"after step {self.state.step}")
+
+    def _stop(self, number: int, where: str) -> NoReturn:
+        newest = newest_checkpoint(self.config.output_dir)
+        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        self.accelerator.print(
+            f"{signal.Signals(number).name}: stopped {where}; {kept}. The same command with resume='auto' goes on."
+        )
+        self.accelerator.end_training()
+        raise interruption(number)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.gather(torch.tensor([int(flag)], device=self.accelerator.device)).max())
 
     # --- what is shown and kept -------------------------------------------------------------------------------------
 
     def _validate(self, epoch: int) -> None:
         self._check_losses()
         record: dict[str, Any] = {"epoch": epoch + 1, "step": self.state.step}
-        record |= evaluate(self.accelerator, self.model, self.val_loader, self.config.channels_last)
+        record |= self._evaluate(self.model)
         self._report_unreadable(epoch, "validation", self.val_loader)
         if self.ema is not None:
-            average = evaluate(self.accelerator, self.ema.module, self.val_loader, self.config.channels_last)
+            average = self._evaluate(self.ema.module)
             record |= {f"ema_{name}": value for name, value in average.items()}
         self.state.history.append(record)
         self.schedule.step(epoch + 1, record["accuracy"][-1])
@@ -271,48 +335,54 @@ class Trainer:
         self.accelerator.print(f"epoch {epoch + 1}: accuracy by depth {shown} %, loss {record['val_loss']:.4f}")
 
     def _report_unreadable(self, epoch: int, part: str, loader: Any) -> None:
-        file = self._log_file.with_name("unreadable.txt")
+        file = self._log_file.path.with_name("unreadable.txt")
         if counts := report_unreadable(self.accelerator, loader, part, epoch + 1, file):
             self._log({"epoch": epoch + 1, "step": self.state.step, **counts})
 
+    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+        # Several processes agree to stop between steps only: here they may have different numbers of batches.
+        after_batch = self._stop_if_asked if self.accelerator.num_processes == 1 else None
+        return evaluate(self.accelerator, model, self.val_loader, self.config.channels_last, after_batch)
+
     def _log_step(self, epoch: int, rate: float, data_wait: float) -> dict[str, str]:
         self._check_losses()
-        loss = sum(self._unlogged) / max(len(self._unlogged), 1)
+        loss = sum(self.state.unlogged) / max(len(self.state.unlogged), 1)
         lr = self.optimizer.param_groups[0]["lr"]
         speed = {"images_per_s": round(rate), "data_wait": round(data_wait, 3)}
         self._log({"epoch": epoch + 1, "step": self.state.step, "loss": loss, "lr": lr, **speed})
-        self._unlogged = []
+        self.state.unlogged = []
         shown = {"loss": f"{loss:.3f}", "img/s": f"{rate:.0f}", "data wait": f"{data_wait:.0%}"}
         if self.state.history:
             accuracy = self.state.history[-1]["accuracy"]
             shown |= {"acc@0": f"{accuracy[0]:.2f}", f"acc@{len(accuracy) - 1}": f"{accuracy[-1]:.2f}"}
         return shown
 
-    def _start_log(self) -> None:
-        """Begin the log, or drop what it holds from after the checkpoint that the run resumes from."""
-        if not self.accelerator.is_main_process:
-            return
-        self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._log_file.read_text().splitlines() if self._log_file.exists() and self.state.step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.state.step]
-        self._log_file.write_text("".join(f"{line}\n" for line in kept))
-
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self._log_file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._log_file.append(record)
         self.accelerator.log(_flat(record), step=self.state.step)
 
     def _save_models(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
         record, directory = self.state.history[-1], Path(self.config.output_dir)
-        self.ensemble.save_pretrained(directory / "model", results=_shown(record, ""))
+        models = {"model": (self.model, _shown(record, ""))}
         if self.ema is not None:
-            average = self.ema.module
-            average.save_pretrained(directory / "model_ema", results=_shown(record, "ema_"))
+            models["model_ema"] = (self.ema.module, _shown(record, "ema_"))
+        problems = []
+        for name, (model, results) in models.items():
+            try:
+                save_model(self.accelerator, model, directory / name, results)
+            except CheckpointWriteError as error:
+                problems.append(str(error))
+        if problems:
+            newest = newest_checkpoint(directory)
+            kept = f"all it needs is in {newest}: " if newest else ""
+            raise ValueError(f"{' '.join(problems)} {kept}make room and start the same command again.")
 
     def _check_division(self) -> None:
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") or self.accelerator.distributed_type == DistributedType.FSDP:
+            # Accelerate 1.15 ignores it on CPUs without a word; sharded level by level, views of packed weights outlive
+            # their storage in the backward pass; and no GPU was to hand to test what remains.
+            raise ValueError("FSDP is not supported: choose plain data parallelism in `accelerate config`.")
         config, processes = self.config, self.accelerator.num_processes
         for name, size in (
             ("batch_size", config.batch_size // config.accumulation),

@@ -1,0 +1,49 @@
+"""The trained model as a folder in the Hub's layout, however its weights are spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from safetensors.torch import save_file
+from torch import nn
+
+from hierens.hub import WEIGHTS, from_pretrained, save_config, save_pretrained
+from hierens.training.checkpoint import CheckpointWriteError
+from hierens.training.files import PARTIAL, free_space, noting_write_errors, publish, recover, remove
+
+
+def save_model(
+    accelerator: Accelerator, model: nn.Module, directory: Path, results: Mapping[str, Sequence[float]]
+) -> None:
+    """`save_pretrained`, whole or not at all. Every process must call it.
+
+    Args:
+        accelerator: gathers weights that are spread over processes.
+        model: the ensemble, wrapped or not.
+        directory: replaced if it is there.
+        results: columns of the card's table, a value per depth.
+
+    Raises:
+        CheckpointWriteError: the disk did not take it.
+    """
+    sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
+    weights = accelerator.get_state_dict(model) if sharded else {}
+    problems: list[str] = []
+    if accelerator.is_main_process:
+        ensemble, partial = accelerator.unwrap_model(model), directory.with_name(directory.name + PARTIAL)
+        with noting_write_errors() as problems:
+            recover(directory.parent, directory.name)
+            partial.mkdir(parents=True)
+            if sharded:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
+                save_config(ensemble, partial)
+                ensemble = from_pretrained(partial)
+            save_pretrained(ensemble, partial, results)
+            publish(partial, directory)
+        if problems:
+            remove(partial)
+    if problem := next(filter(None, gather_object(problems or [""])), ""):
+        raise CheckpointWriteError(f"{directory} cannot be written ({problem}): {free_space(directory)}.")

@@ -1,0 +1,68 @@
+"""Being told to stop: the first signal is noted, for the trainer to act on after its step; the second ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Launchers hand a Ctrl-C on to processes that the terminal has told already: that is the same signal, not a second one.
+_ECHO_SECONDS = 1.0
+
+
+class TrainingInterrupted(SystemExit):
+    """A signal ended the training, after a checkpoint. Its exit code is the conventional one, 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT while inside, and gives the handlers back that were there before.
+
+    A signal that its parent asked a process to ignore stays ignored. Outside the main thread, where Python handles no
+    signals, nothing is noted. A signal that nobody acted on takes its usual effect at the end.
+
+    Attributes:
+        received: the first signal's number, 0 if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self.received = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        if self.received and kind is None:
+            signal.raise_signal(self.received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def interruption(number: int) -> BaseException:
+    """What to raise once everything is saved: in an interactive session, what Ctrl-C raises there anyway."""
+    if number == signal.SIGINT and hasattr(sys, "ps1"):
+        return KeyboardInterrupt()
+    return TrainingInterrupted(number)

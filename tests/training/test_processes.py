@@ -1,0 +1,76 @@
+"""Several processes over gloo: the curve of one, whatever their number, also when it changes on the way."""
+
+import random
+import signal
+import time
+
+import pytest
+from launcher import Launcher, log
+from torch.utils.data import DataLoader
+
+import hierens
+from hierens.metrics import evaluate_model
+from hierens.training.data import create_datasets
+from hierens.training.presets import PRESETS
+
+# A smooth activation: the digits' background is one constant, and where rounding moves it across a ReLU's kink, curves
+# part by 1e-5 within ten steps, with one process and a single weight changed by one unit of rounding just as well.
+SHORT = {"blocks": 2, "epochs": 1, "batch_size": 64, "augment": "none", "checkpoint_steps": 100}
+SHORT |= {"backbone_args": {"act_layer": "silu"}}
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    with Launcher() as running:
+        yield running
+
+
+def losses(directory):
+    return [record["loss"] for record in log(directory) if "loss" in record]
+
+
+def train(launcher, directory, processes, stop_after=None):
+    """To the end, or until one of the processes is told to stop."""
+    runs = launcher.start_several(processes, directory, SHORT)
+    if stop_after is None:
+        return [run.finish() for run in runs]
+    deadline = time.monotonic() + 200
+    while not (directory / "log.jsonl").exists() or len(losses(directory)) < stop_after:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    random.choice(runs).kill(signal.SIGTERM)
+    assert [run.wait() for run in runs] == [143] * processes, runs[0].output
+    return [run.output for run in runs]
+
+
+@pytest.fixture(scope="module")
+def alone(launcher, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("alone")
+    train(launcher, directory, 1)
+    curve = losses(directory)
+    assert curve[-1] < curve[0]
+    return curve
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_as_one(launcher, alone, tmp_path, processes):
+    train(launcher, tmp_path, processes)
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
+    images = DataLoader(create_datasets(PRESETS["demo"].data)[1], 256)  # 450 of them do not divide by 2 * 256 or 4 * 64
+    expected = evaluate_model(hierens.from_pretrained(tmp_path / "model"), images)
+    found = next(record for record in log(tmp_path) if "val_loss" in record)
+    assert found["accuracy"] == pytest.approx(expected.accuracy), "every image is validated once"
+    assert found["ece"] == pytest.approx(expected.ece, rel=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_goes_on(launcher, alone, tmp_path, before, after):
+    outputs = train(launcher, tmp_path, before, stop_after=3)
+    assert sum("SIGTERM: stopped after step" in output for output in outputs) == 1
+    assert "resuming from" in train(launcher, tmp_path, after)[0]
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
+
+
+def test_sharding_is_refused_not_ignored(launcher, tmp_path):
+    run = launcher.start(tmp_path, SHORT, ACCELERATE_USE_FSDP="true")
+    assert run.wait() == 1 and "ValueError: FSDP is not supported" in run.output
