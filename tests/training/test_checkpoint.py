@@ -109,8 +109,13 @@ def survive(launcher, undisturbed, directory, kills, cuts, seed):
         done += 1
         moments[moment(run_dir)] += 1
         found = [folder for folder in checkpoints(run_dir) if damage(folder) is None]
-        intervals = 1 + (len(checkpoints(run_dir)) - len(found))
-        if cut_after and done >= cut_after[0] and len(found) >= 2:
+        newest = step_of(found[-1]) if found else 0
+        aside = [int(path.stem.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("*.damaged")]
+        # the log still holds what came after one that was put aside, if the kill came before it was trimmed
+        intervals = 1 + len(checkpoints(run_dir)) - len(found) + sum(step > newest for step in aside)
+        # Not two in a row before a new one is written: all of keep_checkpoints would be lost, and only the best left.
+        spare = len(found) >= 2 and step_of(found[-1]) - step_of(found[-2]) <= SHORT["checkpoint_steps"]
+        if cut_after and done >= cut_after[0] and spare:
             cut_short(found.pop(), rng)
             cut_after.pop(0)
             moments["cut short"] += 1
