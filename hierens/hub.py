@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -72,7 +73,7 @@ def save_pretrained(
 
 def save_config(model: HierarchicalEnsemble, directory: str | Path) -> None:
     """Write `config.json` alone, beside weights that are there already."""
-    described = copy.copy(model)
+    described = SimpleNamespace(**vars(model))  # FSDP's models cannot be copied
     described._model_args = _arguments(model)
     save_config_for_hf(described, str(Path(directory) / CONFIG), model_config={"hierens": hierens.__version__})
 

@@ -21,13 +21,17 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hierens.errors import first_line
 from hierens.hub import WEIGHTS, save_config
 from hierens.training.config import TrainConfig, to_json
 from hierens.training.files import PARTIAL, damage, free_space, noting_write_errors, publish, recover, remove, seal
+from hierens.training.sharding import is_sharded, save_optimizer, save_weights
+from hierens.training.sharding import load as load_sharded
 
-_STATE, _BEST = "trainer.json", "best"
+_STATE, _BEST, _AVERAGE, _OPTIMIZER = "trainer.json", "best", "model_ema.safetensors", "optimizer_by_name.bin"
 # What a checkpoint's optimiser and averages cannot do without, and what decides which images an epoch has seen.
 _FIXED = ("optimizer", "precision", "ema_decay")
 _FIXED_WITHIN_AN_EPOCH = ("batch_size", "accumulation", "seed")
@@ -57,7 +61,11 @@ class TrainState:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, config: TrainConfig, state: TrainState, data: Mapping[str, int] | None = None
+    accelerator: Accelerator,
+    config: TrainConfig,
+    state: TrainState,
+    data: Mapping[str, int] | None = None,
+    average: nn.Module | None = None,
 ) -> Path:
     """Write a checkpoint and remove those that the policy does not keep. Every process must call it.
 
@@ -66,6 +74,7 @@ def save_checkpoint(
         config: goes into the checkpoint; its `keep_checkpoints` and `keep_best` are the policy.
         state: how far the run has come.
         data: what the order of the data depends on, if it depends on anything: see `data_signature`.
+        average: the model with averaged weights, if there is one.
 
     Returns:
         The checkpoint's folder.
@@ -79,14 +88,25 @@ def save_checkpoint(
     if accelerator.is_main_process:
         remove(partial)
     accelerator.wait_for_everyone()
+    model = accelerator.unwrap_model(accelerator._models[0])
     with noting_write_errors() as problems, _plain_weights(accelerator):
-        accelerator.save_state(str(partial))
+        if is_sharded(model):
+            partial.mkdir(parents=True, exist_ok=True)
+            save_weights(model, partial / WEIGHTS, accelerator.is_main_process)
+            save_optimizer(
+                model, accelerator._optimizers[0].optimizer, partial / _OPTIMIZER, accelerator.is_main_process
+            )
+        else:
+            accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not problems:
         with noting_write_errors() as problems:
             about = {"state": asdict(state), "config": to_json(config), "data": dict(data or {})}
             (partial / _STATE).write_text(json.dumps(about))
-            save_config(accelerator.unwrap_model(accelerator._models[0]), partial)
+            save_config(model, partial)
+            if average is not None:
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
+                save_file(tensors, partial / _AVERAGE)
             seal(partial)
             publish(partial, final)
     problem = next(filter(None, gather_object(problems or [""])), "")
@@ -148,7 +168,11 @@ def choose_checkpoint(output_dir: str | Path, resume: str, say: Callable[[str], 
 
 
 def load_checkpoint(
-    accelerator: Accelerator, folder: Path, config: TrainConfig, data: Mapping[str, int] | None = None
+    accelerator: Accelerator,
+    folder: Path,
+    config: TrainConfig,
+    data: Mapping[str, int] | None = None,
+    average: nn.Module | None = None,
 ) -> TrainState:
     """Put weights, optimiser and averages back, say how far the run had come, and print what was configured otherwise.
 
@@ -170,9 +194,16 @@ def load_checkpoint(
                 "Keep it, or start anew with resume='never'."
             )
     _check_weights(accelerator, folder)
+    _check_layout(accelerator, folder)
     try:
-        with _plain_weights(accelerator):
-            accelerator.load_state(str(folder))
+        model = accelerator.unwrap_model(accelerator._models[0])
+        if is_sharded(model):
+            load_sharded(model, accelerator._optimizers[0].optimizer, folder / WEIGHTS, folder / _OPTIMIZER)
+        else:
+            with _plain_weights(accelerator):
+                accelerator.load_state(str(folder))
+        if average is not None:
+            average.load_state_dict(load_file(folder / _AVERAGE))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{folder} does not fit this run: {first_line(error)}") from error
     names = [name for name in now if now[name] != before.get(name) and name not in ("output_dir", "resume")]
@@ -221,6 +252,13 @@ def _check_weights(accelerator: Accelerator, folder: Path) -> None:
             f"({there.get(name, 'missing')} there, {here.get(name, 'missing')} here). Make the model as it was, or "
             "start anew with resume='never'."
         )
+
+
+def _check_layout(accelerator: Accelerator, folder: Path) -> None:
+    before, now = (folder / _OPTIMIZER).is_file(), is_sharded(accelerator.unwrap_model(accelerator._models[0]))
+    if before != now:
+        was, new = ("with FSDP" if sharded else "without FSDP" for sharded in (before, now))
+        raise ValueError(f"{folder} was written {was}, this run trains {new}: train as before, or with resume='never'.")
 
 
 def _apply_policy(folder: Path, config: TrainConfig, state: TrainState) -> None:

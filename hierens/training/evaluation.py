@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hierens.metrics import LeafMetrics, as_record
 from hierens.modes import evaluating
+from hierens.training.sharding import gather
 
 
 @torch.no_grad()
@@ -36,6 +37,7 @@ def evaluate(
     """
     # Processes may have different numbers of batches, so they meet only at the end, and call no wrapper that would.
     module, metrics = accelerator.unwrap_model(model), LeafMetrics()
+    gather(module)
     broadcast(list(module.buffers()))  # running statistics may differ, and the main process's are those saved
     with evaluating(module):
         for images, targets in loader:

@@ -15,6 +15,7 @@ from hierens.ensemble import HierarchicalEnsemble, hierensify
 from hierens.hub import from_pretrained
 from hierens.training.config import DataConfig, ModelConfig, TeacherConfig, TrainConfig, to_json
 from hierens.training.data import count_classes, create_loaders
+from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
 
 
@@ -38,22 +39,22 @@ def train(run: Run) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
     Raises:
         ValueError: anything in the configuration that does not work, before the first step.
     """
-    micro_batch = run.train.batch_size // run.train.accumulation
-    train_loader, val_loader = create_loaders(
-        run.data, micro_batch, run.train.val_batch_size, run.train.seed, run.train.cpu
-    )
+    config = run.train
+    micro_batch = config.batch_size // config.accumulation
+    train_loader, val_loader = create_loaders(run.data, micro_batch, config.val_batch_size, config.seed, config.cpu)
     model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
     teacher = create_teacher(run, model.num_classes)
-    trainer = Trainer(model, run.train, train_loader, val_loader, teacher, run.teacher)
+    trainer = Trainer(model, config, train_loader, val_loader, teacher, run.teacher)
     if trainer.accelerator.is_main_process:
-        output = Path(run.train.output_dir)
+        output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         (output / "run.json").write_text(json.dumps(to_json(run), indent=2) + "\n")
     history = trainer.fit()
-    model = trainer.ensemble.cpu().eval()
+    saved = Path(config.output_dir) / "model"
+    model = from_pretrained(saved) if is_sharded(trainer.model) else trainer.ensemble.cpu().eval()
     if trainer.accelerator.is_main_process:
         results = {"macs": list(model.macs()), **history[-1]}
-        (Path(run.train.output_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (Path(config.output_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return model, history[-1]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from hierens.hub import WEIGHTS, from_pretrained, save_config, save_pretrained
 from hierens.training.checkpoint import CheckpointWriteError
 from hierens.training.files import PARTIAL, free_space, noting_write_errors, publish, recover, remove
+from hierens.training.sharding import full_weights, is_sharded
 
 
 def save_model(
@@ -29,15 +30,15 @@ def save_model(
     Raises:
         CheckpointWriteError: the disk did not take it.
     """
-    sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
-    weights = accelerator.get_state_dict(model) if sharded else {}
+    spread = is_sharded(model) or accelerator.distributed_type == DistributedType.DEEPSPEED
+    weights = full_weights(model) if is_sharded(model) else accelerator.get_state_dict(model) if spread else {}
     problems: list[str] = []
     if accelerator.is_main_process:
         ensemble, partial = accelerator.unwrap_model(model), directory.with_name(directory.name + PARTIAL)
         with noting_write_errors() as problems:
             recover(directory.parent, directory.name)
             partial.mkdir(parents=True)
-            if sharded:
+            if spread:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
                 save_config(ensemble, partial)
                 ensemble = from_pretrained(partial)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import DistributedType, parse_flag_from_env, set_seed, tqdm
+from accelerate.utils import set_seed, tqdm
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
@@ -43,6 +43,7 @@ from hierens.training.optimizers import create_optimizer, frozen_levels
 from hierens.training.randomness import seed_of
 from hierens.training.saving import save_model
 from hierens.training.schedules import bring_up_to, create_schedule
+from hierens.training.sharding import own_part, shard, take_over
 from hierens.training.signals import StopSignals, interruption
 from hierens.training.throughput import Throughput
 from hierens.training.unreadable import check_readable, report_unreadable
@@ -83,6 +84,7 @@ class Trainer:
         teacher_config: TeacherConfig | None = None,
     ) -> None:
         self.config = config
+        sharded = take_over(config)
         self.accelerator = Accelerator(
             cpu=config.cpu,
             mixed_precision=config.precision,
@@ -98,18 +100,20 @@ class Trainer:
         set_seed(config.seed)
         if config.symmetry_noise and model.symmetric:
             model.break_symmetry(config.symmetry_noise, config.seed)
-        if config.channels_last:
+        if config.channels_last and not sharded:  # a share of the weights must be contiguous
             model.to(memory_format=torch.channels_last)
         model.gradient_equilibrium = config.gradient_equilibrium
         model.set_grad_checkpointing(config.grad_checkpointing)
         self._frozen = frozen_levels(model, config)
+        if sharded:
+            shard(model, self.accelerator.device)
         optimizer = create_optimizer(model, config)
         self.updates_per_epoch = math.ceil(len(train_loader) / config.accumulation)
         self.schedule = create_schedule(optimizer, config, self.updates_per_epoch)
         self.ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
-            self.accelerator.register_for_checkpointing(self.ema)
+        self._average = None if self.ema is None else self.ema.module
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.accelerator.device)
         self.mixing = Mixing(config, model.num_classes)
@@ -117,16 +121,18 @@ class Trainer:
             config,
             config.epochs * self.updates_per_epoch,
             self.updates_per_epoch,
-            self.ema.module if self.ema is not None and config.ema_teacher else None,
+            self._average if config.ema_teacher else None,
             teacher,
             teacher_config,
         )
-        self.model, self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
-            model, optimizer, train_loader, val_loader
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=sharded)  # else it comes to be copied
+        self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
+            optimizer, train_loader, val_loader
         )
         self._forward = torch.compile(self.model) if config.compile else self.model
         if hasattr(self.val_loader.batch_sampler, "even_batches"):
             self.val_loader.batch_sampler.even_batches = False  # no image is validated twice to fill a batch
+        self._data = data_signature(self.train_loader)
         self.state = TrainState()
         self._unchecked: list[tuple[int, Tensor]] = []  # (step, loss) whose finiteness was not yet looked at
         self._log_file = JsonLines(Path(config.output_dir) / "log.jsonl")
@@ -175,7 +181,7 @@ class Trainer:
     def _resume(self) -> None:
         folder = resolve_checkpoint(self.accelerator, self.config)
         if folder is not None:
-            self.state = load_checkpoint(self.accelerator, folder, self.config, data_signature(self.train_loader))
+            self.state = load_checkpoint(self.accelerator, folder, self.config, self._data, self._average)
             validated = [(record["epoch"], record["accuracy"][-1]) for record in self.state.history]
             bring_up_to(self.schedule, self.state.step, validated)
             self.accelerator.print(f"resuming from {folder}: epoch {self.state.epoch}, step {self.state.step}")
@@ -279,12 +285,12 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         self._check_losses()
-        if self._any(not all(bool(p.isfinite().all()) for p in self.ensemble.parameters())):
+        if self._any(not all(bool(own_part(p).isfinite().all()) for p in self.ensemble.parameters())):
             self._diverged(f"weights are not finite after step {self.state.step}")
         if self.accelerator.is_main_process:
             self._log_file.sync()
         try:
-            save_checkpoint(self.accelerator, self.config, self.state, data_signature(self.train_loader))
+            save_checkpoint(self.accelerator, self.config, self.state, self._data, self._average)
         except CheckpointWriteError as error:
             newest = newest_checkpoint(self.config.output_dir)
             kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
@@ -379,10 +385,6 @@ class Trainer:
             raise ValueError(f"{' '.join(problems)} {kept}make room and start the same command again.")
 
     def _check_division(self) -> None:
-        if parse_flag_from_env("ACCELERATE_USE_FSDP") or self.accelerator.distributed_type == DistributedType.FSDP:
-            # Accelerate 1.15 ignores it on CPUs without a word; sharded level by level, views of packed weights outlive
-            # their storage in the backward pass; and no GPU was to hand to test what remains.
-            raise ValueError("FSDP is not supported: choose plain data parallelism in `accelerate config`.")
         config, processes = self.config, self.accelerator.num_processes
         for name, size in (
             ("batch_size", config.batch_size // config.accumulation),

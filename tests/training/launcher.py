@@ -85,12 +85,12 @@ class Launcher:
             self.listen(TIMEOUT)
         return self.last
 
-    def start_several(self, processes, output, settings=None):
+    def start_several(self, processes, output, settings=None, **environment):
         """Processes that train together over gloo, or one that trains alone."""
         if processes == 1:
-            return [self.start(output, settings)]
+            return [self.start(output, settings, **environment)]
         port = str(free_port())
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **environment}
         return [
             self.start(output, settings, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(processes)
         ]

@@ -29,9 +29,18 @@ def losses(directory):
     return [record["loss"] for record in log(directory) if "loss" in record]
 
 
-def train(launcher, directory, processes, stop_after=None):
+def check_validation(directory):
+    """What several processes found together is what the saved model gives alone."""
+    images = DataLoader(create_datasets(PRESETS["demo"].data)[1], 256)  # 450 of them do not divide by 2 * 256 or 4 * 64
+    expected = evaluate_model(hierens.from_pretrained(directory / "model"), images)
+    found = next(record for record in log(directory) if "val_loss" in record)
+    assert found["accuracy"] == pytest.approx(expected.accuracy), "every image is validated once"
+    assert found["ece"] == pytest.approx(expected.ece, rel=1e-4)
+
+
+def train(launcher, directory, processes, stop_after=None, **environment):
     """To the end, or until one of the processes is told to stop."""
-    runs = launcher.start_several(processes, directory, SHORT)
+    runs = launcher.start_several(processes, directory, SHORT, **environment)
     if stop_after is None:
         return [run.finish() for run in runs]
     deadline = time.monotonic() + 200
@@ -56,11 +65,7 @@ def alone(launcher, tmp_path_factory):
 def test_several_processes_train_as_one(launcher, alone, tmp_path, processes):
     train(launcher, tmp_path, processes)
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
-    images = DataLoader(create_datasets(PRESETS["demo"].data)[1], 256)  # 450 of them do not divide by 2 * 256 or 4 * 64
-    expected = evaluate_model(hierens.from_pretrained(tmp_path / "model"), images)
-    found = next(record for record in log(tmp_path) if "val_loss" in record)
-    assert found["accuracy"] == pytest.approx(expected.accuracy), "every image is validated once"
-    assert found["ece"] == pytest.approx(expected.ece, rel=1e-4)
+    check_validation(tmp_path)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
@@ -71,6 +76,30 @@ def test_another_number_of_processes_goes_on(launcher, alone, tmp_path, before, 
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
 
 
-def test_sharding_is_refused_not_ignored(launcher, tmp_path):
-    run = launcher.start(tmp_path, SHORT, ACCELERATE_USE_FSDP="true")
-    assert run.wait() == 1 and "ValueError: FSDP is not supported" in run.output
+def test_shared_out_weights_train_as_whole_ones(launcher, alone, tmp_path):
+    """FSDP on two processes: the curve of one, through a stop, and a model that loads without any process group."""
+    outputs = train(launcher, tmp_path, 2, stop_after=3, ACCELERATE_USE_FSDP="true")
+    assert sum("SIGTERM: stopped after step" in output for output in outputs) == 1
+    assert "resuming from" in train(launcher, tmp_path, 2, ACCELERATE_USE_FSDP="true")[0]
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
+    check_validation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "spreads a model over several processes, and there is one"),
+        ({"ema_decay": 0.9}, "FSDP keeps no average of the weights"),
+        ({"precision": "fp16"}, "not in fp16"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(launcher, tmp_path, settings, message):
+    run = launcher.start(tmp_path, SHORT | settings, ACCELERATE_USE_FSDP="true")
+    assert run.wait() == 1 and "ValueError: " in run.output and message in run.output
+
+
+def test_a_run_goes_on_as_it_was_shared_out(launcher, tmp_path):
+    train(launcher, tmp_path, 2, stop_after=3)
+    runs = launcher.start_several(2, tmp_path, SHORT, ACCELERATE_USE_FSDP="true")
+    assert [run.wait() for run in runs] == [1, 1]
+    assert "was written without FSDP, this run trains with FSDP" in runs[0].output
