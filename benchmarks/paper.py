@@ -88,6 +88,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "better": {
         "the paper's L_I + L_HD": {"objective": DISTILLED},
+        "L_I alone": {"objective": LABELS},
         "EMA teacher": {"objective": DISTILLED, "ema_teacher": True},
         "students tempered": {"objective": DISTILLED, "temper_students": True},
         "alpha from 0": {"objective": DISTILLED, "alpha_warmup_epochs": 3},
@@ -223,25 +224,25 @@ def finished(settings: Settings, study: str) -> dict[str, Group]:
         done = [run for run in runs if (run / "results.json").is_file()]
         if done:
             groups[name] = read_runs(done, [name] * len(done))[0]
-    if study == "better" and (base := groups.get("the paper's L_I + L_HD")):
-        groups["average of its weights (EMA)"] = averaged(base, "average of its weights (EMA)")
-        if teacher := groups.get("EMA teacher"):
-            groups["EMA teacher, averaged weights"] = averaged(teacher, "EMA teacher, averaged weights")
-        groups["its leaves reordered"] = reordered(settings, base)
+    if study == "better":
+        for group in list(groups.values()):
+            if group.name in ("the paper's L_I + L_HD", "L_I alone", "EMA teacher"):
+                groups[f"{group.name}, averaged weights"] = averaged(group)
+                groups[f"{group.name}, reordered"] = reordered(settings, group)
     return groups
 
 
-def averaged(group: Group, name: str) -> Group:
+def averaged(group: Group) -> Group:
     """The same runs, judged by the average of their weights."""
     records = [
         {key.removeprefix("ema_"): value for key, value in record.items() if key.startswith("ema_")}
         for record in group.records
     ]
-    return Group(name, group.macs, records)
+    return Group(f"{group.name}, averaged weights", group.macs, records)
 
 
 def reordered(settings: Settings, base: Group) -> Group:
-    """The paper's objective with siblings permuted by one half of the test images, judged on the other, both ways."""
+    """The same runs with siblings permuted by one half of the test images, judged on the other, both ways."""
     _, images = create_datasets(recipe(settings).data)
     halves = [Subset(images, range(start, len(images), 2)) for start in (0, 1)]
     loaders = [DataLoader(half, 500) for half in halves]
@@ -258,7 +259,7 @@ def reordered(settings: Settings, base: Group) -> Group:
             both = {key: [sum(two) / 2 for two in zip(*(m[key] for m in metrics), strict=True)] for key in metrics[0]}
             cache.write_text(json.dumps(both))
         records.append(json.loads(cache.read_text()))
-    return Group("its leaves reordered", base.macs, records)
+    return Group(f"{base.name}, reordered", base.macs, records)
 
 
 def difference(more: Group, less: Group, field: str) -> list[tuple[float, float, int]]:
@@ -378,8 +379,9 @@ Everything tried on the same budget of epochs, losers included; the paper's obje
 
 ![Accuracy and diversity of the candidates]({stem}_better.png)
 
-*Reordered*: siblings of the paper's runs permuted by one half of the test images and judged on the other, and the other
-way round. *Averaged weights* are those of the same runs, too.
+*Reordered*: the same runs, siblings permuted by one half of the test images and judged on the other, and the other way
+round. *Averaged weights* are those of the same runs, too. With small depths weighing more, depths 0 to 3 count 4, 2, 1
+and a half.
 
 ## How to repeat it
 

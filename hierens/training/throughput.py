@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+_BETWEEN_LOOKS = 10  # batches: on accelerators, where a look has to wait for the device
+
 
 class Throughput:
     """Clocks a loader, from one look to the next.
@@ -20,20 +22,23 @@ class Throughput:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._processes, self._asynchronous = accelerator.num_processes, accelerator.device.type != "cpu"
-        self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
+        self._start, self._waited, self._images, self._batches, self._looks = time.perf_counter(), 0.0, 0, 0, 0
 
     def watch(self, loader: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
         """The loader's batches, clocked."""
         batches = iter(loader)
         while True:
-            if self._asynchronous:
-                # What the device still has to do is not waiting. Copying the next batch to it would wait here anyway.
-                torch.accelerator.synchronize()
+            look = not self._asynchronous or self._batches % _BETWEEN_LOOKS == 0
+            if look and self._asynchronous:
+                torch.accelerator.synchronize()  # what the device still has to do is not waiting for data
             start = time.perf_counter()
             batch = next(batches, None)
-            self._waited += time.perf_counter() - start
+            if look:
+                self._waited += time.perf_counter() - start
+                self._looks += 1
             if batch is None:
                 return
+            self._batches += 1
             self._images += len(batch[0]) * self._processes
             yield batch
 
@@ -46,6 +51,7 @@ class Throughput:
         """
         now = time.perf_counter()
         elapsed = now - self._start
-        rate, share = self._images / elapsed, self._waited / elapsed
-        self._start, self._waited, self._images = now, 0.0, 0
+        waited = self._waited * max(self._batches / max(self._looks, 1), 1)
+        rate, share = self._images / elapsed, min(waited / elapsed, 1.0)
+        self._start, self._waited, self._images, self._batches, self._looks = now, 0.0, 0, 0, 0
         return rate, share
