@@ -35,6 +35,7 @@ from hierens.training.config import DataConfig, ModelConfig, TrainConfig
 from hierens.training.data import create_datasets
 from hierens.training.presets import dump_run, load_run
 from hierens.training.run import Run, train
+from hierens.tree import nested_sizes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -307,7 +308,7 @@ def better(groups: dict[str, Group]) -> str:
         if verdict and all(gap > 2 * spread / seeds**0.5 for gap, spread, _ in found):
             verdict += ", clearly"
         rows.append((name, *(f"{gap:+.2f} ± {spread:.2f}" for gap, spread, _ in found), f"{seeds}", verdict))
-    sizes = [f"{min(2**depth, len(base.records[0]['leaf_accuracy']))}" for depth in range(len(base.macs))]
+    sizes = map(str, nested_sizes(len(base.records[0]["leaf_accuracy"])))
     return table(("gain over it (points)", *sizes, "seeds", "better"), rows)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hierens import cli
 from hierens.plotting import plot_accuracy
+from hierens.reporting import read_runs
 from hierens.training.presets import PRESETS
 from hierens.training.run import Run, train
 
@@ -50,11 +51,10 @@ def compare_without_distillation(run: Run) -> None:
     plain = dataclasses.replace(
         run, train=dataclasses.replace(run.train, objective="independent", output_dir=directory)
     )
-    curves, first = {}, {}
-    for name, each in (("with co-distillation", run), ("labels only", plain)):
-        model, record = train(each)  # a finished run is not trained again
-        curves[name], first[name] = (model.macs(), record["accuracy"]), record["accuracy"][0]
-    with_, without = first.values()
+    train(plain)
+    groups = read_runs([run.train.output_dir, directory], ["with co-distillation", "labels only"])
+    curves = {group.name: (group.macs, group.mean("accuracy")) for group in groups}
+    with_, without = (accuracy[0] for _, accuracy in curves.values())
     print(f"\naccuracy at depth 0: {with_:.2f} % with co-distillation, {without:.2f} % without\n")
     print(f"picture: {plot_accuracy(curves, Path(run.train.output_dir) / 'accuracy.png', title='digits')}")
 

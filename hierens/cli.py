@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ except ImportError:
     sys.exit("error: the command line needs tyro: pip install 'hierens[train]'.")
 
 from hierens.ensemble import HierarchicalEnsemble
+from hierens.errors import did_you_mean
 from hierens.profiling import millions, table
 from hierens.training.config import DataConfig
 
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         if name not in COMMANDS:
-            close = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f", did you mean {close[0]!r}" if close else ""
-            raise ValueError(f"there is no command {name!r}{hint}: choose {', '.join(COMMANDS)}.")
+            raise ValueError(
+                f"there is no command {name!r}{did_you_mean(name, COMMANDS)}: choose {', '.join(COMMANDS)}."
+            )
         COMMANDS[name](rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(arguments: Sequence[str], default: Run | None = None, description: str = "") -> Run | None:
-    """Train, print what every depth costs and gives, and draw it.
+    """Train, and print what every depth costs and gives.
 
     Args:
         arguments: flags; `--preset`, `--config` and `--print-config` come before the fields of the configs.

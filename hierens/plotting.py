@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from hierens.tree import nested_sizes
+
 _MARKERS = "osD^vX*P"
 
 
@@ -114,9 +116,8 @@ def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
     highest = max(max(group.mean("accuracy")) for group in groups)
     for axes, group in zip(panels, groups, strict=False):
         alone, together = group.mean("leaf_accuracy"), group.mean("accuracy")
-        sizes = [min(2**depth, len(alone)) for depth in range(len(together))]
         axes.bar(range(1, len(alone) + 1), alone, color="0.8", label="each network alone")
-        axes.plot(sizes, together, "o-", ms=4, label="the first networks together")
+        axes.plot(nested_sizes(len(alone)), together, "o-", ms=4, label="the first networks together")
         axes.set_title(group.name, fontsize=9)
         axes.set_ylim(lowest - 0.1 * (highest - lowest) - 0.1, highest + 0.1 * (highest - lowest) + 0.1)
         _plain(axes)

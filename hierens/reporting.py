@@ -15,6 +15,7 @@ from typing import Any
 
 from hierens.plotting import plot_comparison, plot_leaves
 from hierens.profiling import table
+from hierens.tree import nested_sizes
 
 _PLACES = ("seed", "output_dir", "resume", "workers", "data_dir", "trackers", "cpu")  # not what a run is
 
@@ -73,7 +74,7 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
 def comparison(groups: Sequence[Group], field: str = "accuracy", digits: int = 2) -> str:
     """A table of a field: a row per group, a column per number of networks, mean ± standard deviation over seeds."""
     widest = max(groups, key=lambda group: len(group.macs))
-    leaves = [min(2**depth, len(widest.records[0]["leaf_accuracy"])) for depth in range(len(widest.macs))]
+    leaves = nested_sizes(len(widest.records[0]["leaf_accuracy"]))
     rows = []
     for group in groups:
         cells = [

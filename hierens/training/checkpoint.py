@@ -88,7 +88,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         remove(partial)
     accelerator.wait_for_everyone()
-    model = accelerator.unwrap_model(accelerator._models[0])
+    model = _model(accelerator)
     with noting_write_errors() as problems, _plain_weights(accelerator):
         if is_sharded(model):
             partial.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def save_checkpoint(
                 save_file(tensors, partial / _AVERAGE)
             seal(partial)
             publish(partial, final)
-    problem = next(filter(None, gather_object(problems or [""])), "")
+    problem = first_problem(problems)
     if accelerator.is_main_process:
         if problem:
             remove(partial)
@@ -119,6 +119,11 @@ def save_checkpoint(
     if problem:
         raise CheckpointWriteError(f"{final} cannot be written ({problem}): {free_space(folder)}.")
     return final
+
+
+def first_problem(problems: list[str]) -> str:
+    """What kept any process from writing; empty if nothing did. Every process must call it."""
+    return next(filter(None, gather_object(problems or [""])), "")
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
@@ -196,7 +201,7 @@ def load_checkpoint(
     _check_weights(accelerator, folder)
     _check_layout(accelerator, folder)
     try:
-        model = accelerator.unwrap_model(accelerator._models[0])
+        model = _model(accelerator)
         if is_sharded(model):
             load_sharded(model, accelerator._optimizers[0].optimizer, folder / WEIGHTS, folder / _OPTIMIZER)
         else:
@@ -244,7 +249,7 @@ def _check_weights(accelerator: Accelerator, folder: Path) -> None:
         return  # DeepSpeed's own layout
     with safe_open(file, "pt") as weights:
         there = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    here = {n: tuple(t.shape) for n, t in accelerator.unwrap_model(accelerator._models[0]).state_dict().items()}
+    here = {n: tuple(t.shape) for n, t in _model(accelerator).state_dict().items()}
     if different := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
         name = different[0]
         raise ValueError(
@@ -255,7 +260,7 @@ def _check_weights(accelerator: Accelerator, folder: Path) -> None:
 
 
 def _check_layout(accelerator: Accelerator, folder: Path) -> None:
-    before, now = (folder / _OPTIMIZER).is_file(), is_sharded(accelerator.unwrap_model(accelerator._models[0]))
+    before, now = (folder / _OPTIMIZER).is_file(), is_sharded(_model(accelerator))
     if before != now:
         was, new = ("with FSDP" if sharded else "without FSDP" for sharded in (before, now))
         raise ValueError(f"{folder} was written {was}, this run trains {new}: train as before, or with resume='never'.")
@@ -276,6 +281,11 @@ def _apply_policy(folder: Path, config: TrainConfig, state: TrainState) -> None:
     for old in found:
         if old not in kept:
             remove(old)
+
+
+def _model(accelerator: Accelerator) -> Any:
+    """The model itself, without Accelerate's wrapping."""
+    return accelerator.unwrap_model(accelerator._models[0])
 
 
 def _put_aside(folder: Path, suffix: str) -> str:

@@ -84,7 +84,7 @@ class TrainConfig:
     gradient_equilibrium: bool = False
     """every branch gets the mean, not the sum, of the gradients of the leaves below it"""
     mixup: float = 0.0
-    """timm's mixup alpha; 0 mixes nothing. See docs/how-to/train.md for what the losses mean then"""
+    """timm's mixup alpha; 0 mixes nothing. docs/explanation/method.md says what the losses mean then"""
     cutmix: float = 0.0
     """timm's cutmix alpha; with `mixup` as well, one of the two is drawn for each batch"""
     mix_probability: float = 1.0
@@ -246,9 +246,3 @@ def to_json(config: Any) -> dict[str, Any]:
         'resnet18'
     """
     return dict(json.loads(json.dumps(dataclasses.asdict(config))))
-
-
-def save_configs(path: str | Path, **configs: Any) -> None:
-    """Write configs by name into one JSON file."""
-    text = json.dumps({name: to_json(config) for name, config in configs.items()}, indent=2)
-    Path(path).write_text(text + "\n")

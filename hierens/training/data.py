@@ -1,4 +1,4 @@
-"""From a data set's name to loaders, by timm's factories; two small data sets of real images are read here.
+"""From a data set's name to loaders, by timm's factories.
 
 Whatever a sample's augmentation draws at random depends only on the seed, the epoch and the sample: not on where a run
 was resumed, nor, unless samples come as a stream, on the number of workers or processes.
@@ -96,6 +96,17 @@ def data_signature(loader: Any) -> dict[str, int]:
     return dict(getattr(loader.dataset, "signature", {}))
 
 
+def check_division(batch_size: int, val_batch_size: int, processes: int) -> None:
+    """See that micro-batches divide over processes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for name, size in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+        if size % processes:
+            raise ValueError(f"{name}: {size} images per micro-batch do not divide over {processes} processes.")
+
+
 def create_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
     """A PIL image -> a normalised tensor (C, H, W)."""
     channels, height, width = config.input_size
@@ -163,9 +174,7 @@ def _stream_loaders(
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """As `create_loaders`; the process group must exist, since timm's readers ask it which shards are theirs."""
     processes = state.num_processes
-    for name, size in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-        if size % processes:
-            raise ValueError(f"{name}: {size} images per micro-batch do not divide over {processes} processes.")
+    check_division(batch_size, val_batch_size, processes)
     train, val = create_datasets(config)
     _check_size(train.reader.num_samples, batch_size)
     train_stream = TrainStream(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hierens.objectives import Objective, distillation
 from hierens.training.config import TeacherConfig, TrainConfig
+
+Precision = Callable[[], AbstractContextManager[Any]]  # such as `accelerator.autocast`
 
 
 class TrainingLoss:
@@ -52,7 +56,12 @@ class TrainingLoss:
         return objective
 
     def __call__(
-        self, leaf_logits: Tensor, images: Tensor, targets: Tensor, step: int, precision: Callable[[], object]
+        self,
+        leaf_logits: Tensor,
+        images: Tensor,
+        targets: Tensor,
+        step: int,
+        precision: Precision,
     ) -> Tensor:
         """The loss, a mean over the batch.
 
@@ -71,8 +80,8 @@ class TrainingLoss:
         return (1 - share) * loss + share * distillation(leaf_logits, answer, self.teacher_config.teacher_temperature)
 
     @staticmethod
-    def _answer(model: nn.Module | None, images: Tensor, precision: Callable[[], object]) -> Tensor | None:
+    def _answer(model: nn.Module | None, images: Tensor, precision: Precision) -> Tensor | None:
         if model is None:
             return None
-        with torch.no_grad(), precision():  # type: ignore[attr-defined]
+        with torch.no_grad(), precision():
             return model(images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from hierens.errors import did_you_mean
 from hierens.training.config import DataConfig, ModelConfig, TrainConfig, to_json
 from hierens.training.run import Run
 
@@ -84,7 +84,7 @@ def preset(name: str) -> Run:
         ValueError: there is none of that name.
     """
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}{_meant(name, PRESETS)}: choose {', '.join(PRESETS)}.")
+        raise ValueError(f"there is no preset {name!r}{did_you_mean(name, PRESETS)}: choose {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
@@ -118,7 +118,7 @@ def _replaced(config: _Config, values: Mapping[str, Any], where: str) -> _Config
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}: there is no field {name!r}{_meant(name, known)}.")
+            raise ValueError(f"{where}: there is no field {name!r}{did_you_mean(name, known)}.")
         current = getattr(config, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
@@ -159,8 +159,3 @@ def _fits(value: Any, declared: Any) -> bool:
     if declared is int:
         return type(value) is int
     return isinstance(value, kind or declared)
-
-
-def _meant(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}" if close else ""

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 
 from hierens.hub import WEIGHTS, from_pretrained, save_config, save_pretrained
-from hierens.training.checkpoint import CheckpointWriteError
+from hierens.training.checkpoint import CheckpointWriteError, first_problem
 from hierens.training.files import PARTIAL, free_space, noting_write_errors, publish, recover, remove
 from hierens.training.sharding import full_weights, is_sharded
 
@@ -46,5 +46,5 @@ def save_model(
             publish(partial, directory)
         if problems:
             remove(partial)
-    if problem := next(filter(None, gather_object(problems or [""])), ""):
+    if problem := first_problem(problems):
         raise CheckpointWriteError(f"{directory} cannot be written ({problem}): {free_space(directory)}.")

@@ -34,7 +34,7 @@ from hierens.training.checkpoint import (
     save_checkpoint,
 )
 from hierens.training.config import TeacherConfig, TrainConfig, to_json
-from hierens.training.data import data_signature
+from hierens.training.data import check_division, data_signature
 from hierens.training.evaluation import evaluate
 from hierens.training.log import JsonLines
 from hierens.training.loss import TrainingLoss
@@ -96,7 +96,8 @@ class Trainer:
                 split_batches=True, use_seedable_sampler=True, data_seed=config.seed
             ),
         )
-        self._check_division()
+        micro_batch = config.batch_size // config.accumulation
+        check_division(micro_batch, config.val_batch_size, self.accelerator.num_processes)
         set_seed(config.seed)
         if config.symmetry_noise and model.symmetric:
             model.break_symmetry(config.symmetry_noise, config.seed)
@@ -285,44 +286,42 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         self._check_losses()
-        if self._any(not all(bool(own_part(p).isfinite().all()) for p in self.ensemble.parameters())):
+        if self._largest(int(not all(bool(own_part(p).isfinite().all()) for p in self.ensemble.parameters()))):
             self._diverged(f"weights are not finite after step {self.state.step}")
         if self.accelerator.is_main_process:
             self._log_file.sync()
         try:
             save_checkpoint(self.accelerator, self.config, self.state, self._data, self._average)
         except CheckpointWriteError as error:
-            newest = newest_checkpoint(self.config.output_dir)
-            kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
-            self.accelerator.print(f"{error} Training goes on; {kept}, the next is due in time.")
+            self.accelerator.print(f"{error} Training goes on; {self._newest()}, the next is due in time.")
 
     def _stop_if_asked(self) -> None:
         """Leave, after a checkpoint, if any process received a signal: all of them leave at the same step."""
-        several, device = self.accelerator.num_processes > 1, self.accelerator.device
+        several, on_cpu = self.accelerator.num_processes > 1, self.accelerator.device.type == "cpu"
         self._asked += 1
-        if several and device.type != "cpu" and self._asked % _STEPS_BETWEEN_AGREEMENTS:
+        if several and not on_cpu and self._asked % _STEPS_BETWEEN_AGREEMENTS:
             return
-        number = self._signals.received
-        if several:
-            number = int(self.accelerator.gather(torch.tensor([number], device=device)).max())
-        if number:
+        if number := self._largest(self._signals.received):
             self._checkpoint()
             self._stop(number, f"after step {self.state.step}")
 
     def _stop(self, number: int, where: str) -> NoReturn:
-        newest = newest_checkpoint(self.config.output_dir)
-        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        name = signal.Signals(number).name
         self.accelerator.print(
-            f"{signal.Signals(number).name}: stopped {where}; {kept}. The same command with resume='auto' goes on."
+            f"{name}: stopped {where}; {self._newest()}. The same command with resume='auto' goes on."
         )
         self.accelerator.end_training()
         raise interruption(number)
 
-    def _any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+    def _newest(self) -> str:
+        newest = newest_checkpoint(self.config.output_dir)
+        return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+    def _largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
         if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.gather(torch.tensor([int(flag)], device=self.accelerator.device)).max())
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     # --- what is shown and kept -------------------------------------------------------------------------------------
 
@@ -383,15 +382,6 @@ class Trainer:
             newest = newest_checkpoint(directory)
             kept = f"all it needs is in {newest}: " if newest else ""
             raise ValueError(f"{' '.join(problems)} {kept}make room and start the same command again.")
-
-    def _check_division(self) -> None:
-        config, processes = self.config, self.accelerator.num_processes
-        for name, size in (
-            ("batch_size", config.batch_size // config.accumulation),
-            ("val_batch_size", config.val_batch_size),
-        ):
-            if size % processes:
-                raise ValueError(f"{name}: {size} images per micro-batch do not divide over {processes} processes.")
 
     def _synced(self) -> AbstractContextManager[Any]:
         several = self.accelerator.num_processes > 1

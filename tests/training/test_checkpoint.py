@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from launcher import Launcher, log, weights
+from launcher import log, weights
 from test_trainer import fresh_accelerator, trainer  # noqa: F401
 
 import hierens
@@ -21,12 +21,6 @@ from hierens.training.checkpoint import choose_checkpoint, load_checkpoint, newe
 from hierens.training.files import MANIFEST, damage, publish, recover, remove, seal
 
 SHORT = {"blocks": 2, "epochs": 4, "batch_size": 64, "checkpoint_steps": 4, "log_steps": 3}  # 21 steps an epoch
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    with Launcher() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

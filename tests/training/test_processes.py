@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from launcher import Launcher, log
+from launcher import log
 from torch.utils.data import DataLoader
 
 import hierens
@@ -17,12 +17,6 @@ from hierens.training.presets import PRESETS
 # part by 1e-5 within ten steps, with one process and a single weight changed by one unit of rounding just as well.
 SHORT = {"blocks": 2, "epochs": 1, "batch_size": 64, "augment": "none", "checkpoint_steps": 100}
 SHORT |= {"backbone_args": {"act_layer": "silu"}}
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    with Launcher() as running:
-        yield running
 
 
 def losses(directory):

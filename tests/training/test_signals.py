@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from launcher import Launcher, log, weights
+from launcher import log, weights
 from test_trainer import fresh_accelerator, made_up_data, trainer  # noqa: F401
 from torch.utils.data import TensorDataset
 
@@ -18,12 +18,6 @@ from hierens.training.checkpoint import newest_checkpoint
 from hierens.training.signals import StopSignals, TrainingInterrupted
 
 SHORT = {"blocks": 2, "epochs": 2, "batch_size": 64, "checkpoint_steps": 100, "log_steps": 3}  # 21 steps an epoch
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    with Launcher() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
