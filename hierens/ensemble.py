@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,11 +42,13 @@ class Step:
         leaves: networks evaluated so far.
         logits: their mean, (N, classes).
         macs: multiply-accumulates spent so far, per image.
+        newest: the logits of the leaf evaluated last, (N, classes).
     """
 
     leaves: int
     logits: Tensor
     macs: int
+    newest: Tensor
 
 
 class HierarchicalEnsemble(nn.Module):
@@ -171,8 +173,11 @@ class HierarchicalEnsemble(nn.Module):
         return level(x, parents)
 
     @torch.no_grad()
-    def anytime(self, x: Tensor) -> Iterator[Step]:
+    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions that sharpen leaf by leaf: a depth-first walk that computes every activation once.
+
+        Images that are done can leave on the way: `walk.send(kept)` goes on with those of the last step's rows that are
+        named, indices (K,) in ascending order, and returns the next step, of K images.
 
         Args:
             x: images (N, C, H, W).
@@ -190,7 +195,10 @@ class HierarchicalEnsemble(nn.Module):
                 spent += macs[index]
             logits = self.classifier.run_branch(leaf, self.head.run_branch(leaf, path[-1]))
             total = logits if leaf == 0 else total + logits
-            yield Step(leaf + 1, total / (leaf + 1), spent)
+            kept = yield Step(leaf + 1, total / (leaf + 1), spent, logits)
+            if kept is not None:
+                count = len(total)
+                path, total = [_rows(value, kept, count) for value in path], total[kept]
 
     def _level(self, index: int) -> Level:
         level = self.levels[index]
@@ -508,6 +516,13 @@ def _classifier_maker(old: nn.Module, features: int, leaves: int) -> Callable[[i
         return layer
 
     return make
+
+
+def _rows(value: Any, kept: Tensor, count: int) -> Any:
+    """Some images of what a branch handed on: of every tensor that has an entry for each of `count` images."""
+    if isinstance(value, tuple):
+        return tuple(_rows(part, kept, count) for part in value)
+    return value[kept] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
 
 def _statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:

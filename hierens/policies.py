@@ -1,0 +1,385 @@
+"""How much to compute for whom: policies that put a hand on the depth.
+
+A policy is called with a model and images and answers with a `Prediction`. It is a frozen set of plain values, so that
+it goes into JSON and is saved beside the model (`save_policy`, `load_policy`); what a policy learns while it works (the
+speed of this machine, the recent load) is state of its own and is not saved.
+
+- `FixedDepth`: always the same networks.
+- `Deadline`: as many networks as fit into a time.
+- `Load`: a depth that gives way while requests queue up, and comes back.
+- `Confidence`: every image leaves as soon as its answer is sure enough; `hierens.calibration.calibrate` chooses the
+  thresholds for a budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hierens.ensemble import Step
+from hierens.modes import evaluating
+from hierens.tree import Tree, nested_sizes
+
+POLICY = "policy.json"
+Measure = Literal["probability", "margin", "entropy", "agreement"]
+MEASURES: tuple[Measure, ...] = ("probability", "margin", "entropy", "agreement")
+
+
+class Model(Protocol):
+    """What a policy needs of an ensemble."""
+
+    tree: Tree
+
+    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
+        """Leaf by leaf; rows can be left out on the way."""
+
+    def branch_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """MACs of one branch of every level."""
+
+    def __call__(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
+        """Mean logits of the first networks."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer, and what it took.
+
+    Attributes:
+        logits: (N, classes).
+        leaves: networks that answered each image, (N,).
+        macs: multiply-accumulates spent on each image, (N,).
+    """
+
+    logits: Tensor
+    leaves: Tensor
+    macs: Tensor
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Decides how many networks answer."""
+
+    kind: ClassVar[str]
+
+    @torch.no_grad()
+    def __call__(self, model: Any, images: Tensor) -> Prediction:
+        """Answer images (N, C, H, W), in evaluation mode."""
+        with evaluating(model):
+            return self._answer(model, images)
+
+    @abstractmethod
+    def _answer(self, model: Model, images: Tensor) -> Prediction: ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which `from_dict` reads back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {"policy": self.kind, **json.loads(json.dumps(values))}
+
+
+def _uniform(model: Model, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
+    """An answer for which every image took the same."""
+    cost = int(model.tree.cost(model.branch_macs(tuple(images.shape[1:])), leaves))
+    of_each = torch.ones(len(images), dtype=torch.int64)
+    return Prediction(logits, of_each * leaves, of_each * cost)
+
+
+@dataclass(frozen=True)
+class FixedDepth(Policy):
+    """Always the first 2^depth networks, or so many `leaves`; all by default.
+
+    Args:
+        depth: of the sub-tree.
+        leaves: networks, in place of a depth.
+    """
+
+    depth: int | None = None
+    leaves: int | None = None
+    kind: ClassVar[str] = "fixed"
+
+    def _answer(self, model: Model, images: Tensor) -> Prediction:
+        leaves = model.tree.leaves_at(self.depth, self.leaves)
+        return _uniform(model, images, model(images, leaves=leaves), leaves)
+
+
+@dataclass(frozen=True)
+class Deadline(Policy):
+    """As many networks as fit into a time: leaf by leaf, as long as the next one is expected to be done in time.
+
+    How long a step takes is learned by number of images and leaf, as it happens: each measured step moves what is
+    expected of it, and how much slower than expected the last steps were, since other work came in between, stretches
+    what is expected of the next. The first leaf is always evaluated; of the others the last one that is begun may come
+    late, by no more than it takes itself.
+
+    Args:
+        milliseconds: from the call to the answer, if the call does not say otherwise.
+        caution: an expected step must fit this many times.
+
+    Raises:
+        ValueError: a time or a caution that is not positive.
+    """
+
+    milliseconds: float
+    caution: float = 1.25
+    kind: ClassVar[str] = "deadline"
+    _expected: dict[tuple[int, ...], float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("milliseconds", "caution"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    def learn(self, model: Any, example: Tensor, repeats: int = 3) -> None:
+        """Measure every step for as many images as the example has, before requests come.
+
+        Args:
+            model: the ensemble that will answer.
+            example: images (N, C, H, W).
+            repeats: walks, of which the last ones count most.
+        """
+        for _ in range(repeats):
+            self.within(model, example, float("inf"))
+
+    @torch.no_grad()
+    def within(self, model: Any, images: Tensor, milliseconds: float | None = None) -> Prediction:
+        """Answer within another time than usual."""
+        limit = (self.milliseconds if milliseconds is None else milliseconds) / 1e3
+        start = before = time.perf_counter()
+        slowdown = 1.0
+        with evaluating(model):
+            for step in model.anytime(images):
+                if images.is_cuda:
+                    torch.cuda.synchronize()
+                now = time.perf_counter()
+                slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
+                before = now
+                coming = self._expected.get((*images.shape, step.leaves + 1), now - start)
+                if step.leaves == model.tree.leaves or now - start + coming * slowdown * self.caution > limit:
+                    break
+        return _uniform(model, images, step.logits, step.leaves)
+
+    def _answer(self, model: Any, images: Tensor) -> Prediction:
+        return self.within(model, images)
+
+    def _note(self, step: tuple[int, ...], taken: float, slowdown: float) -> float:
+        """Keep what a step took; how much slower than expected the machine is at the moment, never below 1."""
+        expected = self._expected.get(step, taken)
+        # What is expected follows quickly downwards: the machine can do it. Upwards slowly: it may have been disturbed.
+        self._expected[step] = expected + (taken - expected) * (0.5 if taken < expected else 0.1)
+        return max(1.0, 0.5 * slowdown + 0.5 * taken / expected)
+
+
+@dataclass(frozen=True)
+class Load(Policy):
+    """A depth that falls while requests queue up or answers come late, and rises again when there is room.
+
+    One step down as soon as the queue exceeds `queue_high` or the 99th percentile of the latest latencies the target;
+    one up when the queue stayed at or below `queue_low`, and latencies below `relax` times the target, for `patience`
+    observations. The two thresholds lie apart so that the depth does not swing (hysteresis).
+
+    Args:
+        max_depth: when there is no load.
+        target_ms: of the 99th percentile of latencies; None looks at the queue alone.
+        queue_high: waiting requests from which on the depth falls.
+        queue_low: waiting requests up to which it may rise.
+        relax: share of the target below which latencies let it rise.
+        patience: observations without load before it rises, and between two falls for latency.
+        window: latencies that the percentile is taken of.
+
+    Raises:
+        ValueError: thresholds in the wrong order, or out of range.
+    """
+
+    max_depth: int
+    target_ms: float | None = None
+    queue_high: int = 8
+    queue_low: int = 1
+    relax: float = 0.6
+    patience: int = 20
+    window: int = 100
+    kind: ClassVar[str] = "load"
+    _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.queue_low < self.queue_high:
+            raise ValueError(f"queue_low must be below queue_high, got {self.queue_low} and {self.queue_high}.")
+        if not 0 < self.relax < 1 or self.patience < 1 or self.window < 1 or self.max_depth < 0:
+            raise ValueError("relax must lie between 0 and 1, patience and window be positive, max_depth not negative.")
+        if self.target_ms is not None and not self.target_ms > 0:
+            raise ValueError(f"target_ms must be positive, got {self.target_ms}.")
+        self._state.update(depth=self.max_depth, calm=0, since=self.patience, latencies=deque(maxlen=self.window))
+
+    @property
+    def depth(self) -> int:
+        """The depth at the moment."""
+        return int(self._state["depth"])
+
+    def observe(self, queue: int, latency_ms: float | None = None) -> int:
+        """Take note of the load.
+
+        Args:
+            queue: requests that wait.
+            latency_ms: of a request that was just answered, from its arrival.
+
+        Returns:
+            The depth from now on.
+        """
+        state = self._state
+        state["since"] += 1
+        late = 0.0
+        if latency_ms is not None and self.target_ms is not None:
+            state["latencies"].append(latency_ms)
+            ordered = sorted(state["latencies"])
+            late = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))] / self.target_ms
+        if queue > self.queue_high or (late > 1 and state["since"] > self.patience):
+            self._change(-1)
+        elif queue <= self.queue_low and late < self.relax:
+            state["calm"] += 1
+            if state["calm"] >= self.patience:
+                self._change(+1)
+        else:
+            state["calm"] = 0
+        return self.depth
+
+    def _change(self, by: int) -> None:
+        state = self._state
+        state["depth"] = min(max(state["depth"] + by, 0), self.max_depth)
+        state["calm"] = state["since"] = 0
+        state["latencies"].clear()  # they tell of the depth before
+
+    def _answer(self, model: Model, images: Tensor) -> Prediction:
+        return FixedDepth(self.depth)._answer(model, images)
+
+
+@dataclass(frozen=True)
+class Confidence(Policy):
+    """Every image leaves at the first depth at which its answer is sure enough; the batch shrinks on the way.
+
+    After the first 1, 2, 4, ... networks the answer's certainty is compared with that depth's threshold; what is below
+    goes on, with the activations that it has. All leave at the last depth.
+
+    Args:
+        thresholds: for each depth below the full one, from 0 to 1; the last one serves all that are missing.
+        measure: certainty, from 0 to 1. `probability`: of the likeliest class; `margin`: to the second likeliest;
+            `entropy`: 1 minus the entropy over that of a uniform answer; `agreement`: share of the networks so far that
+            name the ensemble's class.
+
+    Raises:
+        ValueError: no threshold, or another measure.
+    """
+
+    thresholds: tuple[float, ...]
+    measure: Measure = "probability"
+    kind: ClassVar[str] = "confidence"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", tuple(float(value) for value in self.thresholds))
+        if not self.thresholds or any(value != value for value in self.thresholds):
+            raise ValueError(f"thresholds must be at least one number, got {self.thresholds}.")
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}.")
+
+    def _answer(self, model: Model, images: Tensor) -> Prediction:
+        sizes = nested_sizes(model.tree.leaves)
+        rows = torch.arange(len(images), device=images.device)
+        leaves, macs = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images), dtype=torch.int64)
+        votes: list[Tensor] = []
+        walk = model.anytime(images)
+        step = next(walk)
+        logits = torch.empty_like(step.logits)
+        while True:
+            votes.append(step.newest.argmax(-1))
+            if step.leaves not in sizes:
+                step = next(walk)
+                continue
+            depth = sizes.index(step.leaves)
+            if depth == len(sizes) - 1:
+                done = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            else:
+                threshold = self.thresholds[min(depth, len(self.thresholds) - 1)]
+                done = certainty(step.logits, torch.stack(votes, 1), self.measure) >= threshold
+            logits[rows[done]] = step.logits[done]
+            leaves[rows[done].cpu()], macs[rows[done].cpu()] = step.leaves, step.macs
+            kept = (~done).nonzero().flatten()
+            if not len(kept):
+                walk.close()
+                return Prediction(logits, leaves, macs)
+            rows, votes = rows[kept], [vote[kept] for vote in votes]
+            step = walk.send(kept) if len(kept) < len(done) else next(walk)
+
+
+def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
+    """How sure an ensemble's answer is, from 0 to 1.
+
+    Args:
+        logits: of the ensemble, (N, classes).
+        votes: the class that each network names, (N, networks).
+        measure: see `Confidence`.
+
+    Returns:
+        (N,).
+    """
+    p = F.softmax(logits.float(), dim=-1)
+    if measure == "probability":
+        return p.amax(-1)
+    if measure == "margin":
+        first, second = p.topk(2, dim=-1).values.unbind(-1)
+        return first - second
+    if measure == "entropy":
+        return 1 - torch.special.entr(p).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
+    return (votes == logits.argmax(-1, keepdim=True)).float().mean(-1)
+
+
+POLICIES: dict[str, type[Policy]] = {kind.kind: kind for kind in (FixedDepth, Deadline, Load, Confidence)}
+
+
+def from_dict(values: dict[str, Any]) -> Policy:
+    """The policy that `to_dict` described.
+
+    Raises:
+        ValueError: no policy, or values that it does not take.
+    """
+    known = POLICIES.get(str(values.get("policy")))
+    if known is None:
+        raise ValueError(f"there is no policy {values.get('policy')!r}: choose {', '.join(POLICIES)}.")
+    fields = {f.name for f in dataclasses.fields(known) if f.init}
+    given = {name: value for name, value in values.items() if name != "policy"}
+    if unknown := sorted(given.keys() - fields):
+        raise ValueError(f"a {known.kind} policy takes {', '.join(sorted(fields))}, not {', '.join(unknown)}.")
+    try:
+        return known(**given)
+    except TypeError as error:
+        raise ValueError(f"the values of the {known.kind} policy do not fit: {error}.") from error
+
+
+def save_policy(policy: Policy, directory: str | Path) -> Path:
+    """Write `policy.json` beside a saved model."""
+    file = Path(directory) / POLICY
+    file.write_text(json.dumps(policy.to_dict(), indent=2) + "\n")
+    return file
+
+
+def load_policy(directory: str | Path) -> Policy:
+    """The policy beside a saved model.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    file = Path(directory) / POLICY
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no policy.")
+    return from_dict(values)

@@ -1,0 +1,185 @@
+"""Policies: what each decides, that it costs what it says, and that they survive being saved."""
+
+import json
+import time
+
+import pytest
+import timm
+import torch
+
+import hierens
+from hierens.policies import (
+    MEASURES,
+    Confidence,
+    Deadline,
+    FixedDepth,
+    Load,
+    certainty,
+    from_dict,
+    load_policy,
+    save_policy,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
+    return hierens.hierensify(backbone, 4, init="reinit", seed=0, looped={}).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return 3 * torch.randn(24, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_images_can_leave_an_anytime_walk(model, images):
+    walk = model.anytime(images)
+    step, rows = next(walk), torch.arange(24)
+    for kept in (torch.arange(0, 24, 2), None, torch.tensor([0, 3, 4, 11]), None, torch.tensor([1]), None, None):
+        rows = rows if kept is None else rows[kept]
+        step = walk.send(kept)
+        assert torch.allclose(step.logits, model(images[rows], leaves=step.leaves), atol=1e-5)
+        assert torch.allclose(step.newest, model(images[rows], reduce=False)[:, step.leaves - 1], atol=1e-5)
+    assert step.leaves == 8
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crossvit_tiny_240", "swin_tiny_patch4_window7_224"])
+def test_images_can_leave_whatever_crosses_the_cuts(name):
+    args = {"img_size": 64} if "vit_tiny_patch" in name else {}
+    network = hierens.hierensify(timm.create_model(name, num_classes=3, **args), 2).eval()
+    network.break_symmetry(0.1)
+    x = torch.randn(3, *network.pretrained_cfg["input_size"])
+    walk = network.anytime(x)
+    next(walk)
+    step = walk.send(torch.tensor([0, 2]))
+    assert torch.allclose(step.logits, network(x[[0, 2]]), atol=1e-4)
+
+
+def test_a_fixed_depth_is_forward(model, images):
+    for policy, leaves in ((FixedDepth(1), 2), (FixedDepth(leaves=5), 5), (FixedDepth(), 8)):
+        found = policy(model, images)
+        assert torch.equal(found.logits, model(images, leaves=leaves))
+        assert found.leaves.tolist() == [leaves] * 24
+        assert found.macs[0] == model.tree.cost(model.branch_macs((1, 16, 16)), leaves)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_image_gets_the_answer_of_the_depth_it_left_at(model, images, measure):
+    leaf_logits = model(images, reduce=False).detach()
+    votes = leaf_logits.argmax(-1)
+    sizes = (1, 2, 4, 8)
+    sure = [certainty(leaf_logits[:, :n].mean(1), votes[:, :n], measure) for n in sizes]
+    thresholds = tuple(float(values.median()) + 1e-3 for values in sure[:3])
+    found = Confidence(thresholds, measure)(model, images)
+    macs = model.macs((1, 16, 16))
+    for image in range(24):
+        left = next((b for b in range(3) if sure[b][image] >= thresholds[b]), 3)
+        assert found.leaves[image] == sizes[left] and found.macs[image] == macs[left]
+        assert torch.allclose(found.logits[image], leaf_logits[image, : sizes[left]].mean(0), atol=1e-5)
+    if measure != "agreement":
+        assert len(set(found.leaves.tolist())) >= 3, "some leave early and some late"
+
+
+def test_thresholds_at_the_ends(model, images):
+    assert Confidence((-1.0,))(model, images).leaves.tolist() == [1] * 24
+    assert Confidence((2.0,))(model, images).leaves.tolist() == [8] * 24
+    assert torch.allclose(Confidence((2.0,))(model, images).logits, model(images), atol=1e-5)
+
+
+def test_certainty_lies_between_nothing_and_everything():
+    uniform, sure = torch.zeros(1, 4), torch.tensor([[50.0, 0.0, 0.0, 0.0]])
+    apart, agreed = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, 0, 0]])
+    for measure, lowest in zip(MEASURES, (0.25, 0.0, 0.0, 0.25), strict=True):
+        assert certainty(uniform, apart, measure).item() == pytest.approx(lowest, abs=1e-6)
+        assert certainty(sure, agreed, measure).item() == pytest.approx(1.0)
+
+
+class Slow(torch.nn.Module):
+    """An ensemble whose leaves take the time they are told to."""
+
+    def __init__(self, model, seconds):
+        super().__init__()
+        self.model, self.seconds, self.tree = model, seconds, model.tree
+
+    def branch_macs(self, size=None):
+        return self.model.branch_macs(size)
+
+    def anytime(self, x):
+        for step in self.model.anytime(x):
+            time.sleep(self.seconds)
+            yield step
+
+
+def test_a_deadline_is_kept_to_a_step_once_steps_are_known(model, images):
+    slow, policy = Slow(model, 0.02), Deadline(10_000)
+    policy.learn(slow, images)
+    for milliseconds in (1, 50, 75, 100, 130):
+        start = time.perf_counter()
+        found = policy.within(slow, images, milliseconds)
+        taken = 1e3 * (time.perf_counter() - start)
+        assert torch.allclose(found.logits, model(images, leaves=int(found.leaves[0])), atol=1e-5)
+        assert found.leaves[0] == 1 or taken <= milliseconds + 25
+        assert found.leaves[0] >= min(8, (milliseconds - 15) // 40), "and the time is used"
+    assert policy(slow, images).leaves[0] == 8
+
+
+def test_a_deadline_needs_no_learning_beforehand(model, images):
+    assert Deadline(0.001)(model, images).leaves[0] == 1
+    assert Deadline(10_000)(model, images).leaves[0] == 8
+
+
+def test_load_lowers_the_depth_at_once_and_raises_it_with_patience(model, images):
+    policy = Load(max_depth=3, queue_high=4, queue_low=1, patience=5)
+    assert policy(model, images).leaves[0] == 8
+    assert [policy.observe(9) for _ in range(5)] == [2, 1, 0, 0, 0]
+    assert policy(model, images).leaves[0] == 1
+    assert [policy.observe(3) for _ in range(10)] == [0] * 10, "between the thresholds nothing changes"
+    assert [policy.observe(0) for _ in range(10)] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2]
+    assert [policy.observe(queue) for queue in (0, 0, 0, 3, 0, 0, 0)] == [2] * 7, "calm must last"
+
+
+def test_late_answers_lower_the_depth_too():
+    policy = Load(max_depth=2, target_ms=100, patience=3)
+    assert policy.observe(0, latency_ms=150) == 1
+    assert [policy.observe(0, latency_ms=150) for _ in range(4)] == [1, 1, 1, 0], "not before the fall has shown"
+    assert [policy.observe(0, latency_ms=80) for _ in range(10)] == [0] * 10, "on target, but with nothing to spare"
+    assert [policy.observe(0, latency_ms=20) for _ in range(3)][-1] == 0
+    for _ in range(110):  # the window forgets
+        policy.observe(0, latency_ms=20)
+    assert policy.depth == 2
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FixedDepth(2),
+        FixedDepth(leaves=3),
+        Deadline(12.5, caution=2.0),
+        Load(3, target_ms=50.0, patience=7),
+        Confidence((0.9, 0.8), "margin"),
+    ],
+)
+def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    save_policy(policy, tmp_path)
+    assert load_policy(tmp_path) == policy and from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Deadline(0), "milliseconds must be positive, got 0"),
+        (lambda: Confidence(()), "at least one number"),
+        (lambda: Confidence((0.5,), "luck"), "measure must be one of probability, margin"),
+        (lambda: Load(3, queue_low=8, queue_high=8), "queue_low must be below queue_high"),
+        (lambda: Load(3, target_ms=-1), "target_ms must be positive"),
+        (lambda: from_dict({"policy": "luck"}), "no policy 'luck': choose fixed, deadline, load, confidence"),
+        (lambda: from_dict({"policy": "fixed", "deep": 1}), "takes depth, leaves, not deep"),
+        (lambda: from_dict({"policy": "deadline"}), "do not fit"),
+        (lambda: load_policy("/nowhere"), "cannot be read"),
+    ],
+)
+def test_bad_values_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
