@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from hierens.calibration import calibrate
 from hierens.cutting import CutError, CutPoint, cut_points
 from hierens.ensemble import HierarchicalEnsemble, Step, hierensify
 from hierens.fusing import FusedEnsemble
@@ -15,6 +16,7 @@ __all__ = [
     "HierarchicalEnsemble",
     "Step",
     "Tree",
+    "calibrate",
     "cut_points",
     "from_pretrained",
     "hierensify",
