@@ -38,6 +38,7 @@ class CutPoint:
         stage_end: whether one run of sibling modules ends here.
         crossing: how many values cross.
         tensors_only: whether all of them are tensors.
+        features: how many of them are features, with an entry per image.
     """
 
     name: str
@@ -45,6 +46,7 @@ class CutPoint:
     stage_end: bool
     crossing: int
     tensors_only: bool = True
+    features: int = 1
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class CoarseTrace:
         self.features_end = min(self.index.get(marker, self.classifier_start), self.classifier_start)
         self.macs: list[int] = []
         self.tensors: set[fx.Node] = set()
+        self.features: set[fx.Node] = set()
         self.list_makers: set[str] = set()
 
     def position(self, name: str) -> int:
@@ -227,6 +230,7 @@ class CoarseTrace:
         ]
         weigher = _Weigher(self, positions)
         self.macs, self.tensors, self.list_makers = weigher.macs, weigher.tensors, weigher.list_makers
+        self.features = weigher.features
         try:
             weigher.measure(example)
         except Exception as error:  # a module was opened whose control flow asks for the type of a value
@@ -238,7 +242,9 @@ class CoarseTrace:
             if 0 < before < total and position not in weigher.mutated:
                 crossing = self.crossing(position)
                 plain = all(node in self.tensors for node in crossing)
-                point = CutPoint(self.name(position), before / total, self._stage_end(position), len(crossing), plain)
+                features = sum(node in self.features for node in crossing)
+                name, stage_end = self.name(position), self._stage_end(position)
+                point = CutPoint(name, before / total, stage_end, len(crossing), plain, features)
                 found.append((position, point))
         return found
 
@@ -314,10 +320,13 @@ class _Weigher(fx.Interpreter):
         self.macs: list[int] = []
         self.mutated: set[int] = set()
         self.tensors: set[fx.Node] = set()
+        self.features: set[fx.Node] = set()
+        self.images = 0
         self.list_makers: set[str] = set()
         self.original = {copied: node for node, copied in made.items()}
 
     def measure(self, example: Tensor) -> None:
+        self.images = len(example)
         with torch.no_grad(), frozen(self.trace.backbone), FlopCounterMode(display=False) as self.counter:
             self.run(example)
         self.mutated = {position for position, tensor, version in self.seen if tensor._version != version}
@@ -345,6 +354,8 @@ class _Weigher(fx.Interpreter):
             self.macs.append((self.counter.get_total_flops() - before) // 2)
             if isinstance(result, Tensor):
                 self.tensors.add(self.original[n])
+                if result.ndim > 1 and len(result) == self.images and result.is_floating_point():
+                    self.features.add(self.original[n])
             elif n.op == "call_module":
                 self.list_makers.add(str(n.target))
         return result

@@ -52,7 +52,8 @@ def cut(
         blocks: how many blocks; ignored when `at` is given.
         at: names of modules that shall begin the second and later blocks, in order.
         example: an input (N, C, H, W) to weigh the layers with; by default made from the backbone's configuration.
-        single: choose only places that a single tensor crosses.
+        single: choose only places that a single tensor of features crosses, whatever else does; found out by an
+            example of two images or more.
 
     Raises:
         CutError: too few places to cut, an unknown name in `at`, no classifier, or a forward pass that
@@ -62,7 +63,7 @@ def cut(
         raise CutError(f"blocks must be at least 1, got {blocks}.")
     backbone = copy.deepcopy(backbone)
     shared = _unshare(backbone)
-    example = example_input(backbone) if example is None else example
+    example = example_input(backbone, 2 if single else 1) if example is None else example
     classifiers = classifier_names(backbone)
     with evaluating(backbone):
         # Cuts are made by name, also those chosen here, so that a saved model is cut as it was.
@@ -207,7 +208,7 @@ def _balanced(
     trace, candidates = _measured(backbone, opened, classifiers, example)
     while True:
         if single:
-            candidates = [(at, point) for at, point in candidates if point.crossing == 1 and point.tensors_only]
+            candidates = [(at, point) for at, point in candidates if point.features == 1]
         best = _best_cuts(candidates, blocks)
         heavy = trace.openable(closed)
         if not heavy or (best is not None and best[1] <= max(_UNEVEN / blocks, 1.1 * trace.indivisible(heavy))):

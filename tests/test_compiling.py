@@ -1,9 +1,12 @@
 """`torch.compile` takes each depth as one graph, and going back to a depth compiles nothing."""
 
 import pytest
+import timm
 import torch
 from test_fusing import close, different
 from torch._dynamo.testing import CompileCounter
+
+import hierens
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +47,17 @@ def test_code_is_generated_for_a_fused_model():
     fused = model.fuse()
     compiled = torch.compile(fused, fullgraph=True, dynamic=False)
     assert close(compiled(x, depth=1), fused(x, depth=1))
+
+
+def test_exits_compile_as_depths_do():
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
+    model = hierens.multi_exit(backbone, 3, collaborate=True, weights="uniform", learn_weights=True)
+    counter, x = CompileCounter(), torch.randn(4, 1, 16, 16)
+    compiled = torch.compile(model.eval(), backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for depth in (0, 2, 0, 2):
+            assert close(compiled(x, depth=depth), model(x, depth=depth))
+    assert counter.frame_count == 2
+    model.gradient_equilibrium = True
+    torch.compile(model.train(), backend=CompileCounter(), fullgraph=True)(x, reduce=False).sum().backward()

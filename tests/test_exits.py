@@ -81,6 +81,18 @@ def test_as_many_channels_as_positions_are_told_apart():
     assert model.exits[0].layout.kind == "NCHW" and model.exits[0].layout.channels == 16
 
 
+def test_sizes_and_tables_may_cross_beside_the_features(images):
+    """XCiT hands on the numbers of rows and columns with its tokens: the exits stand among its blocks all the same."""
+    backbone = timm.create_model("xcit_nano_12_p16_224", num_classes=3, img_size=64).eval()
+    model = hierens.multi_exit(backbone, 2)
+    layout = model.exits[0].layout
+    assert layout.kind == "NLC" and layout.part is not None and layout.prefix == 0 and not layout.by_token
+    macs = model.macs((3, 64, 64))
+    assert 0.35 < macs[0] / macs[1] < 0.65 and torch.equal(model(images), backbone(images))
+    step = next(model.anytime(images))
+    assert torch.equal(step.logits, model(images, depth=0))
+
+
 def test_features_that_no_head_can_read_are_refused(small_backbone):
     with pytest.raises(ValueError, match="2 feature tensors cross after block 0, and an exit reads one"):
         hierens.multi_exit(small_backbone, at=["layer2.0.conv2"])
