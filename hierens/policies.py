@@ -21,19 +21,17 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hierens.ensemble import Step
 from hierens.modes import evaluating
 from hierens.tree import Tree, nested_sizes
+from hierens.uncertainty import MEASURES, Measure, certainty
 
 POLICY = "policy.json"
-Measure = Literal["probability", "margin", "entropy", "agreement"]
-MEASURES: tuple[Measure, ...] = ("probability", "margin", "entropy", "agreement")
 
 
 class Model(Protocol):
@@ -270,9 +268,7 @@ class Confidence(Policy):
 
     Args:
         thresholds: for each depth below the full one, from 0 to 1; the last one serves all that are missing.
-        measure: certainty, from 0 to 1. `probability`: of the likeliest class; `margin`: to the second likeliest;
-            `entropy`: 1 minus the entropy over that of a uniform answer; `agreement`: share of the networks so far that
-            name the ensemble's class.
+        measure: see `hierens.uncertainty.certainty`; the networks are those evaluated so far.
 
     Raises:
         ValueError: no threshold, or another measure.
@@ -316,28 +312,6 @@ class Confidence(Policy):
                 return Prediction(logits, leaves, macs)
             rows, votes = rows[kept], [vote[kept] for vote in votes]
             step = walk.send(kept) if len(kept) < len(done) else next(walk)
-
-
-def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
-    """How sure an ensemble's answer is, from 0 to 1.
-
-    Args:
-        logits: of the ensemble, (N, classes).
-        votes: the class that each network names, (N, networks).
-        measure: see `Confidence`.
-
-    Returns:
-        (N,).
-    """
-    p = F.softmax(logits.float(), dim=-1)
-    if measure == "probability":
-        return p.amax(-1)
-    if measure == "margin":
-        first, second = p.topk(2, dim=-1).values.unbind(-1)
-        return first - second
-    if measure == "entropy":
-        return 1 - torch.special.entr(p).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
-    return (votes == logits.argmax(-1, keepdim=True)).float().mean(-1)
 
 
 POLICIES: dict[str, type[Policy]] = {kind.kind: kind for kind in (FixedDepth, Deadline, Load, Confidence)}

@@ -9,16 +9,15 @@ import torch
 
 import hierens
 from hierens.policies import (
-    MEASURES,
     Confidence,
     Deadline,
     FixedDepth,
     Load,
-    certainty,
     from_dict,
     load_policy,
     save_policy,
 )
+from hierens.uncertainty import MEASURES, certainty
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +84,6 @@ def test_thresholds_at_the_ends(model, images):
     assert Confidence((-1.0,))(model, images).leaves.tolist() == [1] * 24
     assert Confidence((2.0,))(model, images).leaves.tolist() == [8] * 24
     assert torch.allclose(Confidence((2.0,))(model, images).logits, model(images), atol=1e-5)
-
-
-def test_certainty_lies_between_nothing_and_everything():
-    uniform, sure = torch.zeros(1, 4), torch.tensor([[50.0, 0.0, 0.0, 0.0]])
-    apart, agreed = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, 0, 0]])
-    for measure, lowest in zip(MEASURES, (0.25, 0.0, 0.0, 0.25), strict=True):
-        assert certainty(uniform, apart, measure).item() == pytest.approx(lowest, abs=1e-6)
-        assert certainty(sure, agreed, measure).item() == pytest.approx(1.0)
 
 
 class Slow(torch.nn.Module):
