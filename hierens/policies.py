@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -110,41 +110,51 @@ class FixedDepth(Policy):
         return _uniform(model, images, model(images, leaves=leaves), leaves)
 
 
+class _Usual(NamedTuple):
+    """Seconds that a step takes, and its mean deviation from that."""
+
+    seconds: float
+    deviation: float
+
+
 @dataclass(frozen=True)
 class Deadline(Policy):
     """As many networks as fit into a time: leaf by leaf, as long as the next one is expected to be done in time.
 
-    How long a step takes is learned by number of images and leaf, as it happens: each measured step moves what is
-    expected of it, and how much slower than expected the last steps were, since other work came in between, stretches
-    what is expected of the next. The first leaf is always evaluated; of the others the last one that is begun may come
-    late, by no more than it takes itself.
+    How long a step takes, and how far that strays, is learned by number of images and leaf, as it happens, the way TCP
+    learns when to send again (RFC 6298). How much slower than usual the last steps were, since other work came in
+    between, stretches what is expected of the next. The first leaf is always evaluated; of the others the last one that
+    is begun may come late, by no more than it takes itself.
 
     Args:
         milliseconds: from the call to the answer, if the call does not say otherwise.
-        caution: an expected step must fit this many times.
+        caution: mean deviations of a step's time for which there must be room as well.
 
     Raises:
         ValueError: a time or a caution that is not positive.
     """
 
     milliseconds: float
-    caution: float = 1.25
+    caution: float = 4.0
     kind: ClassVar[str] = "deadline"
-    _expected: dict[tuple[int, ...], float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _learned: dict[tuple[int, ...], _Usual] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("milliseconds", "caution"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
 
-    def learn(self, model: Any, example: Tensor, repeats: int = 3) -> None:
+    def learn(self, model: Any, example: Tensor, repeats: int = 10) -> None:
         """Measure every step for as many images as the example has, before requests come.
 
         Args:
             model: the ensemble that will answer.
             example: images (N, C, H, W).
-            repeats: walks, of which the last ones count most.
+            repeats: walks, after one that warms up.
         """
+        self.within(model, example, float("inf"))
+        for known in [step for step in self._learned if step[:-1] == example.shape]:
+            del self._learned[known]
         for _ in range(repeats):
             self.within(model, example, float("inf"))
 
@@ -161,8 +171,9 @@ class Deadline(Policy):
                 now = time.perf_counter()
                 slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
                 before = now
-                coming = self._expected.get((*images.shape, step.leaves + 1), now - start)
-                if step.leaves == model.tree.leaves or now - start + coming * slowdown * self.caution > limit:
+                usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
+                coming = usual * slowdown + self.caution * spread
+                if step.leaves == model.tree.leaves or now - start + coming > limit:
                     break
         return _uniform(model, images, step.logits, step.leaves)
 
@@ -170,11 +181,11 @@ class Deadline(Policy):
         return self.within(model, images)
 
     def _note(self, step: tuple[int, ...], taken: float, slowdown: float) -> float:
-        """Keep what a step took; how much slower than expected the machine is at the moment, never below 1."""
-        expected = self._expected.get(step, taken)
-        # What is expected follows quickly downwards: the machine can do it. Upwards slowly: it may have been disturbed.
-        self._expected[step] = expected + (taken - expected) * (0.5 if taken < expected else 0.1)
-        return max(1.0, 0.5 * slowdown + 0.5 * taken / expected)
+        """Keep what a step took; how much slower than usual the machine is at the moment, never below 1."""
+        usual, spread = self._learned.get(step, _Usual(taken, taken / 2))
+        error = taken - usual
+        self._learned[step] = _Usual(usual + error / 8, spread + (abs(error) - spread) / 4)
+        return max(1.0, 0.5 * slowdown + 0.5 * taken / usual)
 
 
 @dataclass(frozen=True)

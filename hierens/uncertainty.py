@@ -20,7 +20,9 @@ def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
         logits: of the ensemble, (N, classes).
         votes: the class that each network names, (N, networks).
         measure: `probability`: of the likeliest class; `margin`: to the second likeliest; `entropy`: 1 minus entropy
-            over that of a uniform answer; `agreement`: share of the networks that name the ensemble's class.
+            over that of a uniform answer; `agreement`: share of the networks that name the ensemble's class, less
+            (1 - its probability) / networks, so that images equally agreed upon are told apart, as thresholds for a
+            budget need it.
 
     Returns:
         (N,).
@@ -33,7 +35,9 @@ def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
         return first - second
     if measure == "entropy":
         return 1 - torch.special.entr(p).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
-    return (votes == logits.argmax(-1, keepdim=True)).float().mean(-1)
+    likeliest, named = p.max(-1)
+    agreed = (votes == named[:, None]).float().mean(-1)
+    return (agreed - (1 - likeliest) / votes.shape[1]).clamp_min(0)
 
 
 def mutual_information(leaf_logits: Tensor) -> Tensor:

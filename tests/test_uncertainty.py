@@ -16,9 +16,15 @@ def leaf_logits():
 def test_certainty_lies_between_nothing_and_everything():
     uniform, sure = torch.zeros(1, 4), torch.tensor([[50.0, 0.0, 0.0, 0.0]])
     apart, agreed = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, 0, 0]])
-    for measure, lowest in zip(MEASURES, (0.25, 0.0, 0.0, 0.25), strict=True):
+    for measure, lowest in zip(MEASURES, (0.25, 0.0, 0.0, 0.25 - 0.75 / 4), strict=True):
         assert certainty(uniform, apart, measure).item() == pytest.approx(lowest, abs=1e-6)
         assert certainty(sure, agreed, measure).item() == pytest.approx(1.0)
+
+
+def test_agreement_counts_votes_first_and_probability_second():
+    logits = torch.tensor([[1.0, 0.0], [9.0, 0.0], [0.2, 0.0]])
+    votes = torch.tensor([[0, 0], [0, 1], [0, 0]])
+    assert certainty(logits, votes, "agreement").argsort().tolist() == [1, 2, 0]
 
 
 def test_mutual_information_is_the_mean_divergence_from_the_mean(leaf_logits):
