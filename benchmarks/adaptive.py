@@ -447,8 +447,8 @@ def _deadline_page(found: dict[str, Any]) -> str:
     return f"""## Deadlines
 
 {found["requests"]:,} requests of {found["images"]} images, with deadlines drawn evenly between what the fastest and the
-slowest depth take: {found["fastest"]:.1f} ms, the 99th percentile of depth 0, and {found["slowest"]:.1f} ms, the median of
-depth 3, leaf by leaf, fused, one thread. A hog uses a core fully for 0.05 to 0.95 s, then leaves it alone for as long.
+slowest depth take: {found["fastest"]:.1f} ms, the 99th percentile of depth 0, and {found["slowest"]:.1f} ms, the median
+of depth 3, leaf by leaf, fused, one thread. A hog uses a core fully for 0.05 to 0.95 s, then rests as long.
 
 {table(header, rows)}
 """

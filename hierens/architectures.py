@@ -17,6 +17,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
 from hierens.ensemble import HierarchicalEnsemble, hierensify
+from hierens.exits import MultiExit
+from hierens.exits import multi_exit as with_exits
 
 __all__ = [
     "hne",
@@ -294,3 +296,36 @@ def _grown(
 ) -> HierarchicalEnsemble:
     network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
     return hierensify(network, blocks, init=init, at=at, branching=branching, leaves=leaves, seed=seed, looped=looped)
+
+
+@register_model
+def multi_exit(pretrained: bool = False, **kwargs: Any) -> MultiExit:
+    """Any backbone with exits on the way, from plain values: how saved models are made again.
+
+    Args:
+        pretrained: load the weights that `pretrained_cfg` points to; timm sets that for `local-dir:` and `hf-hub:`.
+        kwargs: `backbone` (a timm name), `backbone_args`, what `hierens.multi_exit` takes, `kept` (the exits to keep),
+            and what the backbone takes: `num_classes`, `in_chans`, ...
+    """
+    if not pretrained and not kwargs.get("pretrained_cfg"):
+        return _with_exits(**{k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
+    return build_model_with_cfg(_with_exits, "multi_exit", pretrained, **kwargs)
+
+
+def _with_exits(
+    backbone: str,
+    backbone_args: dict[str, Any] | None = None,
+    exits: int = 4,
+    at: Sequence[str] | None = None,
+    head: Literal["pool", "conv"] = "pool",
+    collaborate: bool = False,
+    weights: str | Sequence[float] | None = None,
+    learn_weights: bool = False,
+    kept: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> MultiExit:
+    network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
+    model = with_exits(
+        network, exits, at=at, head=head, collaborate=collaborate, weights=weights, learn_weights=learn_weights
+    )
+    return model if kept is None or len(kept) == model.leaves else model.keep_exits(kept)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hierens.modes import evaluating
-from hierens.objectives import nested_predictions
 from hierens.policies import Confidence
 from hierens.tree import nested_sizes
 from hierens.uncertainty import Measure, certainty
@@ -32,16 +31,18 @@ class Answers:
         votes: the class that each network names, (N, leaves).
         labels: (N,).
         macs: of every depth, per image.
+        sizes: networks (or exits) of every depth; by default those of a tree.
     """
 
     logits: Tensor
     votes: Tensor
     labels: Tensor
     macs: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
 
     def certainties(self, measure: Measure) -> Tensor:
         """Of every depth, (N, depths): see `hierens.uncertainty.certainty`."""
-        sizes = nested_sizes(self.votes.shape[1])
+        sizes = self.sizes or nested_sizes(self.votes.shape[1])
         columns = [certainty(self.logits[:, b], self.votes[:, :n], measure) for b, n in enumerate(sizes)]
         return torch.stack(columns, 1)
 
@@ -65,11 +66,11 @@ def collect(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
             size = tuple(images.shape[1:])
             known = labels >= 0
             leaf_logits = model(images.to(device), reduce=False).cpu()[known]
-            parts.append((nested_predictions(leaf_logits), leaf_logits.argmax(-1), labels[known]))
+            parts.append((model.nesting.cpu()(leaf_logits), leaf_logits.argmax(-1), labels[known]))
     if not sum(len(labels) for *_, labels in parts):
         raise ValueError("there is nothing to calibrate on: no labelled image was seen.")
     logits, votes, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Answers(logits, votes, labels, model.macs(size))
+    return Answers(logits, votes, labels, model.macs(size), model.sizes)
 
 
 def calibrate(

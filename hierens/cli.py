@@ -16,7 +16,7 @@ try:
 except ImportError:
     sys.exit("error: the command line needs tyro: pip install 'hierens[train]'.")
 
-from hierens.ensemble import HierarchicalEnsemble
+from hierens.adaptive import Adaptive
 from hierens.errors import did_you_mean
 from hierens.profiling import millions, table
 from hierens.training.config import DataConfig
@@ -155,8 +155,9 @@ def report(arguments: Sequence[str]) -> None:
     print(f"wrote {write_report(groups, settings.output)}")
 
 
-def results_table(model: HierarchicalEnsemble, record: Mapping[str, Any]) -> str:
+def results_table(model: Adaptive, record: Mapping[str, Any]) -> str:
     """What every depth costs and gives."""
+    profile = model.profile()
     rows = [
         (
             f"{row.depth}",
@@ -168,9 +169,9 @@ def results_table(model: HierarchicalEnsemble, record: Mapping[str, Any]) -> str
             f"{record['nll'][row.depth]:.3f}",
             f"{record['ece'][row.depth]:.3f}",
         )
-        for row in model.profile().rows
+        for row in profile.rows
     ]
-    return table(("depth", "networks", "MACs", "parameters", "latency (ms)", "accuracy (%)", "NLL", "ECE"), rows)
+    return table(("depth", profile.unit, "MACs", "parameters", "latency (ms)", "accuracy (%)", "NLL", "ECE"), rows)
 
 
 def _is_main() -> bool:

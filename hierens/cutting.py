@@ -39,7 +39,11 @@ _TINY = 4.0  # for a block with less than a quarter of an equal share, which wou
 
 
 def cut(
-    backbone: nn.Module, blocks: int = 4, at: Sequence[str] | None = None, example: Tensor | None = None
+    backbone: nn.Module,
+    blocks: int = 4,
+    at: Sequence[str] | None = None,
+    example: Tensor | None = None,
+    single: bool = False,
 ) -> Cutting:
     """Cut a copy of a backbone into blocks of about equal work.
 
@@ -48,6 +52,7 @@ def cut(
         blocks: how many blocks; ignored when `at` is given.
         at: names of modules that shall begin the second and later blocks, in order.
         example: an input (N, C, H, W) to weigh the layers with; by default made from the backbone's configuration.
+        single: choose only places that a single tensor crosses.
 
     Raises:
         CutError: too few places to cut, an unknown name in `at`, no classifier, or a forward pass that
@@ -61,7 +66,7 @@ def cut(
     classifiers = classifier_names(backbone)
     with evaluating(backbone):
         # Cuts are made by name, also those chosen here, so that a saved model is cut as it was.
-        names = _balanced(backbone, classifiers, blocks, example) if at is None else at
+        names = _balanced(backbone, classifiers, blocks, example, single) if at is None else at
         trace, positions = _traced_for(backbone, classifiers, names, example)
         cutting, called_again = _unshare_blocks(trace.split(positions))
         _prove(cutting, backbone, example)
@@ -194,11 +199,15 @@ def _measured(
             opened |= makers
 
 
-def _balanced(backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor) -> list[str]:
+def _balanced(
+    backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor, single: bool
+) -> list[str]:
     """Open the heaviest leaves until the best cuts leave no block with too much of the work; the cuts by name."""
     opened, closed = ancestors(classifiers), set[str]()
     trace, candidates = _measured(backbone, opened, classifiers, example)
     while True:
+        if single:
+            candidates = [(at, point) for at, point in candidates if point.crossing == 1 and point.tensors_only]
         best = _best_cuts(candidates, blocks)
         heavy = trace.openable(closed)
         if not heavy or (best is not None and best[1] <= max(_UNEVEN / blocks, 1.1 * trace.indivisible(heavy))):

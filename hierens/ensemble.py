@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,12 +15,14 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hierens.adaptive import Adaptive, Step, classifier_maker, rows, statistics_once
 from hierens.branching import Activations, Executor, Level
 from hierens.checking import self_check
-from hierens.cutting import CutError, Cutting, cut, example_input, input_size
+from hierens.cutting import CutError, Cutting, cut, example_input
 from hierens.equilibrium import scale_gradient
 from hierens.modes import evaluating
-from hierens.profiling import Profile, branch_macs, profile
+from hierens.nesting import Nesting
+from hierens.profiling import branch_macs
 from hierens.symmetry import break_symmetry, symmetric
 from hierens.tree import Tree, nested_sizes
 
@@ -34,24 +34,7 @@ if TYPE_CHECKING:
 _CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
 
-@dataclass(frozen=True)
-class Step:
-    """One moment of an anytime prediction.
-
-    Attributes:
-        leaves: networks evaluated so far.
-        logits: their mean, (N, classes).
-        macs: multiply-accumulates spent so far, per image.
-        newest: the logits of the leaf evaluated last, (N, classes).
-    """
-
-    leaves: int
-    logits: Tensor
-    macs: int
-    newest: Tensor
-
-
-class HierarchicalEnsemble(nn.Module):
+class HierarchicalEnsemble(Adaptive):
     """A tree of branches (Ruiz & Verbeek, arXiv 2003.01474): every leaf is a network, any first few can be run.
 
     Made by `hierensify`. To timm's tools it is a timm model: data configuration, optimiser factories, EMA, classifier
@@ -70,6 +53,8 @@ class HierarchicalEnsemble(nn.Module):
             send; off by default. See `hierens.equilibrium`.
     """
 
+    architecture = "hne"
+
     def __init__(self, backbone: nn.Module, cutting: Cutting, tree: Tree, init: Sequence[nn.Module] = ()) -> None:
         """Put together a tree.
 
@@ -81,7 +66,6 @@ class HierarchicalEnsemble(nn.Module):
         """
         super().__init__()
         self.tree = tree
-        self.classifier_names = cutting.classifier_names
         self.levels = nn.ModuleList(
             Level.of(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
             for level, block in enumerate(cutting.blocks)
@@ -91,9 +75,9 @@ class HierarchicalEnsemble(nn.Module):
         self.classifier = Level.of(
             cutting.classifier, [self._drawn(cutting.classifier, last, b, init) for b in range(tree.leaves)]
         )
-        self.grad_checkpointing = self.gradient_equilibrium = False
-        self._macs: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._describe(backbone, cutting)
+        self._describe(backbone, cutting, "block.", branching=list(tree.branching), leaves=tree.leaves)
+        names = tuple(f"classifier.block.{name}" for name in cutting.classifier_names)
+        self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names
         self.train(backbone.training)
 
     def _drawn(self, block: nn.Module, level: int, branch: int, init: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -104,34 +88,10 @@ class HierarchicalEnsemble(nn.Module):
             own = {name: fresh.get(name, tensor) for name, tensor in own.items()}
         return own
 
-    def _describe(self, backbone: nn.Module, cutting: Cutting) -> None:
-        """Carry over what timm's tools read, under the names that things have here."""
-        self.num_classes = int(backbone.num_classes)  # type: ignore[arg-type]
-        self.num_features = int(backbone.num_features)  # type: ignore[arg-type]
-        self.head_hidden_size = int(getattr(backbone, "head_hidden_size", self.num_features))
-        self.in_chans = input_size(backbone)[0]
-        cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
-        first_conv = cfg.get("first_conv")
-        args = {} if not cfg.get("architecture") else get_model_args(backbone)
-        self._model_args: dict[str, Any] = {
-            "backbone": cfg.get("architecture"),
-            "backbone_args": {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")},
-            "at": list(cutting.at),
-            "branching": list(self.tree.branching),
-            "leaves": self.tree.leaves,
-        }
-        self._traits = dict(getattr(backbone, "_traits", {}))
-        names = tuple(f"classifier.block.{name}" for name in cutting.classifier_names)
-        cfg.update(
-            architecture="hne",
-            input_size=input_size(backbone),
-            classifier=names[0] if len(names) == 1 else names,
-            first_conv=f"levels.0.block.{first_conv}" if isinstance(first_conv, str) else None,
-        )
-        self._traits["first_conv"] = cfg["first_conv"]
-        self.pretrained_cfg = self.default_cfg = cfg
-        spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
-        self._no_weight_decay = set(spared() if spared else ())
+    @property
+    def nesting(self) -> Nesting:
+        """Depth b is the mean of the first 2^b leaves (eq. 5)."""
+        return Nesting(nested_sizes(self.tree.leaves))
 
     # --- the path of a batch ----------------------------------------------------------------------------------------
 
@@ -150,7 +110,7 @@ class HierarchicalEnsemble(nn.Module):
         Raises:
             ValueError: depth or leaves out of range, or images of another shape than the model takes.
         """
-        n = self.tree.leaves_at(depth, leaves)
+        n = self.leaves_at(depth, leaves)
         return self._logits(self._features(x, n), reduce)
 
     def _features(self, x: Tensor, leaves: int) -> Activations:
@@ -168,7 +128,7 @@ class HierarchicalEnsemble(nn.Module):
 
     def _run(self, level: nn.Module, x: Activations, parents: Sequence[int] | None = None) -> Activations:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            contexts = _statistics_once(level)
+            contexts = statistics_once(level)
             return checkpoint(level, x, parents, use_reentrant=False, context_fn=contexts)
         return level(x, parents)
 
@@ -198,7 +158,7 @@ class HierarchicalEnsemble(nn.Module):
             kept = yield Step(leaf + 1, total / (leaf + 1), spent, logits)
             if kept is not None:
                 count = len(total)
-                path, total = [_rows(value, kept, count) for value in path], total[kept]
+                path, total = [rows(value, kept, count) for value in path], total[kept]
 
     def _level(self, index: int) -> Level:
         level = self.levels[index]
@@ -208,12 +168,6 @@ class HierarchicalEnsemble(nn.Module):
     def all_levels(self) -> list[Level]:
         """The levels of the tree, then the head and the classifier, which have a copy per leaf."""
         return [*(self._level(i) for i in range(self.tree.levels)), self.head, self.classifier]
-
-    def _prepared(self, x: Tensor) -> Tensor:
-        """Images as the first block takes them."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"expected images (N, {self.in_chans}, H, W), got a tensor of shape {tuple(x.shape)}.")
-        return x
 
     # --- smaller trees, other weights -------------------------------------------------------------------------------
 
@@ -321,17 +275,9 @@ class HierarchicalEnsemble(nn.Module):
             self._macs[size] = tuple(blocks)
         return self._macs[size]
 
-    def macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """Multiply-accumulates of every depth for one image of size (C, H, W), by the tree's arithmetic.
-
-        Examples:
-            >>> import timm, hierens
-            >>> model = hierens.hierensify(timm.create_model("resnet10t", num_classes=10), blocks=2)
-            >>> len(model.macs((3, 64, 64))) == model.tree.depths == 2
-            True
-        """
-        costs = self.branch_macs(size)
-        return tuple(int(self.tree.cost(costs, n)) for n in nested_sizes(self.tree.leaves))
+    def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
+        """Multiply-accumulates of the first leaves (all by default) for one image (C, H, W)."""
+        return int(self.tree.cost(self.branch_macs(size), leaves))
 
     def parameter_counts(self) -> tuple[int, ...]:
         """Parameters that the sub-tree of each depth reads."""
@@ -339,10 +285,6 @@ class HierarchicalEnsemble(nn.Module):
         *levels, head, classifier = own
         sizes = nested_sizes(self.tree.leaves)
         return tuple(int(self.tree.cost(levels, n)) + n * (head + classifier) for n in sizes)
-
-    def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
-        """Leaves, parameters, MACs and latency of every depth: a table to print, a picture to draw."""
-        return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
 
     # --- a timm model to timm's tools -------------------------------------------------------------------------------
 
@@ -377,15 +319,11 @@ class HierarchicalEnsemble(nn.Module):
                 fresh: list[nn.Module] = [nn.Identity()]
             else:
                 like = next(self.parameters())
-                make = _classifier_maker(old, self.head_hidden_size, self.tree.leaves)
+                make = classifier_maker(old, self.head_hidden_size)
                 fresh = [make(num_classes).to(like.device, like.dtype) for _ in range(self.tree.leaves)]
             self.classifier.replace(name, fresh)
         self.num_classes = num_classes
         self._macs.clear()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each level's activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the backbone wants spared from weight decay."""
@@ -397,17 +335,13 @@ class HierarchicalEnsemble(nn.Module):
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
-        """Write `config.json`, `model.safetensors` and a model card: see `hierens.hub.save_pretrained`."""
-        from hierens.hub import save_pretrained
+    def arguments(self) -> dict[str, Any]:
+        """What the entry point `hne` needs to make the model again."""
+        return {**super().arguments(), "looped": self.looped}
 
-        save_pretrained(self, directory, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Publish on the Hugging Face Hub: see `hierens.hub.push_to_hub`."""
-        from hierens.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **kwargs)
+    def backbone_parts(self) -> Iterator[tuple[nn.Module, int]]:
+        """The levels' blocks, whose tensors hold as many copies as there are branches."""
+        return ((level.block, level.branches) for level in self.all_levels())
 
 
 def hierensify(
@@ -505,40 +439,4 @@ def _small_example(backbone: nn.Module) -> Tensor:
     return full
 
 
-def _classifier_maker(old: nn.Module, features: int, leaves: int) -> Callable[[int], nn.Module]:
-    if not isinstance(old, (nn.Linear, nn.Identity)):
-        raise ValueError(f"only a linear classifier can be reset, not a {type(old).__name__}.")
-    bias = old.bias is not None if isinstance(old, nn.Linear) else True
-
-    def make(num_classes: int) -> nn.Module:
-        layer = nn.Linear(features, num_classes, bias=bias)
-        nn.init.uniform_(layer.weight, -1 / math.sqrt(features), 1 / math.sqrt(features))
-        return layer
-
-    return make
-
-
-def _rows(value: Any, kept: Tensor, count: int) -> Any:
-    """Some images of what a branch handed on: of every tensor that has an entry for each of `count` images."""
-    if isinstance(value, tuple):
-        return tuple(_rows(part, kept, count) for part in value)
-    return value[kept] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-
-
-def _statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
-    """For gradient checkpointing: the recomputation must not move running statistics a second time."""
-
-    @contextlib.contextmanager
-    def restoring() -> Iterator[None]:
-        kept = [(buffer, buffer.clone()) for buffer in level.buffers()]
-        try:
-            yield  # left by an exception once all that is needed has been recomputed
-        finally:
-            with torch.no_grad():
-                for buffer, value in kept:
-                    buffer.copy_(value)
-
-    return lambda: (contextlib.nullcontext(), restoring())
-
-
-__all__ = ["CutError", "HierarchicalEnsemble", "Step", "hierensify"]
+__all__ = ["CutError", "HierarchicalEnsemble", "hierensify"]

@@ -24,16 +24,31 @@ from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 
 import hierens
-import hierens.architectures  # registers the entry point that a config names
-from hierens.ensemble import HierarchicalEnsemble
+import hierens.architectures  # registers the entry points that a config names
+from hierens.adaptive import Adaptive
 from hierens.profiling import millions, table
-from hierens.tree import nested_sizes
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _MOST_LEAVES = 4096
-_ARGUMENTS = ("backbone", "backbone_args", "at", "branching", "leaves", "looped", "num_classes", "in_chans")
+_MOST_EXITS = 256
+_SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
+_ARGUMENTS = {
+    "hne": _SHARED | {"branching", "leaves", "looped"},
+    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "kept"},
+}
 
 __all__ = ["LoadError", "SaveError", "from_pretrained", "model_card", "push_to_hub", "save_config", "save_pretrained"]
+
+_KINDS = {  # titles of model cards, and how their first sentence begins
+    "hne": (
+        "Hierarchical neural ensemble",
+        "A tree of {leaves} networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)),",
+    ),
+    "multi_exit": (
+        "Multi-exit network",
+        "A network with {leaves} exits ([Li et al.](https://arxiv.org/abs/1908.06294)),",
+    ),
+}
 
 
 class LoadError(ValueError):
@@ -45,7 +60,7 @@ class SaveError(ValueError):
 
 
 def save_pretrained(
-    model: HierarchicalEnsemble, directory: str | Path, results: Mapping[str, Sequence[float]] | None = None
+    model: Adaptive, directory: str | Path, results: Mapping[str, Sequence[float]] | None = None
 ) -> Path:
     """Write `config.json`, `model.safetensors` and a model card.
 
@@ -71,7 +86,7 @@ def save_pretrained(
     return directory
 
 
-def save_config(model: HierarchicalEnsemble, directory: str | Path) -> None:
+def save_config(model: Adaptive, directory: str | Path) -> None:
     """Write `config.json` alone, beside weights that are there already."""
     described = SimpleNamespace(**vars(model))  # FSDP's models cannot be copied
     described._model_args = _arguments(model)
@@ -79,14 +94,14 @@ def save_config(model: HierarchicalEnsemble, directory: str | Path) -> None:
 
 
 def push_to_hub(
-    model: HierarchicalEnsemble,
+    model: Adaptive,
     repo_id: str,
     *,
     results: Mapping[str, Sequence[float]] | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload a hierarchical neural ensemble",
+    commit_message: str = "Upload a model of hierens",
 ) -> str:
     """Publish a model on the Hugging Face Hub, making the repository if it is missing.
 
@@ -116,7 +131,7 @@ def push_to_hub(
 
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
-) -> HierarchicalEnsemble:
+) -> Adaptive:
     """Load a model, in evaluation mode, from a directory or from the Hugging Face Hub.
 
     Args:
@@ -146,29 +161,31 @@ def from_pretrained(
     return model.eval()
 
 
-def model_card(model: HierarchicalEnsemble, results: Mapping[str, Sequence[float]] | None = None) -> str:
+def model_card(model: Adaptive, results: Mapping[str, Sequence[float]] | None = None) -> str:
     """The text of a model card: what the model is, what each depth costs and gives, how to use it."""
     args, size = _arguments(model), tuple(model.pretrained_cfg["input_size"])
     data = ModelCardData(library_name="timm", tags=["image-classification", "timm", "hierens", "anytime-inference"])
     columns = dict(results or {})
-    if wrong := [name for name, values in columns.items() if len(values) != model.tree.depths]:
-        raise ValueError(f"results need a value per depth ({model.tree.depths}): {', '.join(wrong)} have not.")
-    costs = zip(nested_sizes(model.tree.leaves), model.macs(size), model.parameter_counts(), strict=True)
+    if wrong := [name for name, values in columns.items() if len(values) != model.depths]:
+        raise ValueError(f"results need a value per depth ({model.depths}): {', '.join(wrong)} have not.")
+    costs = zip(model.sizes, model.macs(size), model.parameter_counts(), strict=True)
     rows = [
         (f"{depth}", f"{leaves}", millions(macs), millions(count), *(f"{v[depth]:.2f}" for v in columns.values()))
         for depth, (leaves, macs, count) in enumerate(costs)
     ]
-    header = ("depth", "networks", "MACs", "parameters", *columns)
+    header = ("depth", model.unit, "MACs", "parameters", *columns)
+    title, about = _KINDS[model.architecture]
     height_width = "x".join(map(str, size[1:]))
     return f"""---
 {data.to_yaml()}
 ---
 
-# Hierarchical neural ensemble of {args["backbone"]}
+# {title} of {args["backbone"]}
 
-A tree of {model.tree.leaves} networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)),
+{about.format(leaves=model.leaves)}
 made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` says how many of
-the networks are run. {model.num_classes} classes; costs are for images of {size[0]} channels and {height_width} pixels.
+the {model.unit} are run. {model.num_classes} classes; costs are for images of {size[0]} channels and {height_width}
+pixels.
 
 {table(header, rows)}
 
@@ -177,22 +194,21 @@ import hierens
 
 model = hierens.from_pretrained("user/name")  # or a directory with this model's files
 logits = model(images, depth=1)               # images: (N, {size[0]}, {size[1]}, {size[2]})
-for step in model.anytime(images):            # or leaf by leaf, for as long as there is time
+for step in model.anytime(images):            # or one after the other, for as long as there is time
     print(step.leaves, step.macs, step.logits.argmax(-1))
 ```
 """
 
 
-def _arguments(model: HierarchicalEnsemble) -> dict[str, Any]:
-    """What the entry point `hne` needs to make the model again."""
-    args = {key: value for key, value in model._model_args.items() if key in _ARGUMENTS}
-    return {**args, "looped": model.looped, "num_classes": model.num_classes, "in_chans": model.in_chans}
+def _arguments(model: Adaptive) -> dict[str, Any]:
+    """What the entry point needs to make the model again."""
+    return {key: value for key, value in model.arguments().items() if key in _ARGUMENTS[model.architecture]}
 
 
-def _check_remakable(model: HierarchicalEnsemble) -> None:
+def _check_remakable(model: Adaptive) -> None:
     args = _arguments(model)
     if not args.get("backbone"):
-        raise SaveError("only ensembles of backbones that timm.create_model made can be saved: others have no name.")
+        raise SaveError("only models of backbones that timm.create_model made can be saved: others have no name.")
     if model.num_classes < 1:
         raise SaveError("the classifier was removed: reset_classifier to the classes of the saved model first.")
     try:
@@ -202,9 +218,9 @@ def _check_remakable(model: HierarchicalEnsemble) -> None:
             fresh = timm.create_model(args["backbone"], **kwargs).state_dict()
     except Exception as error:
         raise SaveError(f"the backbone {args['backbone']} cannot be made again from its arguments: {error}") from error
-    for level in model.all_levels():
-        for name, tensor in level.block.state_dict().items():
-            if name not in fresh or fresh[name].numel() * level.branches != tensor.numel():
+    for part, copies in model.backbone_parts():
+        for name, tensor in part.state_dict().items():
+            if name not in fresh or fresh[name].numel() * copies != tensor.numel():
                 raise SaveError(
                     f"{name} is not what timm.create_model({args['backbone']!r}) makes: the backbone was changed after "
                     "it was made; pass the change as an argument of timm.create_model instead."
@@ -220,38 +236,51 @@ def _read_config(file: Path) -> dict[str, Any]:
     args = config.get("model_args") if isinstance(config, dict) else None
     if not isinstance(args, dict):
         raise LoadError(f"{file} has no model_args: it is not the config of a hierens model.")
-    if config.get("architecture") != "hne":
-        raise LoadError(f"{file} names the architecture {config.get('architecture')!r}; hierens loads 'hne' only.")
+    kind = config.get("architecture")
+    if kind not in _ARGUMENTS:
+        raise LoadError(f"{file} names the architecture {kind!r}; hierens loads {' and '.join(_ARGUMENTS)} only.")
     backbone = args.get("backbone")
     if not isinstance(backbone, str) or not timm.is_model(backbone):
         raise LoadError(f"{file} names the backbone {backbone!r}, which this timm ({timm.__version__}) does not have.")
-    branching, leaves = args.get("branching"), args.get("leaves")
-    whole = isinstance(branching, list) and all(type(f) is int and 1 <= f <= _MOST_LEAVES for f in branching)
-    if not whole or type(leaves) is not int or not 1 <= leaves <= _MOST_LEAVES or len(branching or []) > 64:
-        raise LoadError(f"{file} has no usable branching and leaves (got {branching!r} and {leaves!r}).")
     for key in ("num_classes", "in_chans"):
         if type(args.get(key)) is not int or not 1 <= args[key] <= 10_000_000:
             raise LoadError(f"{file} has no usable {key} (got {args.get(key)!r}).")
     if not isinstance(args.get("at"), list) or not all(isinstance(name, str) for name in args["at"]):
         raise LoadError(f"{file} has no usable list of cuts, `at` (got {args.get('at')!r}).")
+    _check_tree(args, file) if kind == "hne" else _check_exits(args, file)
     # timm writes the image size of a transformer beside the rest: the backbone takes it.
-    if unknown := set(args) - {*_ARGUMENTS, "img_size"}:
+    if unknown := set(args) - {*_ARGUMENTS[kind], "img_size"}:
         raise LoadError(f"{file} has model_args that hierens does not know: {', '.join(sorted(unknown))}.")
     return config
 
 
-def _build(config: dict[str, Any], file: Path) -> HierarchicalEnsemble:
+def _check_tree(args: dict[str, Any], file: Path) -> None:
+    branching, leaves = args.get("branching"), args.get("leaves")
+    whole = isinstance(branching, list) and all(type(f) is int and 1 <= f <= _MOST_LEAVES for f in branching)
+    if not whole or type(leaves) is not int or not 1 <= leaves <= _MOST_LEAVES or len(branching or []) > 64:
+        raise LoadError(f"{file} has no usable branching and leaves (got {branching!r} and {leaves!r}).")
+
+
+def _check_exits(args: dict[str, Any], file: Path) -> None:
+    kept, blocks = args.get("kept"), len(args["at"]) + 1
+    whole = isinstance(kept, list) and kept and all(type(exit) is int and 0 <= exit < blocks for exit in kept)
+    if not whole or blocks > _MOST_EXITS or sorted(set(kept or [])) != kept:
+        raise LoadError(f"{file} has no usable list of exits, `kept` (got {kept!r} of {blocks}).")
+
+
+def _build(config: dict[str, Any], file: Path) -> Adaptive:
+    kind = config["architecture"]
     try:
-        model = timm.create_model("hne", init="copy", **config["model_args"])
+        model = timm.create_model(kind, **({"init": "copy"} if kind == "hne" else {}), **config["model_args"])
     except Exception as error:
         raise LoadError(f"{file} describes a model that cannot be built: {error}") from error
-    assert isinstance(model, HierarchicalEnsemble)
+    assert isinstance(model, Adaptive)
     if isinstance(config.get("pretrained_cfg"), dict):
-        model.pretrained_cfg.update(config["pretrained_cfg"], architecture="hne")
+        model.pretrained_cfg.update(config["pretrained_cfg"], architecture=kind)
     return model
 
 
-def _load_weights(model: HierarchicalEnsemble, file: Path) -> None:
+def _load_weights(model: Adaptive, file: Path) -> None:
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierens.modes import evaluating
-from hierens.objectives import nested_predictions
+from hierens.nesting import Nesting
 from hierens.tree import nested_sizes
 from hierens.uncertainty import mutual_information, risk_coverage, variance
 
@@ -57,6 +57,9 @@ class LeafEvaluation:
 class LeafMetrics:
     """Gathers a `LeafEvaluation` batch by batch.
 
+    Args:
+        nesting: how the networks make up depths, as `model.nesting`; by default as in a tree.
+
     Examples:
         >>> metrics = LeafMetrics()
         >>> metrics.update(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]), torch.tensor([0]))  # two networks disagree
@@ -65,7 +68,8 @@ class LeafMetrics:
         ([100.0, 100.0], [100.0, 0.0], [1.0, 0.0])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nesting: Nesting | None = None) -> None:
+        self._nesting = nesting
         self._sums: dict[str, Tensor] = {}
         self._confidence: list[Tensor] = []
         self._correct: list[Tensor] = []
@@ -82,7 +86,8 @@ class LeafMetrics:
         leaf_logits, targets = leaf_logits[known], targets[known]
         if not len(targets):
             return
-        nested = nested_predictions(leaf_logits)  # (N, depths, classes)
+        nesting = self._nesting or Nesting(nested_sizes(leaf_logits.shape[1]))
+        nested = nesting(leaf_logits)  # (N, depths, classes)
         log_p = F.log_softmax(nested, dim=-1)
         p = log_p.exp()
         confidence, chosen = p.max(-1)
@@ -94,7 +99,7 @@ class LeafMetrics:
         truth = F.one_hot(targets, p.shape[-1])[:, None]
         self._add("brier", (p - truth).square().sum(-1).sum(0))
         self._add("leaf", (of_leaf == targets[:, None]).sum(0))
-        sizes = nested_sizes(leaf_logits.shape[1])
+        sizes = nesting.sizes
         logits = leaf_logits.float()
         self._add("std", torch.stack([logits[:, :n].std(1, correction=0).mean(-1).sum() for n in sizes]))
         self._add("information", torch.stack([mutual_information(logits[:, :n]).sum() for n in sizes]))
@@ -149,10 +154,10 @@ def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     """Evaluate an ensemble on labelled images, on the device where it lies, in evaluation mode.
 
     Args:
-        model: answers `model(images, reduce=False)` with (N, leaves, classes).
+        model: answers `model(images, reduce=False)` with (N, leaves, classes); without a `nesting` it counts as a tree.
         batches: images (N, C, H, W) and class indices (N,).
     """
-    device, metrics = next(model.parameters()).device, LeafMetrics()
+    device, metrics = next(model.parameters()).device, LeafMetrics(getattr(model, "nesting", None))
     with evaluating(model):
         for images, targets in batches:
             metrics.update(model(images.to(device), reduce=False), targets.to(device))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hierens.nesting import Nesting, at_least_float32, check_logits
 from hierens.tree import nested_sizes
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ DISTILLED = ("codistillation", "hierarchical_codistillation")
 TERMS = SUPERVISED + DISTILLED
 
 
-def nested_predictions(leaf_logits: Logits) -> Float[Tensor, "n depths classes"]:
+def nested_predictions(leaf_logits: Logits, nesting: Nesting | None = None) -> Float[Tensor, "n depths classes"]:
     """The nested ensembles' logits, y^b = 1 / 2^b sum_{n <= 2^b} y_n (eq. 5), and the mean of all leaves.
 
     Args:
         leaf_logits: (N, leaves, classes); half precision is summed in float32.
+        nesting: another way to nest them, as `model.nesting`.
 
     Returns:
         (N, depths, classes): means over the first 1, 2, 4, ... and all leaves.
@@ -42,10 +44,7 @@ def nested_predictions(leaf_logits: Logits) -> Float[Tensor, "n depths classes"]
     Raises:
         ValueError: logits of another shape or type.
     """
-    _check_logits(leaf_logits)
-    logits = _at_least_float32(leaf_logits)
-    sizes = torch.tensor(nested_sizes(logits.shape[1]), device=logits.device)
-    return logits.cumsum(1)[:, sizes - 1] / sizes[:, None]
+    return (nesting or Nesting(nested_sizes(leaf_logits.shape[1])))(leaf_logits)
 
 
 def independent(leaf_logits: Logits, target: Target) -> Scalar:
@@ -203,11 +202,11 @@ def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0)
     Raises:
         ValueError: shapes that do not fit each other, or a temperature that is not positive.
     """
-    _check_logits(leaf_logits)
+    check_logits(leaf_logits)
     _check_teacher(leaf_logits, teacher)
     _check_temperature(temperature)
-    log_q = F.log_softmax(_at_least_float32(teacher.detach()) / temperature, dim=-1)[:, None]
-    log_p = F.log_softmax(_at_least_float32(leaf_logits) / temperature, dim=-1)
+    log_q = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=-1)[:, None]
+    log_p = F.log_softmax(at_least_float32(leaf_logits) / temperature, dim=-1)
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum((1, 2)).mean()
 
 
@@ -228,12 +227,12 @@ def _fused(
     teacher: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of the named terms in one pass over the predictions."""
-    _check_logits(leaf_logits)
+    check_logits(leaf_logits)
     _check_target(leaf_logits, target)
     _check_temperature(temperature)
     nested = nested_predictions(leaf_logits)
     # The first nested ensemble is the first leaf itself: it is not computed twice.
-    predictions = torch.cat([_at_least_float32(leaf_logits), nested[:, 1:]], dim=1)
+    predictions = torch.cat([at_least_float32(leaf_logits), nested[:, 1:]], dim=1)
     to_labels, to_teacher = _prediction_weights(leaf_logits.shape[1], weights, predictions)
     log_p = F.log_softmax(predictions, dim=-1)  # (N, predictions, classes)
     loss = log_p.new_zeros(())
@@ -243,7 +242,7 @@ def _fused(
         if teacher is None:
             teacher = nested[:, -1]
         _check_teacher(leaf_logits, teacher)
-        soft = F.softmax(_at_least_float32(teacher.detach()) / temperature, dim=-1)
+        soft = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=-1)
         if temper_students:
             log_p, to_teacher = F.log_softmax(predictions / temperature, dim=-1), to_teacher * temperature**2
         loss = loss + _cross_entropy(log_p, to_teacher, soft)
@@ -279,24 +278,9 @@ def _as_probabilities(target: Tensor, like: Tensor) -> Tensor:
     return F.one_hot(target, like.shape[-1]).to(like)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
-
-
-def _check_logits(leaf_logits: Tensor) -> None:
-    shape = tuple(leaf_logits.shape)
-    if leaf_logits.ndim != 3 or not leaf_logits.is_floating_point():
-        raise ValueError(
-            "leaf logits must be floating-point (N, leaves, classes), got "
-            f"{leaf_logits.dtype} of shape {shape}: call the model with reduce=False."
-        )
-    if shape[1] == 0:
-        raise ValueError(f"leaf logits must hold at least one leaf, got shape {shape}.")
 
 
 def _check_teacher(leaf_logits: Tensor, teacher: Tensor) -> None:

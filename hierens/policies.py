@@ -18,35 +18,18 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hierens.ensemble import Step
+from hierens.adaptive import Adaptive
 from hierens.modes import evaluating
-from hierens.tree import Tree, nested_sizes
 from hierens.uncertainty import MEASURES, Measure, certainty
 
 POLICY = "policy.json"
-
-
-class Model(Protocol):
-    """What a policy needs of an ensemble."""
-
-    tree: Tree
-
-    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
-        """Leaf by leaf; rows can be left out on the way."""
-
-    def branch_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """MACs of one branch of every level."""
-
-    def __call__(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
-        """Mean logits of the first networks."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,7 @@ class Prediction:
 
     Attributes:
         logits: (N, classes).
-        leaves: networks that answered each image, (N,).
+        leaves: networks (or exits) that answered each image, (N,).
         macs: multiply-accumulates spent on each image, (N,).
     """
 
@@ -77,7 +60,7 @@ class Policy(ABC):
             return self._answer(model, images)
 
     @abstractmethod
-    def _answer(self, model: Model, images: Tensor) -> Prediction: ...
+    def _answer(self, model: Adaptive, images: Tensor) -> Prediction: ...
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `from_dict` reads back."""
@@ -85,9 +68,9 @@ class Policy(ABC):
         return {"policy": self.kind, **json.loads(json.dumps(values))}
 
 
-def _uniform(model: Model, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
+def _uniform(model: Adaptive, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
     """An answer for which every image took the same."""
-    cost = int(model.tree.cost(model.branch_macs(tuple(images.shape[1:])), leaves))
+    cost = model.cost(leaves, tuple(images.shape[1:]))
     of_each = torch.ones(len(images), dtype=torch.int64)
     return Prediction(logits, of_each * leaves, of_each * cost)
 
@@ -105,8 +88,8 @@ class FixedDepth(Policy):
     leaves: int | None = None
     kind: ClassVar[str] = "fixed"
 
-    def _answer(self, model: Model, images: Tensor) -> Prediction:
-        leaves = model.tree.leaves_at(self.depth, self.leaves)
+    def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
+        leaves = model.leaves_at(self.depth, self.leaves)
         return _uniform(model, images, model(images, leaves=leaves), leaves)
 
 
@@ -173,7 +156,7 @@ class Deadline(Policy):
                 before = now
                 usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
                 coming = usual * slowdown + self.caution * spread
-                if step.leaves == model.tree.leaves or now - start + coming > limit:
+                if step.leaves == model.leaves or now - start + coming > limit:
                     break
         return _uniform(model, images, step.logits, step.leaves)
 
@@ -266,7 +249,7 @@ class Load(Policy):
         state["calm"] = state["since"] = 0
         state["latencies"].clear()  # they tell of the depth before
 
-    def _answer(self, model: Model, images: Tensor) -> Prediction:
+    def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
         return FixedDepth(self.depth)._answer(model, images)
 
 
@@ -296,8 +279,8 @@ class Confidence(Policy):
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}.")
 
-    def _answer(self, model: Model, images: Tensor) -> Prediction:
-        sizes = nested_sizes(model.tree.leaves)
+    def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
+        sizes = model.sizes
         rows = torch.arange(len(images), device=images.device)
         leaves, macs = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images), dtype=torch.int64)
         votes: list[Tensor] = []

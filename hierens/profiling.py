@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,9 @@ from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from hierens.modes import evaluating, frozen
-from hierens.tree import Tree, nested_sizes
 
-
-class Profiled(Protocol):
-    """What a model must offer to be profiled: nested predictions chosen by `depth`, and its own arithmetic of cost."""
-
-    tree: Tree
-
-    def macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """Multiply-accumulates per depth."""
-
-    def parameter_counts(self) -> tuple[int, ...]:
-        """Parameters per depth."""
-
-    def __call__(self, x: Tensor, depth: int | None = None) -> Tensor:
-        """Logits at a depth."""
+if TYPE_CHECKING:
+    from hierens.adaptive import Adaptive
 
 
 @dataclass(frozen=True)
@@ -37,7 +25,7 @@ class DepthCost:
 
     Attributes:
         depth: as in `model(x, depth=...)`.
-        leaves: networks evaluated.
+        leaves: networks (or exits) evaluated.
         parameters: weights that the sub-tree reads.
         macs: multiply-accumulates per image.
         latency_ms: median time of a forward pass over the batch, in milliseconds.
@@ -58,6 +46,7 @@ class Profile:
     size: tuple[int, ...]
     batch_size: int
     device: str
+    unit: str = "networks"
 
     def __str__(self) -> str:
         """A plain table, one line per depth."""
@@ -65,35 +54,34 @@ class Profile:
             (f"{r.depth}", f"{r.leaves}", millions(r.macs), millions(r.parameters), f"{r.latency_ms:.2f}")
             for r in self.rows
         ]
-        return table(("depth", "networks", "MACs", "parameters", "latency (ms)"), rows)
+        return table(("depth", self.unit, "MACs", "parameters", "latency (ms)"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         return dataclasses.asdict(self)
 
 
-def profile(model: Profiled, size: tuple[int, ...], batch_size: int = 1) -> Profile:
+def profile(model: Adaptive, size: tuple[int, ...], batch_size: int = 1) -> Profile:
     """Measure a model at every depth, in evaluation mode, on the device where it lies.
 
     Args:
-        model: a hierarchical ensemble.
+        model: a hierarchical ensemble or a multi-exit network.
         size: (C, H, W) of the images.
         batch_size: images per forward pass.
     """
-    assert isinstance(model, nn.Module)
     parameter = next(model.parameters())
     x = torch.randn(batch_size, *size, device=parameter.device, dtype=parameter.dtype)
-    costs = zip(nested_sizes(model.tree.leaves), model.parameter_counts(), model.macs(size), strict=True)
+    costs = zip(model.sizes, model.parameter_counts(), model.macs(size), strict=True)
     with evaluating(model):
         rows = tuple(
             DepthCost(depth, leaves, parameters, macs, latency(model, x, depth))
             for depth, (leaves, parameters, macs) in enumerate(costs)
         )
-    return Profile(rows, tuple(size), batch_size, str(parameter.device))
+    return Profile(rows, tuple(size), batch_size, str(parameter.device), model.unit)
 
 
 @torch.no_grad()
-def latency(model: Profiled, x: Tensor, depth: int, seconds: float = 0.2) -> float:
+def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> float:
     """Median milliseconds of a forward pass at a depth, measured for at least `seconds`."""
     timer = benchmark.Timer(
         "model(x, depth=depth)", globals={"model": model, "x": x, "depth": depth}, num_threads=torch.get_num_threads()
@@ -113,10 +101,23 @@ def branch_macs(levels: Sequence[Any], size: Sequence[int]) -> list[int]:
     value: Any = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
     counted = []
     for level in levels:
-        with evaluating(level), frozen(level), FlopCounterMode(display=False) as counter:
-            value = level.run_branch(0, value)
-        counted.append(int(counter.get_total_flops()) // 2)
+        value, macs = counted_run(level, partial(level.run_branch, 0), value)
+        counted.append(macs)
     return counted
+
+
+@torch.no_grad()
+def counted_run(module: nn.Module, run: Callable[..., Any], *inputs: Any) -> tuple[Any, int]:
+    """What a run gives in evaluation mode, and its multiply-accumulates.
+
+    Args:
+        module: holds the weights that are used.
+        run: called with the inputs.
+        inputs: of a single image.
+    """
+    with evaluating(module), frozen(module), FlopCounterMode(display=False) as counter:
+        result = run(*inputs)
+    return result, int(counter.get_total_flops()) // 2
 
 
 def millions(count: float) -> str:

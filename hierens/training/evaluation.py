@@ -36,9 +36,10 @@ def evaluate(
         `val_loss`, the mean cross-entropy of the full ensemble in nats, and `hierens.metrics.LeafEvaluation`'s fields.
     """
     # Processes may have different numbers of batches, so they meet only at the end, and call no wrapper that would.
-    module, metrics = accelerator.unwrap_model(model), LeafMetrics()
+    module = accelerator.unwrap_model(model)
     gather(module)
     broadcast(list(module.buffers()))  # running statistics may differ, and the main process's are those saved
+    metrics = LeafMetrics(module.nesting.cpu())
     with evaluating(module):
         for images, targets in loader:
             if channels_last:

@@ -6,7 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from hierens.ensemble import HierarchicalEnsemble
+from hierens.adaptive import Adaptive
 from hierens.training.config import TrainConfig
 
 
@@ -30,14 +30,14 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         raise ValueError(f"timm cannot make the optimiser {config.optimizer!r}: {error}") from error
 
 
-def frozen_levels(model: HierarchicalEnsemble, config: TrainConfig) -> list[nn.Module]:
+def frozen_levels(model: Adaptive, config: TrainConfig) -> list[nn.Module]:
     """The levels that are frozen when training starts; those never to be unfrozen take no gradients at all.
 
     Raises:
         ValueError: the tree has fewer levels.
     """
-    if config.freeze_levels > model.tree.levels:
-        raise ValueError(f"freeze_levels is {config.freeze_levels}, but the tree has {model.tree.levels} levels.")
+    if config.freeze_levels > len(model.levels):
+        raise ValueError(f"freeze_levels is {config.freeze_levels}, but the model has {len(model.levels)} levels.")
     levels: list[nn.Module] = list(model.levels)[: config.freeze_levels]
     if config.unfreeze_epoch is None:
         for level in levels:

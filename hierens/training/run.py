@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from hierens.adaptive import Adaptive
 from hierens.ensemble import HierarchicalEnsemble, hierensify
 from hierens.hub import from_pretrained
 from hierens.training.config import DataConfig, ModelConfig, TeacherConfig, TrainConfig, to_json
@@ -29,7 +30,7 @@ class Run:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
-def train(run: Run) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
+def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:
     """Train as configured.
 
     Returns:
@@ -42,7 +43,7 @@ def train(run: Run) -> tuple[HierarchicalEnsemble, dict[str, Any]]:
     config = run.train
     micro_batch = config.batch_size // config.accumulation
     train_loader, val_loader = create_loaders(run.data, micro_batch, config.val_batch_size, config.seed, config.cpu)
-    model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
+    model: Adaptive = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
     teacher = create_teacher(run, model.num_classes)
     trainer = Trainer(model, config, train_loader, val_loader, teacher, run.teacher)
     if trainer.accelerator.is_main_process:

@@ -22,7 +22,7 @@ from accelerate.utils import set_seed, tqdm
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
-from hierens.ensemble import HierarchicalEnsemble
+from hierens.adaptive import Adaptive
 from hierens.errors import first_line
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoint import (
@@ -76,7 +76,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: HierarchicalEnsemble,
+        model: Adaptive,
         config: TrainConfig,
         train_loader: Any,
         val_loader: Any,
@@ -141,7 +141,7 @@ class Trainer:
         self._asked = 0  # how often the processes could have agreed to stop
 
     @property
-    def ensemble(self) -> HierarchicalEnsemble:
+    def ensemble(self) -> Adaptive:
         """The model itself, without Accelerate's wrapping."""
         return self.accelerator.unwrap_model(self.model)
 

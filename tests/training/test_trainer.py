@@ -303,7 +303,7 @@ def test_weights_that_overflow_are_not_checkpointed(tmp_path):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"accumulation": 3}, "32 does not divide by 3"),
         ({"resume": "/nowhere"}, "/nowhere is no checkpoint"),
-        ({"freeze_levels": 4}, "freeze_levels is 4, but the tree has 3 levels"),
+        ({"freeze_levels": 4}, "freeze_levels is 4, but the model has 3 levels"),
         ({"optimizer_args": {"nonsense": 1}}, "optimiser 'sgd'.*nonsense"),
         ({"schedule_args": {"nonsense": 1}}, "schedule 'cosine'.*nonsense"),
         ({"mixup": -1.0}, "mixup must not be negative"),

@@ -1,0 +1,257 @@
+"""What every network whose depth can be chosen offers, however it is built: trees and multi-exit networks alike.
+
+It has leaves, which answer: a tree's networks, or the exits of a chain of blocks. Depth b asks the first `sizes[b]` of
+them, and costs `macs()[b]`. Policies, calibration, metrics, losses, the trainer, profiles and the Hub need no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from timm.models import get_model_args
+from torch import Tensor, nn
+
+from hierens.cutting import Cutting, input_size
+from hierens.nesting import Nesting
+from hierens.profiling import Profile, profile
+
+
+@dataclass(frozen=True)
+class Step:
+    """One moment of an anytime prediction.
+
+    Attributes:
+        leaves: networks (or exits) evaluated so far.
+        logits: what they say together, (N, classes).
+        macs: multiply-accumulates spent so far, per image.
+        newest: the logits of the one evaluated last, (N, classes).
+    """
+
+    leaves: int
+    logits: Tensor
+    macs: int
+    newest: Tensor
+
+
+class Adaptive(nn.Module, ABC):
+    """A network whose depth is chosen when it is run.
+
+    Attributes:
+        levels: its parts in order, which training can freeze from the first.
+        num_classes: number of classes.
+        num_features: channels that the backbone's classifier reads.
+        in_chans: image channels.
+        pretrained_cfg: timm's description of the model and its preprocessing.
+        gradient_equilibrium: whether shared parts get the mean, not the sum, of the gradients that the leaves behind
+            them send; off by default. See `hierens.equilibrium`.
+        grad_checkpointing: whether activations are computed again in the backward pass rather than kept.
+    """
+
+    architecture: ClassVar[str]
+    """timm's entry point that makes it"""
+    unit: ClassVar[str] = "networks"
+    """what its leaves are called in tables"""
+    symmetric: Any = False
+    """whether any two leaves have the same weights"""
+    levels: nn.ModuleList
+    gradient_equilibrium: bool = False
+    grad_checkpointing: bool = False
+    _model_args: dict[str, Any]
+    _macs: dict[tuple[int, ...], tuple[int, ...]]
+
+    # --- what a kind of network must say of itself ------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def nesting(self) -> Nesting:
+        """How the leaves' logits become the predictions of every depth."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
+        """Logits (N, classes) of a depth, or (N, leaves, classes) of each leaf; nothing else is computed."""
+
+    @abstractmethod
+    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
+        """Predictions that sharpen leaf by leaf; rows to go on with may be sent."""
+
+    @abstractmethod
+    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> Self:
+        """A model of its own with only what a depth (or the first `leaves`) needs."""
+
+    @abstractmethod
+    def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
+        """Multiply-accumulates of the first leaves (all by default) for one image of size (C, H, W)."""
+
+    @abstractmethod
+    def parameter_counts(self) -> tuple[int, ...]:
+        """Parameters that each depth reads."""
+
+    @abstractmethod
+    def backbone_parts(self) -> Iterator[tuple[nn.Module, int]]:
+        """The modules that hold the backbone's weights, under its names, and how many copies of them each holds."""
+
+    # --- depths -----------------------------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Leaves evaluated at depths 0, 1, ..."""
+        return self.nesting.sizes
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves there are."""
+        return self.sizes[-1]
+
+    @property
+    def depths(self) -> int:
+        """How many depths there are."""
+        return len(self.sizes)
+
+    def leaves_at(self, depth: int | None = None, leaves: int | None = None) -> int:
+        """How many leaves a request runs: those of a depth, a plain number, or all.
+
+        Raises:
+            ValueError: both are given, or one is out of range.
+        """
+        if depth is not None and leaves is not None:
+            raise ValueError(f"give depth or leaves, not both (got depth={depth}, leaves={leaves}).")
+        if depth is not None and not 0 <= depth < self.depths:
+            raise ValueError(f"depth must be from 0 to {self.depths - 1} for {self.leaves} leaves, got {depth}.")
+        if leaves is not None and not 1 <= leaves <= self.leaves:
+            raise ValueError(f"leaves must be from 1 to {self.leaves}, got {leaves}.")
+        if depth is not None:
+            return self.sizes[depth]
+        return self.leaves if leaves is None else leaves
+
+    # --- cost -------------------------------------------------------------------------------------------------------
+
+    def macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Multiply-accumulates of every depth for one image of size (C, H, W).
+
+        Examples:
+            >>> import timm, hierens
+            >>> model = hierens.hierensify(timm.create_model("resnet10t", num_classes=10), blocks=2)
+            >>> len(model.macs((3, 64, 64))) == model.depths == 2
+            True
+        """
+        return tuple(self.cost(leaves, size) for leaves in self.sizes)
+
+    def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
+        """Leaves, parameters, MACs and latency of every depth: a table to print, a picture to draw."""
+        return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
+
+    # --- a timm model to timm's tools -------------------------------------------------------------------------------
+
+    def _describe(self, backbone: nn.Module, cutting: Cutting, inside: str, **arguments: Any) -> None:
+        """Carry over what timm's tools read, under the names that things have here.
+
+        Args:
+            backbone: the network that was cut.
+            cutting: its pieces.
+            inside: between a level's name and that of a layer of the backbone.
+            arguments: what the entry point takes to make the model again, beside the backbone and its cuts.
+        """
+        self.num_classes = int(backbone.num_classes)  # type: ignore[arg-type]
+        self.num_features = int(backbone.num_features)  # type: ignore[arg-type]
+        self.head_hidden_size = int(getattr(backbone, "head_hidden_size", self.num_features))
+        self.in_chans = input_size(backbone)[0]
+        self.classifier_names = cutting.classifier_names
+        self._macs = {}
+        cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
+        first_conv = cfg.get("first_conv")
+        args = {} if not cfg.get("architecture") else get_model_args(backbone)
+        self._model_args = {
+            "backbone": cfg.get("architecture"),
+            "backbone_args": {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")},
+            "at": list(cutting.at),
+            **arguments,
+        }
+        self._traits = dict(getattr(backbone, "_traits", {}))
+        cfg.update(
+            architecture=self.architecture,
+            input_size=input_size(backbone),
+            first_conv=f"levels.0.{inside}{first_conv}" if isinstance(first_conv, str) else None,
+        )
+        self._traits["first_conv"] = cfg["first_conv"]
+        self.pretrained_cfg = self.default_cfg = cfg
+        spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
+        self._no_weight_decay = set(spared() if spared else ())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each level's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
+        """Tell leaves with equal weights apart, where there are any."""
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Images as the first block takes them."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"expected images (N, {self.in_chans}, H, W), got a tensor of shape {tuple(x.shape)}.")
+        return x
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def arguments(self) -> dict[str, Any]:
+        """Plain values from which timm's entry point makes the model again."""
+        return {**self._model_args, "num_classes": self.num_classes, "in_chans": self.in_chans}
+
+    def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
+        """Write `config.json`, `model.safetensors` and a model card: see `hierens.hub.save_pretrained`."""
+        from hierens.hub import save_pretrained
+
+        save_pretrained(self, directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Publish on the Hugging Face Hub: see `hierens.hub.push_to_hub`."""
+        from hierens.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+
+def rows(value: Any, kept: Tensor, count: int) -> Any:
+    """Some images of what a block handed on: of every tensor that has an entry for each of `count` images."""
+    if isinstance(value, tuple):
+        return tuple(rows(part, kept, count) for part in value)
+    return value[kept] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+
+def statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
+    """For gradient checkpointing: the recomputation must not move running statistics a second time."""
+
+    @contextlib.contextmanager
+    def restoring() -> Iterator[None]:
+        kept = [(buffer, buffer.clone()) for buffer in level.buffers()]
+        try:
+            yield  # left by an exception once all that is needed has been recomputed
+        finally:
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
+
+    return lambda: (contextlib.nullcontext(), restoring())
+
+
+def classifier_maker(old: nn.Module, features: int) -> Callable[[int], nn.Module]:
+    """Makes linear classifiers like an old one, for other numbers of classes.
+
+    Raises:
+        ValueError: the old one is not linear.
+    """
+    if not isinstance(old, (nn.Linear, nn.Identity)):
+        raise ValueError(f"only a linear classifier can be reset, not a {type(old).__name__}.")
+    bias = old.bias is not None if isinstance(old, nn.Linear) else True
+
+    def make(num_classes: int) -> nn.Module:
+        layer = nn.Linear(features, num_classes, bias=bias)
+        nn.init.uniform_(layer.weight, -1 / math.sqrt(features), 1 / math.sqrt(features))
+        return layer
+
+    return make

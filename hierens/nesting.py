@@ -1,0 +1,82 @@
+"""Nested predictions: what the first few answers of a network say together.
+
+A tree's answers are its leaves, a multi-exit network's its exits; both are called leaves where it makes no difference.
+Whoever needs the prediction of a depth (losses, metrics, calibration) asks here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Nesting:
+    """How leaf logits become the predictions of depths 0, 1, ...
+
+    The prediction of depth b is the mean over the first `sizes[b]` leaves, weighted if there are weights. Weights are
+    brought to a sum of 1 over the leaves so far, so that the logits of every depth are of the same scale and a network
+    that is cut short answers as the whole one did on the way.
+
+    Attributes:
+        sizes: leaves of every depth.
+        weights: positive, (leaves,); all the same by default.
+        alone: the last leaf of each depth answers by itself, as exits without an ensemble do.
+
+    Examples:
+        >>> leaf_logits = torch.tensor([[[0.0], [4.0], [8.0]]])  # one image, three leaves, one class
+        >>> Nesting((1, 2, 3))(leaf_logits).flatten().tolist()
+        [0.0, 2.0, 4.0]
+        >>> Nesting((1, 2, 3), torch.tensor([1.0, 1.0, 2.0]))(leaf_logits).flatten().tolist()
+        [0.0, 2.0, 5.0]
+        >>> Nesting((1, 2, 3), alone=True)(leaf_logits).flatten().tolist()
+        [0.0, 4.0, 8.0]
+    """
+
+    sizes: tuple[int, ...]
+    weights: Tensor | None = None
+    alone: bool = False
+
+    def __call__(self, leaf_logits: Tensor) -> Tensor:
+        """Nested predictions, (N, depths, classes).
+
+        Args:
+            leaf_logits: (N, leaves, classes); half precision is summed in float32.
+
+        Raises:
+            ValueError: logits of another shape or type, or of too few leaves.
+        """
+        check_logits(leaf_logits)
+        if leaf_logits.shape[1] != self.sizes[-1]:
+            raise ValueError(f"expected logits of {self.sizes[-1]} leaves, got {leaf_logits.shape[1]}.")
+        logits = at_least_float32(leaf_logits)
+        sizes = torch.tensor(self.sizes, device=logits.device)
+        if self.alone:
+            return logits[:, sizes - 1]
+        if self.weights is None:
+            return logits.cumsum(1)[:, sizes - 1] / sizes[:, None]
+        weights = self.weights.to(logits)
+        return (logits * weights[:, None]).cumsum(1)[:, sizes - 1] / weights.cumsum(0)[sizes - 1, None]
+
+    def cpu(self) -> Nesting:
+        """The same with weights on the CPU, without gradients."""
+        return replace(self, weights=None if self.weights is None else self.weights.detach().cpu())
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision made single."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_logits(leaf_logits: Tensor) -> None:
+    """Raise a ValueError unless these are leaf logits (N, leaves, classes)."""
+    shape = tuple(leaf_logits.shape)
+    if leaf_logits.ndim != 3 or not leaf_logits.is_floating_point():
+        raise ValueError(
+            "leaf logits must be floating-point (N, leaves, classes), got "
+            f"{leaf_logits.dtype} of shape {shape}: call the model with reduce=False."
+        )
+    if shape[1] == 0:
+        raise ValueError(f"leaf logits must hold at least one leaf, got shape {shape}.")
