@@ -277,6 +277,8 @@ def _build(config: dict[str, Any], file: Path) -> Adaptive:
     assert isinstance(model, Adaptive)
     if isinstance(config.get("pretrained_cfg"), dict):
         model.pretrained_cfg.update(config["pretrained_cfg"], architecture=kind)
+    # timm writes these beside the rest, and reads them back so.
+    model.pretrained_cfg.update({key: config[key] for key in ("label_names", "label_descriptions") if key in config})
     return model
 
 

@@ -338,12 +338,13 @@ def save_policy(policy: Policy, directory: str | Path) -> Path:
 
 
 def load_policy(directory: str | Path) -> Policy:
-    """The policy beside a saved model.
+    """The policy beside a saved model, or in a file of its own.
 
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    file = Path(directory) / POLICY
+    file = Path(directory)
+    file = file if file.is_file() else file / POLICY
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:

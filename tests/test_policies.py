@@ -152,7 +152,8 @@ def test_late_answers_lower_the_depth_too():
 def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
     model.save_pretrained(tmp_path)
     save_policy(policy, tmp_path)
-    assert load_policy(tmp_path) == policy and from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    assert load_policy(tmp_path) == load_policy(tmp_path / "policy.json") == policy
+    assert from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
 
 @pytest.mark.parametrize(
