@@ -20,13 +20,11 @@ from typing import Any
 import torch
 import tyro
 from accelerate import PartialState
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from inputs import Batch, Batches, Folder, Indexed, Stream, open_inputs
 from torch.utils.data import DataLoader
 
 import hierens
-from hierens.policies import POLICY, Deadline, FixedDepth, Policy, load_policy
+from hierens.policies import Deadline, FixedDepth, Policy, load_policy
 from hierens.training.config import DataConfig
 from hierens.training.files import publish
 from hierens.training.preprocessing import data_config, label_names
@@ -134,25 +132,16 @@ def choose_policy(settings: Settings, model: hierens.Adaptive) -> Policy:
     if settings.depth is not None:
         model.leaves_at(settings.depth)
         return FixedDepth(settings.depth)
-    file = Path(settings.policy or settings.model)
-    if not settings.policy and not file.is_dir():
-        try:
-            file = Path(hf_hub_download(settings.model, POLICY))
-        except EntryNotFoundError:
-            return FixedDepth()
-    if not settings.policy and file.is_dir() and not (file / POLICY).is_file():
-        return FixedDepth()
-    policy = load_policy(file)
+    policy = load_policy(settings.policy) if settings.policy else load_policy(settings.model, FixedDepth())
     if isinstance(policy, Deadline):
         raise ValueError(
-            f"the policy in {file} answers by the clock, which nobody could repeat: give --depth or --policy."
+            f"the policy in {settings.policy or settings.model} answers by the clock, which nobody could repeat: give "
+            "--depth or --policy."
         )
     return policy
 
 
-def class_names(
-    settings: Settings, model: hierens.Adaptive, inputs: Folder | Indexed | Stream
-) -> list[str] | None:
+def class_names(settings: Settings, model: hierens.Adaptive, inputs: Folder | Indexed | Stream) -> list[str] | None:
     """Names of the model's classes, if anyone knows them; the folders are told, so that they know their labels.
 
     Raises:
@@ -224,9 +213,7 @@ def settle(output: Path, described: dict[str, Any], state: PartialState) -> None
         publish(partial, file)
 
 
-def predict(
-    model: hierens.Adaptive, policy: Policy, batches: Iterable[Batch], names: list[str] | None
-) -> pa.Table:
+def predict(model: hierens.Adaptive, policy: Policy, batches: Iterable[Batch], names: list[str] | None) -> pa.Table:
     """A row for every input of one Parquet file."""
     rows: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
     device = next(model.parameters()).device

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hierens.adaptive import Adaptive
+from hierens.fetching import LoadError, MissingFileError, fetch
 from hierens.modes import evaluating
 from hierens.uncertainty import MEASURES, Measure, certainty
 
@@ -337,18 +338,38 @@ def save_policy(policy: Policy, directory: str | Path) -> Path:
     return file
 
 
-def load_policy(directory: str | Path) -> Policy:
-    """The policy beside a saved model, or in a file of its own.
+def load_policy(
+    name: str | Path,
+    default: Policy | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> Policy:
+    """The policy beside a saved model, here or on the Hub, or in a file of its own.
+
+    Args:
+        name: a folder, a file, or a repository `user/name`.
+        default: what to return if there is a model, but no policy beside it; by default that is an error.
+        revision: branch, tag or commit of the repository.
+        token: access token of a private repository.
+        cache_dir: where downloads are kept.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        LoadError: there is none, or it cannot be read.
     """
-    file = Path(directory)
-    file = file if file.is_file() else file / POLICY
+    file = Path(name)
+    if not file.is_file():
+        try:
+            (file,) = fetch(name, (POLICY,), revision=revision, token=token, cache_dir=cache_dir)
+        except MissingFileError:
+            if default is None:
+                raise
+            return default
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+        raise LoadError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no policy.")
+        raise LoadError(f"{file} holds no policy.")
     return from_dict(values)

@@ -8,6 +8,7 @@ import timm
 import torch
 
 import hierens
+from hierens.fetching import LoadError
 from hierens.policies import (
     Confidence,
     Deadline,
@@ -15,7 +16,6 @@ from hierens.policies import (
     Load,
     from_dict,
     load_policy,
-    save_policy,
 )
 from hierens.uncertainty import MEASURES, certainty
 
@@ -150,8 +150,7 @@ def test_late_answers_lower_the_depth_too():
     ],
 )
 def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
-    model.save_pretrained(tmp_path)
-    save_policy(policy, tmp_path)
+    model.save_pretrained(tmp_path, policy=policy)
     assert load_policy(tmp_path) == load_policy(tmp_path / "policy.json") == policy
     assert from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
@@ -167,9 +166,19 @@ def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
         (lambda: from_dict({"policy": "luck"}), "no policy 'luck': choose fixed, deadline, load, confidence"),
         (lambda: from_dict({"policy": "fixed", "deep": 1}), "takes depth, leaves, not deep"),
         (lambda: from_dict({"policy": "deadline"}), "do not fit"),
-        (lambda: load_policy("/nowhere"), "cannot be read"),
+        (lambda: load_policy("/nowhere"), "no directory here"),
     ],
 )
 def test_bad_values_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_model_without_a_policy_and_a_file_that_holds_none(tmp_path):
+    with pytest.raises(LoadError, match="holds no policy"):
+        load_policy(tmp_path)
+    assert load_policy(tmp_path, FixedDepth(1)) == FixedDepth(1)
+    for text, message in (("{", "cannot be read"), ("[]", "holds no policy")):
+        (tmp_path / "policy.json").write_text(text)
+        with pytest.raises(LoadError, match=message):
+            load_policy(tmp_path, FixedDepth(1))
