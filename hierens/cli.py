@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: hierens COMMAND ...
 
-  train    train an ensemble: --preset paper-imagenet | paper-cifar | finetune | fashion-mnist | demo, or --config FILE
+  train    train an ensemble: --preset paper-imagenet | paper-cifar | finetune | fashion-mnist | demo |
+           demo-exits, or --config FILE
   eval     accuracy, likelihood, calibration and diversity of a saved model on a data set
   report   draw accuracy and diversity against MACs for finished runs
 

@@ -1,4 +1,4 @@
-"""Every loss of a hierarchical ensemble over leaf logits (N, leaves, classes): Ruiz & Verbeek, 3.2 and 3.3.
+"""Every loss over leaf logits (N, leaves, classes): Ruiz & Verbeek, 3.2 and 3.3, and those of multi-exit networks.
 
 All of them are weighted sums over predictions (single networks, nested ensembles) of a cross-entropy to the
 labels and one to a teacher, the full ensemble. So one pass serves any mixture: one log-softmax over the
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     Target = Int[Tensor, " n"] | Float[Tensor, "n classes"]
     Scalar = Float[Tensor, ""]
 
-SUPERVISED = ("independent", "hierarchical")
+SUPERVISED = ("independent", "hierarchical", "ensemble")
 DISTILLED = ("codistillation", "hierarchical_codistillation")
 TERMS = SUPERVISED + DISTILLED
+ONE_FOR_ALL = "one_for_all"
+_WITH_ONE_FOR_ALL = ("hierarchical", "ensemble")
 
 
 def nested_predictions(leaf_logits: Logits, nesting: Nesting | None = None) -> Float[Tensor, "n depths classes"]:
@@ -73,6 +75,44 @@ def hierarchical(leaf_logits: Logits, target: Target) -> Scalar:
     return _fused(leaf_logits, target, _Weights({"hierarchical": 1.0}))
 
 
+def ensemble(leaf_logits: Logits, target: Target) -> Scalar:
+    """l(y^B, y): the full ensemble alone learns the labels, as AEP has it (arXiv 2301.12168).
+
+    Args:
+        leaf_logits: (N, leaves, classes).
+        target: class indices (N,) or probabilities (N, classes).
+
+    Returns:
+        Its cross-entropy, mean over the batch.
+    """
+    return _fused(leaf_logits, target, _Weights({"ensemble": 1.0}))
+
+
+def one_for_all(
+    leaf_logits: Logits, target: Target, gamma: float = 0.9, temperature: float = 3.0, teacher: Tensor | None = None
+) -> Scalar:
+    """Every exit learns from the last one, which learns the labels (Li et al., arXiv 1908.06294, section 3.3).
+
+    sum_{i<K} [(1 - gamma) l(z_i, y) + gamma T^2 KL(softmax(z_K / T) || softmax(z_i / T))] + l(z_K, y)
+
+    Args:
+        leaf_logits: of the K exits, (N, exits, classes).
+        target: class indices (N,) or probabilities (N, classes), as mixup gives them; the distilled part never sees it.
+        gamma: weight of distillation, from 0 to 1.
+        temperature: T, of teacher and students.
+        teacher: logits (N, classes) in place of z_K; no gradient flows into either.
+
+    Returns:
+        The sum over exits, mean over the batch.
+    """
+    early, last = leaf_logits[:, :-1], leaf_logits[:, -1:]
+    loss = independent(last, target)
+    if not early.shape[1]:
+        return loss
+    distilled = distillation(early, last[:, 0] if teacher is None else teacher, temperature)
+    return loss + (1 - gamma) * independent(early, target) + gamma * distilled
+
+
 def codistillation(leaf_logits: Logits, target: Target | None = None, temperature: float = 2.0) -> Scalar:
     """L_D = sum_n l(y_n, softmax(y^E / T)): every network learns from the full ensemble (eq. 11).
 
@@ -114,10 +154,12 @@ class Objective:
     L_I + L_H.
 
     Args:
-        name: terms out of `independent` (eq. 9), `hierarchical` (10), `codistillation` (11) and
-            `hierarchical_codistillation` (12), at least one of the first two.
-        alpha: weight of distillation, from 0 to 1.
-        temperature: the teacher is softmax(y^E / temperature), detached; the student is not tempered.
+        name: terms out of `independent` (eq. 9), `hierarchical` (10), `ensemble` (the full one alone), `codistillation`
+            (11) and `hierarchical_codistillation` (12), at least one of the first three; or `one_for_all` (IMTA), alone
+            or with `hierarchical` or `ensemble`.
+        alpha: weight of distillation, from 0 to 1; gamma of `one_for_all`, for which its authors take 0.9.
+        temperature: the teacher is softmax(y^E / temperature), detached; the student is not tempered. `one_for_all`
+            tempers both; its authors take 3.
         temper_students: divide the students' logits by the temperature as well, and multiply the distilled terms by
             its square, as Hinton et al. (arXiv 1503.02531, section 2) do.
         depth_weights: of the nested ensembles y^0, y^1, ... in the two hierarchical terms; all 1 by default.
@@ -140,15 +182,18 @@ class Objective:
 
     def __post_init__(self) -> None:
         terms = self.terms
+        known = (*TERMS, ONE_FOR_ALL)
         for term in terms:
-            if term not in TERMS:
-                close = difflib.get_close_matches(term, TERMS, n=1)
+            if term not in known:
+                close = difflib.get_close_matches(term, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                allowed = ", ".join(TERMS)
+                allowed = ", ".join(known)
                 raise ValueError(f"unknown objective {term!r}: the terms are {allowed}, joined by '+'{hint}")
         if len(set(terms)) < len(terms):
             raise ValueError(f"a term stands twice in the objective {self.name!r}.")
-        if not set(terms) & set(SUPERVISED):
+        if ONE_FOR_ALL in terms and not set(terms) <= {ONE_FOR_ALL, *_WITH_ONE_FOR_ALL}:
+            raise ValueError(f"{ONE_FOR_ALL} has all of {self.name!r} in it but {' and '.join(_WITH_ONE_FOR_ALL)}.")
+        if not set(terms) & {*SUPERVISED, ONE_FOR_ALL}:
             labelled = " or ".join(SUPERVISED)
             raise ValueError(f"the objective {self.name!r} never sees a label: add {labelled}.")
         if not 0 <= self.alpha <= 1:
@@ -163,13 +208,20 @@ class Objective:
         return tuple(term.strip() for term in self.name.split("+"))
 
     @property
+    def weighs_leaves(self) -> bool:
+        """Whether gradients reach the weights of the leaves in an ensemble, if those are learned."""
+        return bool(set(self.terms) & {"hierarchical", "ensemble", "hierarchical_codistillation"})
+
+    @property
     def weights(self) -> dict[str, float]:
         """The weight of each term."""
         if not set(self.terms) & set(DISTILLED):
             return dict.fromkeys(self.terms, 1.0)
         return {term: self.alpha if term in DISTILLED else 1 - self.alpha for term in self.terms}
 
-    def __call__(self, leaf_logits: Logits, target: Target, teacher: Tensor | None = None) -> Scalar:
+    def __call__(
+        self, leaf_logits: Logits, target: Target, teacher: Tensor | None = None, nesting: Nesting | None = None
+    ) -> Scalar:
         """The loss, a mean over the batch.
 
         Args:
@@ -178,12 +230,19 @@ class Objective:
                 see it: under mixup their teacher is what the full ensemble says of the mixed image itself.
             teacher: logits (N, classes) that take the place of y^E in the distilled terms, as from an average of the
                 weights.
+            nesting: how leaves make up the nested ensembles, as `model.nesting`; by default as in a tree.
 
         Raises:
             ValueError: shapes that do not fit each other.
         """
-        weighed = _Weights(self.weights, self.depth_weights)
-        return _fused(leaf_logits, target, weighed, self.temperature, self.temper_students, teacher)
+        terms = {term: weight for term, weight in self.weights.items() if term != ONE_FOR_ALL}
+        weighed = _Weights(terms, self.depth_weights)
+        loss = leaf_logits.new_zeros(())
+        if terms:
+            loss = _fused(leaf_logits, target, weighed, self.temperature, self.temper_students, teacher, nesting)
+        if ONE_FOR_ALL in self.terms:
+            loss = loss + one_for_all(leaf_logits, target, self.alpha, self.temperature, teacher)
+        return loss
 
 
 def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0) -> Scalar:
@@ -225,15 +284,18 @@ def _fused(
     temperature: float = 1.0,
     temper_students: bool = False,
     teacher: Tensor | None = None,
+    nesting: Nesting | None = None,
 ) -> Tensor:
     """The weighted sum of the named terms in one pass over the predictions."""
     check_logits(leaf_logits)
     _check_target(leaf_logits, target)
     _check_temperature(temperature)
-    nested = nested_predictions(leaf_logits)
-    # The first nested ensemble is the first leaf itself: it is not computed twice.
-    predictions = torch.cat([at_least_float32(leaf_logits), nested[:, 1:]], dim=1)
-    to_labels, to_teacher = _prediction_weights(leaf_logits.shape[1], weights, predictions)
+    nesting = nesting or Nesting(nested_sizes(leaf_logits.shape[1]))
+    nested = nesting(leaf_logits)
+    # The first nested ensemble is the first leaf itself, and so is each where leaves answer alone: not computed twice.
+    others = nested[:, :0] if nesting.alone else nested[:, 1:]
+    predictions = torch.cat([at_least_float32(leaf_logits), others], dim=1)
+    to_labels, to_teacher = _prediction_weights(nesting, weights, predictions)
     log_p = F.log_softmax(predictions, dim=-1)  # (N, predictions, classes)
     loss = log_p.new_zeros(())
     if target is not None and any(term in SUPERVISED for term in weights.terms):
@@ -256,17 +318,19 @@ def _cross_entropy(log_p: Tensor, weights: Tensor, probabilities: Tensor) -> Ten
     return -(weighted * probabilities).sum(-1).mean()
 
 
-def _prediction_weights(leaves: int, weights: _Weights, like: Tensor) -> tuple[Tensor, Tensor]:
+def _prediction_weights(nesting: Nesting, weights: _Weights, predictions: Tensor) -> tuple[Tensor, Tensor]:
     """Weights of each prediction's cross-entropy to the labels and to the teacher: leaves, then ensembles."""
-    depths = len(nested_sizes(leaves))
+    depths, leaves, like = len(nesting.sizes), nesting.sizes[-1], predictions
     if weights.depths and len(weights.depths) != depths:
         raise ValueError(f"depth_weights needs {depths} values, one per depth of {leaves} leaves: {weights.depths}.")
     of_ensembles = like.new_tensor(weights.depths or (1.0,) * depths)
-    to_labels, to_teacher = like.new_zeros(leaves + depths - 1), like.new_zeros(leaves + depths - 1)
-    of_depth = [0, *range(leaves, leaves + depths - 1)]  # where the prediction of each depth stands
+    to_labels, to_teacher = like.new_zeros(like.shape[1]), like.new_zeros(like.shape[1])
+    # where the prediction of each depth stands
+    of_depth = [n - 1 for n in nesting.sizes] if nesting.alone else [0, *range(leaves, leaves + depths - 1)]
     terms = weights.terms
     to_labels[:leaves] += terms.get("independent", 0.0)
     to_labels[of_depth] += terms.get("hierarchical", 0.0) * of_ensembles
+    to_labels[of_depth[-1]] += terms.get("ensemble", 0.0)
     to_teacher[:leaves] += terms.get("codistillation", 0.0)
     to_teacher[of_depth[:-1]] += terms.get("hierarchical_codistillation", 0.0) * of_ensembles[:-1]
     return to_labels, to_teacher

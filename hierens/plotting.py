@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hierens.tree import nested_sizes
-
 _MARKERS = "osD^vX*P"
 
 
@@ -21,6 +19,10 @@ class Compared(Protocol):
     @property
     def macs(self) -> Sequence[float]:
         """Of every depth."""
+
+    @property
+    def leaves(self) -> Sequence[int]:
+        """Networks (or exits) of every depth."""
 
     def mean(self, field: str) -> list[float]:
         """Over seeds."""
@@ -117,7 +119,7 @@ def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
     for axes, group in zip(panels, groups, strict=False):
         alone, together = group.mean("leaf_accuracy"), group.mean("accuracy")
         axes.bar(range(1, len(alone) + 1), alone, color="0.8", label="each network alone")
-        axes.plot(nested_sizes(len(alone)), together, "o-", ms=4, label="the first networks together")
+        axes.plot(group.leaves, together, "o-", ms=4, label="the first networks together")
         axes.set_title(group.name, fontsize=9)
         axes.set_ylim(lowest - 0.1 * (highest - lowest) - 0.1, highest + 0.1 * (highest - lowest) + 0.1)
         _plain(axes)

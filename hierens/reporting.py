@@ -34,6 +34,12 @@ class Group:
     macs: list[float]
     records: list[dict[str, Any]]
 
+    @property
+    def leaves(self) -> list[int]:
+        """Networks (or exits) of every depth."""
+        record = self.records[0]
+        return list(record.get("leaves") or nested_sizes(len(record["leaf_accuracy"])))  # older runs were trees
+
     def mean(self, field: str) -> list[float]:
         """Of a field, per depth (or leaf), over seeds."""
         return [statistics.mean(values) for values in zip(*(r[field] for r in self.records), strict=True)]
@@ -72,17 +78,21 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
 
 
 def comparison(groups: Sequence[Group], field: str = "accuracy", digits: int = 2) -> str:
-    """A table of a field: a row per group, a column per number of networks, mean ± standard deviation over seeds."""
+    """A table of a field: a row per group, mean ± standard deviation over seeds.
+
+    Columns are numbers of networks, or depths where groups differ in these.
+    """
     widest = max(groups, key=lambda group: len(group.macs))
-    leaves = nested_sizes(len(widest.records[0]["leaf_accuracy"]))
+    alike = all(group.leaves == widest.leaves[: len(group.macs)] for group in groups)
+    columns = widest.leaves if alike else [f"depth {depth}" for depth in range(len(widest.macs))]
     rows = []
     for group in groups:
         cells = [
             f"{mean:.{digits}f} ± {spread:.{digits}f}" if len(group.records) > 1 else f"{mean:.{digits}f}"
             for mean, spread in zip(group.mean(field), group.spread(field), strict=True)
         ]
-        rows.append((group.name, *cells, *[""] * (len(leaves) - len(cells))))
-    return table(("", *(f"{n}" for n in leaves)), rows)
+        rows.append((group.name, *cells, *[""] * (len(columns) - len(cells))))
+    return table(("", *(f"{column}" for column in columns)), rows)
 
 
 def write_report(groups: Sequence[Group], directory: str | Path) -> Path:

@@ -41,6 +41,8 @@ def per_image(term, logits, probabilities, temperature):
         return sum(cross_entropy(logits[n], probabilities) for n in range(leaves))
     if term == "hierarchical":  # eq. (10)
         return sum(cross_entropy(nested(logits, size), probabilities) for size in sizes(leaves))
+    if term == "ensemble":
+        return cross_entropy(nested(logits, leaves), probabilities)
     teacher = soft_labels(logits, temperature)
     if term == "codistillation":  # eq. (11)
         return sum(cross_entropy(logits[n], teacher) for n in range(leaves))

@@ -1,8 +1,9 @@
-"""Gradient equilibrium: every branch gets the mean, not the sum, of what the leaves below it send."""
+"""Gradient equilibrium: every branch or block gets the mean, not the sum, of what leaves or exits send."""
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import hierens
 from hierens.equilibrium import scale_gradient
@@ -39,3 +40,86 @@ def test_the_scaled_tensor_is_itself():
     assert torch.autograd.gradcheck(
         lambda t: scale_gradient(t, 1.0), torch.randn(3, dtype=torch.float64, requires_grad=True)
     )
+
+
+# --- multi-exit networks ---
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """Four exits, in float64."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet14_cifar", channels=(4, 8, 8), in_chans=1)
+    return hierens.multi_exit(backbone, 4).double().train()
+
+
+def per_exit_losses(model, images, labels):
+    return torch.stack([F.cross_entropy(y, labels) for y in model(images, reduce=False).unbind(1)])
+
+
+def block_gradients(model, loss):
+    """The gradient of each block's weights, as one vector; zero where none came."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return [
+        torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in level.parameters()])
+        for level in model.levels
+    ]
+
+
+def gradients_of_each_exit(model, images, labels):
+    model.gradient_equilibrium = False
+    return [block_gradients(model, per_exit_losses(model, images, labels)[exit]) for exit in range(4)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_exits_are_balanced_as_by_the_papers_formulas(chain, checkpointing):
+    """Before exit i (1-based) the gradient is scaled by 1/(K-i+1); what flows on, by (K-i) more (section 3.1)."""
+    images, labels = torch.randn(4, 1, 12, 12, dtype=torch.float64), torch.randint(10, (4,))
+    chain.gradient_equilibrium, exits = True, 4
+    chain.set_grad_checkpointing(checkpointing)
+    actual = block_gradients(chain, per_exit_losses(chain, images, labels).sum())
+    heads = [p.grad.clone() for p in chain.exits.parameters()]
+    chain.set_grad_checkpointing(False)
+    value, loss = images, 0.0
+    for i in range(1, exits + 1):
+        value = chain.levels[i - 1](value).clone()
+        value.register_hook(lambda grad, i=i: grad / (exits - i + 1))  # all that comes back, from the exit and beyond
+        loss = loss + F.cross_entropy(chain.exits[i - 1](value), labels)
+        value = value.clone()
+        if i < exits:
+            value.register_hook(lambda grad, i=i: grad * (exits - i))
+    expected = block_gradients(chain, loss)
+    for block, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12), block
+    assert all(torch.allclose(a, p.grad) for a, p in zip(heads, chain.exits.parameters(), strict=True)), "as they were"
+
+
+def test_a_blocks_gradient_is_the_mean_over_the_exits_behind_it(chain):
+    images, labels = torch.randn(4, 1, 12, 12, dtype=torch.float64), torch.randint(10, (4,))
+    alone = gradients_of_each_exit(chain, images, labels)
+    chain.gradient_equilibrium = True
+    even = block_gradients(chain, per_exit_losses(chain, images, labels).sum())
+    for block in range(4):
+        expected = sum(alone[exit][block] for exit in range(block, 4)) / (4 - block)
+        assert torch.allclose(even[block], expected, rtol=1e-9, atol=1e-12), block
+    first_two = sum(F.cross_entropy(y, labels) for y in chain(images, depth=1, reduce=False).unbind(1))
+    expected = (alone[0][0] + alone[1][0]) / 2
+    assert torch.allclose(block_gradients(chain, first_two)[0], expected, rtol=1e-9, atol=1e-12), "of those that run"
+
+
+def test_the_variance_of_a_blocks_gradient_stays_within_that_of_the_exits(chain):
+    """Section 3.1's argument, measured over batches: bounded with equilibrium, growing with the exits without."""
+    generator = torch.Generator().manual_seed(0)
+    collected = {"even": [], "summed": [], "alone": []}
+    for _ in range(12):
+        images = torch.randn(8, 1, 12, 12, generator=generator, dtype=torch.float64)
+        labels = torch.randint(10, (8,), generator=generator)
+        for name in ("even", "summed"):
+            chain.gradient_equilibrium = name == "even"
+            collected[name].append(block_gradients(chain, per_exit_losses(chain, images, labels).sum())[0])
+        collected["alone"].append(torch.stack([g[0] for g in gradients_of_each_exit(chain, images, labels)]))
+    variance = {name: torch.stack(values).var(0, correction=0).sum(-1) for name, values in collected.items()}
+    assert variance["even"] <= variance["alone"].mean(), "of a mean: at most the mean of the variances"
+    assert variance["summed"] > variance["alone"].max(), "of a sum: more than any exit's own"
+    assert variance["summed"] / variance["even"] == pytest.approx(16), "and 4 squared times that of the mean"

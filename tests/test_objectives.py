@@ -1,5 +1,7 @@
 """The losses against plain transcriptions of equations (5), (9) to (12): values and gradients, in float64."""
 
+import math
+
 import oracles
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hierens import objectives
+from hierens.nesting import Nesting
 from hierens.objectives import TERMS, Objective, nested_predictions
 
 
@@ -211,7 +214,7 @@ LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
     ("call", "message"),
     [
         (lambda: Objective("indepedent"), "unknown objective 'indepedent'.*did you mean 'independent'"),
-        (lambda: Objective("xyz"), "the terms are independent, hierarchical, codistillation"),
+        (lambda: Objective("xyz"), "the terms are independent, hierarchical, ensemble, codistillation"),
         (lambda: Objective(""), "unknown objective ''"),
         (lambda: Objective("codistillation"), "never sees a label"),
         (lambda: Objective("hierarchical_codistillation+codistillation"), "never sees a label"),
@@ -242,3 +245,64 @@ LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
 def test_bad_input_says_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- multi-exit networks ---
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.floats(0, 1), st.floats(0.5, 8))
+def test_one_for_all_is_the_papers_loss(case, gamma, temperature):
+    logits, target = case
+    expected = 0.0
+    for image in range(len(logits)):
+        given = target[image]
+        labels = given.tolist() if target.ndim == 2 else oracles.one_hot(given, logits.shape[-1])
+        soft = oracles.soft_labels(logits[image, -1:], temperature)
+        entropy = -sum(p * math.log(p) for p in soft if p > 0)
+        for student in logits[image, :-1]:
+            divergence = oracles.cross_entropy(student / temperature, soft) - entropy
+            expected = expected + (1 - gamma) * oracles.cross_entropy(student, labels)
+            expected = expected + gamma * temperature**2 * divergence
+        expected = expected + oracles.cross_entropy(logits[image, -1], labels)
+    objective = Objective("one_for_all", gamma, temperature)
+    assert_same(objective(logits, target), expected / len(logits), logits)
+
+
+def test_the_last_exit_learns_from_labels_alone():
+    logits, target = example(3, 4, 5)
+    (gradient,) = torch.autograd.grad(objectives.one_for_all(logits, target), logits)
+    (labels,) = torch.autograd.grad(objectives.independent(logits[:, -1:], target), logits)
+    assert close(gradient[:, -1], labels[:, -1]) and gradient[:, :-1].abs().max() > 1e-3
+
+
+def test_weights_of_exits_make_up_the_ensembles_and_get_gradients():
+    logits, target = example(3, 4, 5)
+    free = torch.tensor([0.1, -0.3, 0.5, 0.2], dtype=torch.float64, requires_grad=True)
+    weights = free.softmax(0)
+    nested = [(logits[:, : n + 1] * weights[: n + 1, None]).sum(1) / weights[: n + 1].sum() for n in range(4)]
+    each = [torch.nn.functional.cross_entropy(y, target) for y in nested]
+    exits = sum(torch.nn.functional.cross_entropy(y, target) for y in logits.unbind(1))
+    for name, expected in (
+        ("ensemble", each[-1]),
+        ("hierarchical", sum(each)),
+        ("independent+ensemble", exits + each[-1]),
+        ("one_for_all+ensemble", objectives.one_for_all(logits, target, 0.5, 2.0) + each[-1]),
+    ):
+        actual = Objective(name)(logits, target, nesting=Nesting((1, 2, 3, 4), weights))
+        assert_same(actual, expected, logits)
+        assert_same(actual, expected, free)
+
+
+def test_exits_that_answer_alone_are_their_own_ensembles():
+    logits, target = example(3, 3, 5)
+    nesting = Nesting((1, 2, 3), alone=True)
+    summed = Objective("hierarchical", depth_weights=(1.0, 2.0, 4.0))(logits, target, nesting=nesting)
+    expected = sum(w * objectives.independent(logits[:, i : i + 1], target) for i, w in enumerate((1.0, 2.0, 4.0)))
+    assert_same(summed, expected, logits)
+
+
+@pytest.mark.parametrize("name", ["one_for_all+independent", "one_for_all+codistillation"])
+def test_one_for_all_is_joined_by_ensembles_only(name):
+    with pytest.raises(ValueError, match="in it but hierarchical and ensemble"):
+        Objective(name)

@@ -68,7 +68,7 @@ class TrainConfig:
     objective: str = "independent+hierarchical_codistillation"
     """the loss: see `hierens.objectives.Objective`"""
     alpha: float = 0.5
-    """weight of the distillation term against the labels' (the paper: 0.5 on CIFAR, 0.75 on ImageNet)"""
+    """weight of the distillation term against the labels' (HNE: 0.5 on CIFAR, 0.75 on ImageNet; one_for_all: 0.9)"""
     temperature: float = 2.0
     """softens the full ensemble's prediction into the teacher's"""
     temper_students: bool = False
@@ -82,7 +82,7 @@ class TrainConfig:
     ema_teacher: bool = False
     """co-distil from the average of the weights (`ema_decay`) in place of the weights themselves"""
     gradient_equilibrium: bool = False
-    """every branch gets the mean, not the sum, of the gradients of the leaves below it"""
+    """every branch (or block) gets the mean, not the sum, of the gradients of the leaves (or exits) behind it"""
     mixup: float = 0.0
     """timm's mixup alpha; 0 mixes nothing. docs/explanation/method.md says what the losses mean then"""
     cutmix: float = 0.0
@@ -203,8 +203,10 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which backbone becomes which tree."""
+    """Which backbone becomes which tree, or which multi-exit network."""
 
+    method: Literal["hne", "multi_exit"] = "hne"
+    """a hierarchical ensemble, or one network that also answers on the way"""
     backbone: str = "mobilenetv2_075"
     """any timm model name; one that is an ensemble by itself, such as `hne_mobilenetv2_075`, keeps its own blocks"""
     backbone_args: dict[str, Any] = field(default_factory=dict)
@@ -217,6 +219,19 @@ class ModelConfig:
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()
     """children per branch and level in place of a binary tree, as `1 1 1 8`; sets `blocks`"""
+    exits: int = 4
+    """exits of a multi-exit network, the last one counted"""
+    head: Literal["pool", "conv"] = "pool"
+    """heads of early exits: global pooling and a linear layer, or two convolutions before that"""
+    collaborate: bool = False
+    """each exit also sees an embedding of the logits of the one before"""
+    exit_weights: str = ""
+    """weights of an ensemble of the exits so far: `uniform`, `linear_rising`, `linear_falling`, `geometric_rising`,
+    `geometric_falling`; empty: each exit answers alone"""
+    learn_weights: bool = False
+    """train the weights of the exits, beginning with `exit_weights`"""
+    start: str = ""
+    """a saved model (a folder, or a name on the Hub) to go on from, in place of a backbone"""
     drop_path: float | None = None
     """largest drop-path rate of the backbone's residual branches"""
     dropout: float | None = None
@@ -229,6 +244,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.weights and not Path(self.weights).is_file():
             raise ValueError(f"weights: there is no file {self.weights}.")
+        if self.method == "hne":
+            given = [n for n in ("collaborate", "exit_weights", "learn_weights") if getattr(self, n)]
+            given += ["head"] if self.head != "pool" else []
+        else:
+            given = [n for n in ("branching", "init") if getattr(self, n)]
+        if given:
+            raise ValueError(f"method {self.method!r} has no {' and no '.join(given)}: leave it out, or change method.")
         if self.warm and self.init == "reinit":
             raise ValueError("init='reinit' would throw the pretrained weights away: leave it out, or say 'copy'.")
 

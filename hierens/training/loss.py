@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hierens.nesting import Nesting
 from hierens.objectives import Objective, distillation
 from hierens.training.config import TeacherConfig, TrainConfig
 
@@ -62,6 +63,7 @@ class TrainingLoss:
         targets: Tensor,
         step: int,
         precision: Precision,
+        nesting: Nesting | None = None,
     ) -> Tensor:
         """The loss, a mean over the batch.
 
@@ -71,8 +73,9 @@ class TrainingLoss:
             targets: (N,) or (N, classes).
             step: optimiser steps done.
             precision: a context that other models are run in, as `accelerator.autocast`.
+            nesting: how leaves make up the nested ensembles; by default as in a tree.
         """
-        loss = self.at(step)(leaf_logits, targets, self._answer(self.average, images, precision))
+        loss = self.at(step)(leaf_logits, targets, self._answer(self.average, images, precision), nesting)
         answer = self._answer(self.teacher, images, precision)
         if answer is None:
             return loss

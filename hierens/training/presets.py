@@ -74,6 +74,31 @@ PRESETS: dict[str, Run] = {
         ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [8, 16, 32]}, blocks=4),
         TrainConfig(output_dir="runs/demo", epochs=40, batch_size=64, lr=0.2, warmup_epochs=1, cpu=True),
     ),
+    # Li et al. (arXiv 1908.06294) and the demo's digits: all three of their parts, trained jointly.
+    "demo-exits": Run(
+        DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, hflip=0.0, **_SMALL_IMAGES),
+        ModelConfig(
+            method="multi_exit",
+            backbone="resnet8_cifar",
+            backbone_args={"channels": [8, 16, 32]},
+            exits=3,
+            head="conv",
+            collaborate=True,
+        ),
+        TrainConfig(
+            output_dir="runs/demo_exits",
+            epochs=40,
+            batch_size=64,
+            lr=0.05,
+            warmup_epochs=1,
+            cpu=True,
+            objective="one_for_all",
+            alpha=0.9,
+            alpha_warmup_epochs=3,
+            temperature=3.0,
+            gradient_equilibrium=True,
+        ),
+    ),
 }
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from hierens.adaptive import Adaptive
-from hierens.ensemble import HierarchicalEnsemble, hierensify
+from hierens.ensemble import hierensify
+from hierens.exits import multi_exit
 from hierens.hub import from_pretrained
 from hierens.training.config import DataConfig, ModelConfig, TeacherConfig, TrainConfig, to_json
 from hierens.training.data import count_classes, create_loaders
@@ -43,7 +44,7 @@ def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:
     config = run.train
     micro_batch = config.batch_size // config.accumulation
     train_loader, val_loader = create_loaders(run.data, micro_batch, config.val_batch_size, config.seed, config.cpu)
-    model: Adaptive = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
+    model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
     teacher = create_teacher(run, model.num_classes)
     trainer = Trainer(model, config, train_loader, val_loader, teacher, run.teacher)
     if trainer.accelerator.is_main_process:
@@ -54,17 +55,40 @@ def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:
     saved = Path(config.output_dir) / "model"
     model = from_pretrained(saved) if is_sharded(trainer.model) else trainer.ensemble.cpu().eval()
     if trainer.accelerator.is_main_process:
-        results = {"macs": list(model.macs()), **history[-1]}
+        results = {"macs": list(model.macs()), "leaves": list(model.sizes), **history[-1]}
         (Path(config.output_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return model, history[-1]
 
 
-def create_ensemble(run: Run, num_classes: int) -> HierarchicalEnsemble:
-    """The tree as configured: from pretrained weights copied to every branch, or with branches drawn anew.
+def create_ensemble(run: Run, num_classes: int) -> Adaptive:
+    """The tree or multi-exit network as configured: from a saved model, pretrained weights, or drawn anew.
 
     Raises:
-        ValueError: a backbone that timm cannot make, or that cannot be cut so.
+        ValueError: a backbone that timm cannot make, or that cannot be cut so; a saved model that does not fit.
     """
+    model = _loaded(run, num_classes) if run.model.start else _made(run, num_classes)
+    preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
+    return model
+
+
+def _loaded(run: Run, num_classes: int) -> Adaptive:
+    """The saved model to go on from, with new classifiers if the classes are others."""
+    config = run.model
+    torch.manual_seed(run.train.seed)
+    model: Any = from_pretrained(config.start)
+    if model.in_chans != run.data.input_size[0]:
+        raise ValueError(f"{config.start} takes {model.in_chans} channels, input_size says {run.data.input_size[0]}.")
+    if model.architecture != config.method:
+        raise ValueError(f"{config.start} was made by the method {model.architecture!r}: say so by method.")
+    if model.num_classes != num_classes:
+        model.reset_classifier(num_classes)
+    if config.collaborate and not model.collaborate:
+        model = model.with_collaboration()
+    return model
+
+
+def _made(run: Run, num_classes: int) -> Adaptive:
     config = run.model
     source = {"pretrained_cfg_overlay": {"file": config.weights}} if config.weights else {}
     rates = {"drop_path_rate": config.drop_path, "drop_rate": config.dropout}
@@ -82,19 +106,19 @@ def create_ensemble(run: Run, num_classes: int) -> HierarchicalEnsemble:
     except Exception as error:
         weights = f" with the weights in {config.weights}" if config.weights else ""
         raise ValueError(f"timm cannot make {config.backbone}{weights}: {error}") from error
-    if isinstance(backbone, HierarchicalEnsemble):  # hne_...: a tree already
-        model = backbone
-    else:
-        if config.warm and backbone.num_classes != backbone.pretrained_cfg["num_classes"]:
-            # Some of timm's networks draw a classifier so wide, when made for few classes, that the first steps undo
-            # much of what the pretrained weights know: EfficientNet's for 10 classes is 11 times wider than this.
-            backbone.reset_classifier(backbone.num_classes)
-        init = config.init or ("copy" if config.warm else "reinit")
-        branching = config.branching or None
-        model = hierensify(backbone, config.blocks, branching=branching, init=init, seed=run.train.seed)
-    preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
-    model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
-    return model
+    if isinstance(backbone, Adaptive):  # hne_...: a tree already
+        if backbone.architecture != config.method:
+            raise ValueError(f"{config.backbone} is made by the method {backbone.architecture!r}: say so by method.")
+        return backbone
+    if config.warm and backbone.num_classes != backbone.pretrained_cfg["num_classes"]:
+        # Some of timm's networks draw a classifier so wide, when made for few classes, that the first steps undo
+        # much of what the pretrained weights know: EfficientNet's for 10 classes is 11 times wider than this.
+        backbone.reset_classifier(backbone.num_classes)
+    if config.method == "multi_exit":
+        weighing: dict[str, Any] = {"weights": config.exit_weights or None, "learn_weights": config.learn_weights}
+        return multi_exit(backbone, config.exits, head=config.head, collaborate=config.collaborate, **weighing)
+    init = config.init or ("copy" if config.warm else "reinit")
+    return hierensify(backbone, config.blocks, branching=config.branching or None, init=init, seed=run.train.seed)
 
 
 def create_teacher(run: Run, num_classes: int) -> nn.Module | None:

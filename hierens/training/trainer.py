@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hierens.adaptive import Adaptive
 from hierens.errors import first_line
+from hierens.objectives import Objective
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoint import (
     CheckpointWriteError,
@@ -56,10 +57,10 @@ class TrainingDivergedError(ValueError):
 
 
 class Trainer:
-    """Trains a hierarchical ensemble with Accelerate.
+    """Trains a hierarchical ensemble or a multi-exit network with Accelerate.
 
     Args:
-        model: the ensemble; its own weights are trained.
+        model: the network; its own weights are trained.
         config: how.
         train_loader: yields (images (N, C, H, W), targets (N,)); its batch size is the micro-batch of all processes
             together, `config.batch_size / config.accumulation`.
@@ -126,6 +127,7 @@ class Trainer:
             teacher,
             teacher_config,
         )
+        _check_nesting(model, self.loss.objective, sharded)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=sharded)  # else it comes to be copied
         self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
             optimizer, train_loader, val_loader
@@ -234,7 +236,8 @@ class Trainer:
             images = images.to(memory_format=torch.channels_last)
         with accelerator.autocast():
             leaf_logits = self._forward(images, reduce=False)  # (N, leaves, classes)
-        loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast)
+        nesting = self.ensemble.nesting
+        loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast, nesting)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             for level in frozen:
@@ -386,6 +389,24 @@ class Trainer:
     def _synced(self) -> AbstractContextManager[Any]:
         several = self.accelerator.num_processes > 1
         return SyncedBatchNorm() if several and self.config.sync_batchnorm else contextlib.nullcontext()
+
+
+def _check_nesting(model: Adaptive, objective: Objective, sharded: bool) -> None:
+    """Raise a ValueError if the objective does not fit how the leaves make up depths."""
+    nesting = model.nesting
+    learned = nesting.weights is not None and nesting.weights.requires_grad
+    if learned and not objective.weighs_leaves:
+        raise ValueError(
+            f"no gradient reaches the exits' weights by {objective.name!r}: add 'ensemble' or 'hierarchical'."
+        )
+    if learned and sharded:
+        raise ValueError("FSDP spreads weights that the loss needs as a whole: leave learn_weights out, or FSDP.")
+    if nesting.weights is None and not nesting.alone and "one_for_all" in objective.terms:
+        raise ValueError(
+            "one_for_all has the last exit teach the others, and a tree's leaves are peers: codistillation."
+        )
+    if nesting.alone and "ensemble" in objective.terms:
+        raise ValueError("exits that answer alone are no ensemble: give exit_weights, or an objective without it.")
 
 
 def _shown(record: dict[str, Any], prefix: str) -> dict[str, list[float]]:

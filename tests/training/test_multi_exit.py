@@ -1,0 +1,123 @@
+"""Multi-exit networks by the same trainer: learnt, resumed in the same bits, gone on with, by flags alone."""
+
+import contextlib
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import hierens
+from hierens import cli
+from hierens.training.config import ModelConfig, TeacherConfig
+from hierens.training.presets import PRESETS
+from hierens.training.run import Run, train
+from hierens.training.trainer import Trainer
+
+DEMO = PRESETS["demo-exits"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate remembers its first settings for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(directory, model=None, **settings):
+    short = {"epochs": 1, "batch_size": 64, "output_dir": str(directory)}
+    small = {"backbone_args": {"channels": [4, 8, 8]}, "head": "pool"}
+    return Run(
+        DEMO.data,
+        dataclasses.replace(DEMO.model, **small | (model or {})),
+        dataclasses.replace(DEMO.train, **short | settings),
+        TeacherConfig(),
+    )
+
+
+def test_the_recipe_learns_digits_at_every_exit(tmp_path):
+    recipe = run(tmp_path, {"head": "conv"}, epochs=3)
+    model, record = train(recipe)
+    assert isinstance(model, hierens.MultiExit) and model.collaborate and model.gradient_equilibrium
+    assert len(record["accuracy"]) == 3 and min(record["accuracy"]) > 50
+    saved = hierens.from_pretrained(tmp_path / "model")
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.allclose(saved(x, reduce=False), model(x, reduce=False), atol=1e-5)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["leaves"] == [1, 2, 3] and results["macs"] == list(model.macs())
+
+
+def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path, monkeypatch):
+    """With all there is: learned weights, the ensemble's loss, distillation, an average of the weights, mixup."""
+    weighing = {"exit_weights": "linear_rising", "learn_weights": True}
+    settings = {"objective": "one_for_all+ensemble", "epochs": 2, "ema_decay": 0.9, "mixup": 0.2, "lr": 0.05}
+    train(run(tmp_path / "full", weighing, **settings))
+    fit = Trainer.fit
+
+    def one_epoch(self):  # stops after an epoch, the schedule being for two
+        self.config = dataclasses.replace(self.config, epochs=1)
+        return fit(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "fit", one_epoch)
+        train(run(tmp_path / "parts", weighing, **settings))
+    train(run(tmp_path / "parts", weighing, **settings))
+    for name in ("model", "model_ema"):
+        full, parts = (Path(tmp_path / p / name / "model.safetensors").read_bytes() for p in ("full", "parts"))
+        assert full == parts
+    weights = hierens.from_pretrained(tmp_path / "full" / "model").weights
+    assert (weights - torch.tensor([1.0, 2.0, 3.0]) / 6).abs().max() > 1e-4, "they were learned"
+
+
+def test_a_second_stage_goes_on_from_the_first(tmp_path):
+    first, _ = train(run(tmp_path / "first", {"collaborate": False}, objective="independent"))
+    assert not first.collaborate
+    stage = {"start": str(tmp_path / "first" / "model"), "collaborate": True}
+    second, _ = train(run(tmp_path / "second", stage, lr=1e-9, epochs=1, weight_decay=0.0, warmup_epochs=0))
+    assert second.collaborate
+    named = dict(second.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert torch.allclose(parameter, named[name], atol=1e-5), name
+
+
+def test_flags_alone_train_a_multi_exit_network(tmp_path):
+    flags = ["--method", "multi_exit", "--exits", "2", "--exit-weights", "uniform", "--objective", "ensemble"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.main(["train", "--preset", "demo", *flags, "--epochs", "1", "--output-dir", str(tmp_path)])
+    assert "exits" in out.getvalue() and "accuracy" in out.getvalue()
+    with contextlib.redirect_stdout(out):
+        cli.main(["eval", str(tmp_path / "model")])
+    model = hierens.from_pretrained(tmp_path / "model")
+    assert isinstance(model, hierens.MultiExit) and model.leaves == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ({"learn_weights": True}, {}, "no gradient reaches the exits' weights by 'one_for_all'"),
+        ({}, {"objective": "independent+ensemble"}, "exits that answer alone are no ensemble"),
+        ({"method": "hne", "collaborate": False, "blocks": 2}, {}, "a tree's leaves are peers"),
+        ({"start": "/nowhere"}, {}, "no directory here"),
+        ({}, {"freeze_levels": 4}, "freeze_levels is 4, but the model has 3 levels"),
+        ({"backbone": "hne_resnet50_cifar", "backbone_args": {}}, {}, "made by the method 'hne'"),
+    ],
+)
+def test_what_does_not_combine_is_refused_before_training(tmp_path, model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(run(tmp_path, model, **settings))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"collaborate": True}, "method 'hne' has no collaborate"),
+        ({"head": "conv", "exit_weights": "uniform"}, "has no exit_weights and no head"),
+        ({"method": "multi_exit", "branching": (1, 2)}, "method 'multi_exit' has no branching"),
+    ],
+)
+def test_fields_of_the_other_method_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**fields)
