@@ -269,7 +269,7 @@ def page(settings: Settings) -> str:
 
 [Multi-exit networks](../explanation/exits.md) of one backbone beside the [trees](paper.md) made of it: Fashion-MNIST,
 `resnet8_cifar` with 24, 48 and 96 channels, {paper.FASHION_MNIST.train.epochs} epochs, AdamW, one recipe for all,
-{len(settings.seeds)} seeds{fewer}. Cells are mean ± standard deviation over seeds. Early exits have convolutional heads.
+{len(settings.seeds)} seeds{fewer}. Cells: mean ± standard deviation over seeds. Early exits have convolutional heads.
 
 ![Accuracy against multiply-accumulates and against time](exits.png)
 
