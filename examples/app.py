@@ -76,6 +76,8 @@ class Demo:
 
     def __init__(self, settings: Settings) -> None:
         self.model, self.pace = hierens.from_pretrained(settings.model), settings.pace
+        if not isinstance(self.model, hierens.HierarchicalEnsemble):
+            raise ValueError(f"{settings.model} is no tree, and the page draws trees: choose a hierarchical ensemble.")
         self.tree, classes = self.model.tree, self.model.num_classes
         if settings.labels and len(settings.labels) != classes:
             raise ValueError(f"--labels has {len(settings.labels)} names, but the model {classes} classes.")
