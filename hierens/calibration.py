@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hierens.modes import evaluating
-from hierens.policies import Confidence, Measure, certainty
+from hierens.policies import Confidence
 from hierens.tree import nested_sizes
+from hierens.uncertainty import Measure, certainty
 
 _NOBODY, _EVERYBODY = 2.0, -1.0  # thresholds beyond every certainty, which JSON can hold
 
@@ -40,7 +41,7 @@ class Answers:
     sizes: tuple[int, ...] = ()
 
     def certainties(self, measure: Measure) -> Tensor:
-        """Of every depth, (N, depths): see `hierens.policies.certainty`."""
+        """Of every depth, (N, depths): see `hierens.uncertainty.certainty`."""
         sizes = self.sizes or nested_sizes(self.votes.shape[1])
         columns = [certainty(self.logits[:, b], self.votes[:, :n], measure) for b, n in enumerate(sizes)]
         return torch.stack(columns, 1)

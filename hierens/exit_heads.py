@@ -16,7 +16,7 @@ from hierens.cutting import example_input
 from hierens.modes import evaluating
 
 HeadKind = Literal["pool", "conv"]
-_CONV_WIDTH = 128  # channels of a convolutional head, as MSDNet has them
+_CONV_WIDTH = 128  # channels of a convolutional head, as MSDNet has them; in narrow networks it would dwarf the rest
 _EMBEDDING = 128  # features that a previous exit's logits become, as in the authors' code for CIFAR
 
 
@@ -195,11 +195,9 @@ class ConvExit(nn.Module):
         if layout.kind != "NCHW":
             raise ValueError(f"head='conv' takes maps (N, C, H, W), and these features are {layout.kind}: use 'pool'.")
         self.layout = layout
-        self.convs = nn.Sequential(
-            *_conv_bn_relu(layout.channels, _CONV_WIDTH),
-            *_conv_bn_relu(_CONV_WIDTH, _CONV_WIDTH),
-        )
-        self.classifier = nn.Linear(_CONV_WIDTH, num_classes)
+        width = min(_CONV_WIDTH, 2 * layout.channels)
+        self.convs = nn.Sequential(*_conv_bn_relu(layout.channels, width), *_conv_bn_relu(width, width))
+        self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, value: Any) -> Tensor:
         """What crosses the cut -> (N, classes)."""
@@ -208,7 +206,7 @@ class ConvExit(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """A new classifier."""
-        self.classifier = _like(self.classifier, nn.Linear(_CONV_WIDTH, num_classes))
+        self.classifier = _like(self.classifier, nn.Linear(self.classifier.in_features, num_classes))
 
 
 class OwnExit(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import HfApi, ModelCardData, hf_hub_download
+from huggingface_hub import HfApi, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
@@ -26,6 +26,8 @@ from timm.models._hub import save_config_for_hf
 import hierens
 import hierens.architectures  # registers the entry points that a config names
 from hierens.adaptive import Adaptive
+from hierens.fetching import LoadError, fetch
+from hierens.policies import Policy, save_policy
 from hierens.profiling import millions, table
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -51,16 +53,15 @@ _KINDS = {  # titles of model cards, and how their first sentence begins
 }
 
 
-class LoadError(ValueError):
-    """A saved model cannot be loaded: a file is missing, damaged, or says what cannot be built."""
-
-
 class SaveError(ValueError):
     """A model could not be made again from what would be saved."""
 
 
 def save_pretrained(
-    model: Adaptive, directory: str | Path, results: Mapping[str, Sequence[float]] | None = None
+    model: Adaptive,
+    directory: str | Path,
+    results: Mapping[str, Sequence[float]] | None = None,
+    policy: Policy | None = None,
 ) -> Path:
     """Write `config.json`, `model.safetensors` and a model card.
 
@@ -68,6 +69,7 @@ def save_pretrained(
         model: the model; its training mode and device do not matter.
         directory: made if missing.
         results: further columns of the card's table, a value per depth, such as `{"accuracy (%)": [97.1, 97.8]}`.
+        policy: how deep to go by default, as `policy.json`: `hierens.policies.load_policy` reads it.
 
     Returns:
         The directory.
@@ -83,6 +85,8 @@ def save_pretrained(
     plain._model_args = _arguments(model)
     save_for_hf(plain, str(directory), model_config={"hierens": hierens.__version__}, safe_serialization=True)
     (directory / CARD).write_text(model_card(model, results))
+    if policy is not None:
+        save_policy(policy, directory)
     return directory
 
 
@@ -98,6 +102,7 @@ def push_to_hub(
     repo_id: str,
     *,
     results: Mapping[str, Sequence[float]] | None = None,
+    policy: Policy | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
@@ -109,6 +114,7 @@ def push_to_hub(
         model: the model.
         repo_id: `user/name`.
         results: as for `save_pretrained`.
+        policy: as for `save_pretrained`.
         private: whether a new repository is private; the account's default by default.
         token: access token; by default the one that `hf auth login` stored.
         revision: branch to push to.
@@ -119,7 +125,7 @@ def push_to_hub(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
-        save_pretrained(model, directory, results)
+        save_pretrained(model, directory, results, policy)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -143,21 +149,10 @@ def from_pretrained(
     Raises:
         LoadError: a missing or damaged file, a config that names what cannot be built, weights that do not fit it.
     """
-    directory = Path(name)
-    if directory.is_dir():
-        files = [directory / CONFIG, directory / WEIGHTS]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise LoadError(f"{directory} holds no {' and no '.join(missing)}: give a directory of save_pretrained.")
-    else:
-        download: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        try:
-            files = [Path(hf_hub_download(str(name), file, **download)) for file in (CONFIG, WEIGHTS)]
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise LoadError(f"{name} is no directory here, and the Hub did not give it: {reason}") from error
-    config = _read_config(files[0])
-    model = _build(config, files[0])
-    _load_weights(model, files[1])
+    config_file, weights = fetch(name, (CONFIG, WEIGHTS), revision=revision, token=token, cache_dir=cache_dir)
+    config = _read_config(config_file)
+    model = _build(config, config_file)
+    _load_weights(model, weights)
     return model.eval()
 
 
@@ -277,6 +272,8 @@ def _build(config: dict[str, Any], file: Path) -> Adaptive:
     assert isinstance(model, Adaptive)
     if isinstance(config.get("pretrained_cfg"), dict):
         model.pretrained_cfg.update(config["pretrained_cfg"], architecture=kind)
+    # timm writes these beside the rest, and reads them back so.
+    model.pretrained_cfg.update({key: config[key] for key in ("label_names", "label_descriptions") if key in config})
     return model
 
 

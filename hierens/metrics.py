@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hierens.modes import evaluating
 from hierens.nesting import Nesting
 from hierens.tree import nested_sizes
+from hierens.uncertainty import mutual_information, risk_coverage, variance
 
 BINS = 15  # of the calibration error, as is the custom
 
@@ -28,20 +29,28 @@ class LeafEvaluation:
         count: images seen.
         accuracy: of the first 2^b networks together, in percent.
         nll: their mean negative log-likelihood, in nats.
+        brier: their Brier score, the squared distance between probabilities and the true class, from 0 to 2.
         ece: their expected calibration error, from 0 to 1: top-1, 15 equal bins, weighted by absolute difference.
         std: standard deviation of the evaluated networks' logits, mean over classes and images: the paper's measure of
             diversity (arXiv 2003.01474, section 4.2); around their own mean, so 0 for a single network.
         agreement: share of images on which two of the evaluated networks name the same class, mean over pairs, from 0
             to 1; 1 for a single network.
+        mutual_information: between class and network, mean over images, in nats: see `hierens.uncertainty`.
+        variance: of the evaluated networks' probabilities, mean over classes and images.
+        aurc: area under the risk-coverage curve when the surest answers are given first, from 0 to 1.
         leaf_accuracy: of every network alone, in percent, in the order of the leaves.
     """
 
     count: int
     accuracy: list[float]
     nll: list[float]
+    brier: list[float]
     ece: list[float]
     std: list[float]
     agreement: list[float]
+    mutual_information: list[float]
+    variance: list[float]
+    aurc: list[float]
     leaf_accuracy: list[float]
 
 
@@ -80,16 +89,21 @@ class LeafMetrics:
         nesting = self._nesting or Nesting(nested_sizes(leaf_logits.shape[1]))
         nested = nesting(leaf_logits)  # (N, depths, classes)
         log_p = F.log_softmax(nested, dim=-1)
-        confidence, chosen = log_p.exp().max(-1)
+        p = log_p.exp()
+        confidence, chosen = p.max(-1)
         correct = chosen == targets[:, None]
         self._confidence.append(confidence.cpu())
         self._correct.append(correct.cpu())
         of_leaf = leaf_logits.argmax(-1)  # (N, leaves)
         self._add("nll", -log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).sum((0, 2)))
+        truth = F.one_hot(targets, p.shape[-1])[:, None]
+        self._add("brier", (p - truth).square().sum(-1).sum(0))
         self._add("leaf", (of_leaf == targets[:, None]).sum(0))
         sizes = nesting.sizes
         logits = leaf_logits.float()
         self._add("std", torch.stack([logits[:, :n].std(1, correction=0).mean(-1).sum() for n in sizes]))
+        self._add("information", torch.stack([mutual_information(logits[:, :n]).sum() for n in sizes]))
+        self._add("variance", torch.stack([variance(logits[:, :n]).sum() for n in sizes]))
         self._add("same", torch.stack([_agreeing(of_leaf[:, :n], leaf_logits.shape[2]).sum() for n in sizes]))
 
     @classmethod
@@ -109,24 +123,24 @@ class LeafMetrics:
         Raises:
             ValueError: no image was seen, or torchmetrics is not installed.
         """
-        try:
-            from torchmetrics.functional.classification import binary_calibration_error
-        except ImportError as error:
-            raise ValueError("metrics need torchmetrics: pip install 'hierens[train]'.") from error
         if not self._correct:
             raise ValueError("there is nothing to evaluate: no image with a label was seen.")
         confidence, correct = torch.cat(self._confidence), torch.cat(self._correct)
         count, depths = correct.shape
         confidence, correct = confidence.T.contiguous(), correct.T.int().contiguous()
-        ece = [binary_calibration_error(confidence[b], correct[b], BINS, "l1") for b in range(depths)]
+        ece = [_classification().binary_calibration_error(confidence[b], correct[b], BINS, "l1") for b in range(depths)]
         mean: dict[str, list[float]] = {name: (total / count).tolist() for name, total in self._sums.items()}
         return LeafEvaluation(
             count=count,
             accuracy=[100 * share for share in correct.double().mean(1).tolist()],
             nll=mean["nll"],
+            brier=mean["brier"],
             ece=[float(error) for error in ece],
             std=mean["std"],
             agreement=mean["same"],
+            mutual_information=mean["information"],
+            variance=mean["variance"],
+            aurc=[risk_coverage(confidence[b], correct[b]).area for b in range(depths)],
             leaf_accuracy=[100 * share for share in mean["leaf"]],
         )
 
@@ -148,6 +162,36 @@ def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
         for images, targets in batches:
             metrics.update(model(images.to(device), reduce=False), targets.to(device))
     return metrics.compute()
+
+
+def ood_auroc(unsure: Tensor, unsure_strangers: Tensor) -> float:
+    """How well uncertainty tells images of other data apart (out-of-distribution detection).
+
+    Args:
+        unsure: uncertainty of images like those trained on, (N,).
+        unsure_strangers: of other images, (M,).
+
+    Returns:
+        The area under the receiver operating characteristic: the probability that the stranger is the more
+        uncertain one of two images, ties counting half.
+
+    Raises:
+        ValueError: one of the two is empty, or torchmetrics is not installed.
+    """
+    if not len(unsure) or not len(unsure_strangers):
+        raise ValueError("telling strangers apart takes images of both kinds.")
+    scores = torch.cat([unsure, unsure_strangers]).double()
+    strange = torch.cat([torch.zeros(len(unsure)), torch.ones(len(unsure_strangers))]).int()
+    _, ranks = scores.unique(return_inverse=True)  # torchmetrics takes scores from 0 to 1
+    return float(_classification().binary_auroc(ranks.double() / max(1, int(ranks.max())), strange))
+
+
+def _classification() -> Any:
+    try:
+        from torchmetrics.functional import classification
+    except ImportError as error:
+        raise ValueError("metrics need torchmetrics: pip install 'hierens[train]'.") from error
+    return classification
 
 
 def _agreeing(classes: Tensor, num_classes: int) -> Tensor:

@@ -20,18 +20,17 @@ from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hierens.adaptive import Adaptive
+from hierens.fetching import LoadError, MissingFileError, fetch
 from hierens.modes import evaluating
+from hierens.uncertainty import MEASURES, Measure, certainty
 
 POLICY = "policy.json"
-Measure = Literal["probability", "margin", "entropy", "agreement"]
-MEASURES: tuple[Measure, ...] = ("probability", "margin", "entropy", "agreement")
 
 
 @dataclass(frozen=True)
@@ -95,41 +94,51 @@ class FixedDepth(Policy):
         return _uniform(model, images, model(images, leaves=leaves), leaves)
 
 
+class _Usual(NamedTuple):
+    """Seconds that a step takes, and its mean deviation from that."""
+
+    seconds: float
+    deviation: float
+
+
 @dataclass(frozen=True)
 class Deadline(Policy):
     """As many networks as fit into a time: leaf by leaf, as long as the next one is expected to be done in time.
 
-    How long a step takes is learned by number of images and leaf, as it happens: each measured step moves what is
-    expected of it, and how much slower than expected the last steps were, since other work came in between, stretches
-    what is expected of the next. The first leaf is always evaluated; of the others the last one that is begun may come
-    late, by no more than it takes itself.
+    How long a step takes, and how far that strays, is learned by number of images and leaf, as it happens, the way TCP
+    learns when to send again (RFC 6298). How much slower than usual the last steps were, since other work came in
+    between, stretches what is expected of the next. The first leaf is always evaluated; of the others the last one that
+    is begun may come late, by no more than it takes itself.
 
     Args:
         milliseconds: from the call to the answer, if the call does not say otherwise.
-        caution: an expected step must fit this many times.
+        caution: mean deviations of a step's time for which there must be room as well.
 
     Raises:
         ValueError: a time or a caution that is not positive.
     """
 
     milliseconds: float
-    caution: float = 1.25
+    caution: float = 4.0
     kind: ClassVar[str] = "deadline"
-    _expected: dict[tuple[int, ...], float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _learned: dict[tuple[int, ...], _Usual] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("milliseconds", "caution"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
 
-    def learn(self, model: Any, example: Tensor, repeats: int = 3) -> None:
+    def learn(self, model: Any, example: Tensor, repeats: int = 10) -> None:
         """Measure every step for as many images as the example has, before requests come.
 
         Args:
             model: the ensemble that will answer.
             example: images (N, C, H, W).
-            repeats: walks, of which the last ones count most.
+            repeats: walks, after one that warms up.
         """
+        self.within(model, example, float("inf"))
+        for known in [step for step in self._learned if step[:-1] == example.shape]:
+            del self._learned[known]
         for _ in range(repeats):
             self.within(model, example, float("inf"))
 
@@ -146,8 +155,9 @@ class Deadline(Policy):
                 now = time.perf_counter()
                 slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
                 before = now
-                coming = self._expected.get((*images.shape, step.leaves + 1), now - start)
-                if step.leaves == model.leaves or now - start + coming * slowdown * self.caution > limit:
+                usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
+                coming = usual * slowdown + self.caution * spread
+                if step.leaves == model.leaves or now - start + coming > limit:
                     break
         return _uniform(model, images, step.logits, step.leaves)
 
@@ -155,11 +165,11 @@ class Deadline(Policy):
         return self.within(model, images)
 
     def _note(self, step: tuple[int, ...], taken: float, slowdown: float) -> float:
-        """Keep what a step took; how much slower than expected the machine is at the moment, never below 1."""
-        expected = self._expected.get(step, taken)
-        # What is expected follows quickly downwards: the machine can do it. Upwards slowly: it may have been disturbed.
-        self._expected[step] = expected + (taken - expected) * (0.5 if taken < expected else 0.1)
-        return max(1.0, 0.5 * slowdown + 0.5 * taken / expected)
+        """Keep what a step took; how much slower than usual the machine is at the moment, never below 1."""
+        usual, spread = self._learned.get(step, _Usual(taken, taken / 2))
+        error = taken - usual
+        self._learned[step] = _Usual(usual + error / 8, spread + (abs(error) - spread) / 4)
+        return max(1.0, 0.5 * slowdown + 0.5 * taken / usual)
 
 
 @dataclass(frozen=True)
@@ -253,9 +263,7 @@ class Confidence(Policy):
 
     Args:
         thresholds: for each depth below the full one, from 0 to 1; the last one serves all that are missing.
-        measure: certainty, from 0 to 1. `probability`: of the likeliest class; `margin`: to the second likeliest;
-            `entropy`: 1 minus the entropy over that of a uniform answer; `agreement`: share of the networks so far that
-            name the ensemble's class.
+        measure: see `hierens.uncertainty.certainty`; the networks are those evaluated so far.
 
     Raises:
         ValueError: no threshold, or another measure.
@@ -301,28 +309,6 @@ class Confidence(Policy):
             step = walk.send(kept) if len(kept) < len(done) else next(walk)
 
 
-def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
-    """How sure an ensemble's answer is, from 0 to 1.
-
-    Args:
-        logits: of the ensemble, (N, classes).
-        votes: the class that each network names, (N, networks).
-        measure: see `Confidence`.
-
-    Returns:
-        (N,).
-    """
-    p = F.softmax(logits.float(), dim=-1)
-    if measure == "probability":
-        return p.amax(-1)
-    if measure == "margin":
-        first, second = p.topk(2, dim=-1).values.unbind(-1)
-        return first - second
-    if measure == "entropy":
-        return 1 - torch.special.entr(p).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
-    return (votes == logits.argmax(-1, keepdim=True)).float().mean(-1)
-
-
 POLICIES: dict[str, type[Policy]] = {kind.kind: kind for kind in (FixedDepth, Deadline, Load, Confidence)}
 
 
@@ -352,17 +338,38 @@ def save_policy(policy: Policy, directory: str | Path) -> Path:
     return file
 
 
-def load_policy(directory: str | Path) -> Policy:
-    """The policy beside a saved model.
+def load_policy(
+    name: str | Path,
+    default: Policy | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> Policy:
+    """The policy beside a saved model, here or on the Hub, or in a file of its own.
+
+    Args:
+        name: a folder, a file, or a repository `user/name`.
+        default: what to return if there is a model, but no policy beside it; by default that is an error.
+        revision: branch, tag or commit of the repository.
+        token: access token of a private repository.
+        cache_dir: where downloads are kept.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        LoadError: there is none, or it cannot be read.
     """
-    file = Path(directory) / POLICY
+    file = Path(name)
+    if not file.is_file():
+        try:
+            (file,) = fetch(name, (POLICY,), revision=revision, token=token, cache_dir=cache_dir)
+        except MissingFileError:
+            if default is None:
+                raise
+            return default
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+        raise LoadError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no policy.")
+        raise LoadError(f"{file} holds no policy.")
     return from_dict(values)

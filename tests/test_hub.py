@@ -57,15 +57,18 @@ def test_publishing_and_loading_over_http(saved, model, small_images, tmp_path):
     code = f"""
 import timm, torch, hierens
 from hierens.hub import LoadError
+from hierens.policies import FixedDepth, load_policy
 model = hierens.from_pretrained({str(saved)!r})
 x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-first = model.push_to_hub("somebody/digits", private=True, results={{"accuracy (%)": [1.0, 2.0, 3.0]}})
+results = {{"accuracy (%)": [1.0, 2.0, 3.0]}}
+first = model.push_to_hub("somebody/digits", private=True, results=results, policy=FixedDepth(1))
 second = model.at_depth(1).push_to_hub("somebody/digits", revision="small")
 whole = hierens.from_pretrained("somebody/digits")
 small = hierens.from_pretrained("somebody/digits", revision="small")
 pinned = hierens.from_pretrained("somebody/digits", revision=second.rpartition("/")[2])
 by_timm = timm.create_model("hf-hub:somebody/digits", pretrained=True).eval()
 print([m.tree.leaves for m in (whole, small, pinned, by_timm)])
+print(load_policy("somebody/digits"), load_policy("somebody/digits", FixedDepth(), revision="small"))
 for m in (whole, by_timm):
     print(m(x, depth=2).double().sum().item())
 for name, revision in (("somebody/else", None), ("somebody/digits", "nowhere")):
@@ -78,12 +81,13 @@ for name, revision in (("somebody/else", None), ("somebody/digits", "nowhere")):
         own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | own)
         assert done.returncode == 0, done.stderr
-        leaves, whole, by_timm, no_repository, no_revision = done.stdout.splitlines()
+        leaves, policies, whole, by_timm, no_repository, no_revision = done.stdout.splitlines()
         wanted = hub.created["somebody/digits"]  # the word for it differs between versions of huggingface_hub
         assert wanted.get("visibility", wanted.get("private")) in ("private", True)
-        assert sorted(hub.files("main")) == ["README.md", "config.json", "model.safetensors"]
+        assert sorted(hub.files("main")) == ["README.md", "config.json", "model.safetensors", "policy.json"]
         assert b" 3.00 |" in hub.files("main")["README.md"]
     assert leaves == "[4, 2, 2, 4]"
+    assert policies == "FixedDepth(depth=1, leaves=None) FixedDepth(depth=1, leaves=None)", "a branch has what main had"
     expected = model(small_images, depth=2).double().sum().item()
     assert float(whole) == pytest.approx(expected, abs=1e-3) and float(by_timm) == pytest.approx(expected, abs=1e-3)
     assert "somebody/else" in no_repository and "nowhere" in no_revision

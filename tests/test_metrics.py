@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from hierens.metrics import LeafMetrics, evaluate_model
+from hierens.metrics import LeafMetrics, evaluate_model, ood_auroc
+from hierens.uncertainty import mutual_information
 
 
 def data(images=60, leaves=4, classes=5):
@@ -38,6 +39,15 @@ def test_every_field_is_what_it_says():
         assert found.ece[depth] == pytest.approx(ece.item(), rel=1e-4)
         spread = [logits[i, :size, c].std(correction=0).item() for i in range(60) for c in range(5)]
         assert found.std[depth] == pytest.approx(sum(spread) / len(spread), rel=1e-5, abs=1e-9)
+        p = mean.softmax(1)
+        truth = F.one_hot(labels, 5)
+        assert found.brier[depth] == pytest.approx((p - truth).square().sum(1).mean().item(), rel=1e-5)
+        of_each = logits[:, :size].softmax(2)
+        assert found.variance[depth] == pytest.approx(of_each.var(1, correction=0).mean().item(), rel=1e-4, abs=1e-9)
+        assert found.mutual_information[depth] == pytest.approx(mutual_information(logits[:, :size]).mean().item())
+        wrong = (mean.argmax(1) != labels)[p.amax(1).argsort(descending=True)].double()
+        risks = wrong.cumsum(0) / torch.arange(1, 61)
+        assert found.aurc[depth] == pytest.approx(risks.mean().item())
         votes = logits[:, :size].argmax(2)
         pairs = [(a, b) for a in range(size) for b in range(a)]
         same = [(votes[:, a] == votes[:, b]).float().mean().item() for a, b in pairs] or [1.0]
@@ -79,3 +89,12 @@ def test_a_model_is_evaluated_as_it_answers_and_left_in_its_mode():
     found = evaluate_model(model, zip(logits.split(20), labels.split(20), strict=True))
     assert_equal(found, evaluation(logits, labels))
     assert model.training
+
+
+def test_strangers_are_told_apart_by_rank_alone():
+    known, strangers = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([2.0, 50.0, 9.0])
+    pairs = [(s > k) + 0.5 * (s == k) for s in strangers.tolist() for k in known.tolist()]
+    assert ood_auroc(known, strangers) == pytest.approx(sum(pairs) / len(pairs))
+    assert ood_auroc(known, known) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="both kinds"):
+        ood_auroc(known, strangers[:0])

@@ -8,17 +8,16 @@ import timm
 import torch
 
 import hierens
+from hierens.fetching import LoadError
 from hierens.policies import (
-    MEASURES,
     Confidence,
     Deadline,
     FixedDepth,
     Load,
-    certainty,
     from_dict,
     load_policy,
-    save_policy,
 )
+from hierens.uncertainty import MEASURES, certainty
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +86,6 @@ def test_thresholds_at_the_ends(model, images):
     assert torch.allclose(Confidence((2.0,))(model, images).logits, model(images), atol=1e-5)
 
 
-def test_certainty_lies_between_nothing_and_everything():
-    uniform, sure = torch.zeros(1, 4), torch.tensor([[50.0, 0.0, 0.0, 0.0]])
-    apart, agreed = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, 0, 0]])
-    for measure, lowest in zip(MEASURES, (0.25, 0.0, 0.0, 0.25), strict=True):
-        assert certainty(uniform, apart, measure).item() == pytest.approx(lowest, abs=1e-6)
-        assert certainty(sure, agreed, measure).item() == pytest.approx(1.0)
-
-
 class Slow(torch.nn.Module):
     """An ensemble whose leaves take the time they are told to."""
 
@@ -159,9 +150,9 @@ def test_late_answers_lower_the_depth_too():
     ],
 )
 def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
-    model.save_pretrained(tmp_path)
-    save_policy(policy, tmp_path)
-    assert load_policy(tmp_path) == policy and from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    model.save_pretrained(tmp_path, policy=policy)
+    assert load_policy(tmp_path) == load_policy(tmp_path / "policy.json") == policy
+    assert from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
 
 @pytest.mark.parametrize(
@@ -175,9 +166,19 @@ def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
         (lambda: from_dict({"policy": "luck"}), "no policy 'luck': choose fixed, deadline, load, confidence"),
         (lambda: from_dict({"policy": "fixed", "deep": 1}), "takes depth, leaves, not deep"),
         (lambda: from_dict({"policy": "deadline"}), "do not fit"),
-        (lambda: load_policy("/nowhere"), "cannot be read"),
+        (lambda: load_policy("/nowhere"), "no directory here"),
     ],
 )
 def test_bad_values_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_model_without_a_policy_and_a_file_that_holds_none(tmp_path):
+    with pytest.raises(LoadError, match="holds no policy"):
+        load_policy(tmp_path)
+    assert load_policy(tmp_path, FixedDepth(1)) == FixedDepth(1)
+    for text, message in (("{", "cannot be read"), ("[]", "holds no policy")):
+        (tmp_path / "policy.json").write_text(text)
+        with pytest.raises(LoadError, match=message):
+            load_policy(tmp_path, FixedDepth(1))

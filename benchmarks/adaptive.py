@@ -1,0 +1,461 @@
+"""What policies buy: accuracy against mean cost, deadlines held on a busy machine, and answers that know their worth.
+
+python benchmarks/paper.py --data-dir DIR --only table1        trains the models
+python benchmarks/adaptive.py --data-dir DIR                   writes docs/results/adaptive.md and its pictures
+python benchmarks/adaptive.py --data-dir DIR --only deadline   one part anew, the others as kept
+
+Held-out images are one half of the test set, judged on the other, and the other way round, so that every test image is
+judged once and none chooses its own thresholds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import paper
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import hierens
+from hierens.calibration import Answers, calibrate, collect, exits, fit_prediction_sets, fit_temperatures, mean_cost
+from hierens.metrics import as_record, evaluate_model, ood_auroc
+from hierens.policies import Deadline
+from hierens.profiling import millions, table
+from hierens.training.data import create_datasets
+from hierens.uncertainty import MEASURES, Measure, mutual_information
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+KEPT = ROOT / "runs" / "adaptive"
+PARTS = ("curve", "uncertainty", "deadline")
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)  # of what full depth costs beyond depth 0
+OBJECTIVES = ("L_I", "L_I + L_HD")
+MISS_RATE = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the benchmark takes."""
+
+    data_dir: str = ""
+    """where the data lies"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of the trained models"""
+    only: tuple[str, ...] = PARTS
+    """parts to measure anew"""
+    requests: int = 1000
+    """with a deadline"""
+    images: int = 16
+    """per request"""
+    threads: int = 1
+    """CPU threads"""
+
+
+def main(settings: Settings) -> None:
+    """Measure, keep, and write the page."""
+    torch.set_num_threads(settings.threads)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    if unknown := set(settings.only) - set(PARTS):
+        raise ValueError(f"there is no part {', '.join(unknown)}: choose {', '.join(PARTS)}.")
+    for part in settings.only:
+        result = {"curve": curve, "uncertainty": uncertainty, "deadline": deadline}[part](settings)
+        (KEPT / f"{part}.json").write_text(json.dumps(result))
+    kept = {
+        part: json.loads((KEPT / f"{part}.json").read_text()) for part in PARTS if (KEPT / f"{part}.json").is_file()
+    }
+    (RESULTS / "adaptive.md").write_text(page(settings, kept))
+    print(f"wrote {RESULTS / 'adaptive.md'}")
+
+
+def models(settings: Settings, objective: str) -> list[Any]:
+    """The trained models of an objective, one per seed."""
+    recipe = paper.Settings(data_dir=settings.data_dir)
+    changes = paper.STUDIES["table1"][objective]
+    folders = [Path(paper.configured(recipe, changes, seed).train.output_dir) / "model" for seed in settings.seeds]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"{missing[0]} is not there: train it by benchmarks/paper.py --only table1.")
+    return [hierens.from_pretrained(folder).eval() for folder in folders]
+
+
+def test_loader(settings: Settings) -> DataLoader[Any]:
+    """The images that no model was trained on."""
+    data = paper.recipe(paper.Settings(data_dir=settings.data_dir)).data
+    return DataLoader(create_datasets(data)[1], 500)
+
+
+def halves(answers: Answers) -> list[Answers]:
+    """Every other image, and the others."""
+    return [
+        dataclasses.replace(
+            answers, logits=answers.logits[i::2], votes=answers.votes[i::2], labels=answers.labels[i::2]
+        )
+        for i in (0, 1)
+    ]
+
+
+# --- accuracy against mean cost ---------------------------------------------------------------------------------------
+
+
+def curve(settings: Settings) -> dict[str, Any]:
+    """Accuracy and mean MACs of fixed depths, of budgets, and of one threshold for all depths."""
+    found: dict[str, Any] = {}
+    for objective in OBJECTIVES:
+        runs = [_curve(collect(model, test_loader(settings))) for model in models(settings, objective)]
+        found[objective] = {name: np.mean([run[name] for run in runs], 0).tolist() for name in runs[0]}
+        found[objective]["off"] = [off for run in runs for off in run["off"]]
+    return found
+
+
+def _curve(answers: Answers) -> dict[str, Any]:
+    right = answers.logits.argmax(-1) == answers.labels[:, None]
+    least, most = answers.macs[0], answers.macs[-1]
+    of_run: dict[str, Any] = {"fixed": [answers.macs, (100 * right.double().mean(0)).tolist()], "off": []}
+    one, other = halves(answers)
+    for measure in MEASURES:
+        points: dict[str, list[tuple[float, float]]] = {f"budget, {measure}": [], f"confidence, {measure}": []}
+        for budget in (least + share * (most - least) for share in SHARES):
+            both = [
+                _judged(judged, measure, calibrate(held_out, held_out, budget, measure).thresholds)
+                for held_out, judged in ((one, other), (other, one))
+            ]
+            of_run["off"] += [cost / budget - 1 for cost, _ in both]
+            points[f"budget, {measure}"].append(_mean(both))
+            both = [
+                _judged(judged, measure, _same_for_all(held_out, measure, budget))
+                for held_out, judged in ((one, other), (other, one))
+            ]
+            points[f"confidence, {measure}"].append(_mean(both))
+        of_run.update({name: np.transpose(values).tolist() for name, values in points.items()})
+    return of_run
+
+
+def _same_for_all(answers: Answers, measure: Measure, budget: float) -> tuple[float, ...]:
+    """One threshold for all depths: the one of a grid that costs nearly the budget on held-out images."""
+    sure = answers.certainties(measure)
+    below = sure.shape[1] - 1
+    grid = sure[:, 0].double().quantile(torch.linspace(0, 1, 201, dtype=torch.float64)).tolist()
+    return (min(grid, key=lambda value: abs(mean_cost(sure, [value] * below, answers.macs) - budget)),) * below
+
+
+def _judged(answers: Answers, measure: Measure, thresholds: tuple[float, ...]) -> tuple[float, float]:
+    """Mean MACs, and accuracy in percent."""
+    sure = answers.certainties(measure)
+    leave = exits(sure, thresholds)
+    chosen = answers.logits[torch.arange(len(leave)), leave].argmax(-1)
+    return mean_cost(sure, thresholds, answers.macs), 100 * float((chosen == answers.labels).double().mean())
+
+
+def _mean(both: list[tuple[float, float]]) -> tuple[float, float]:
+    return mean(cost for cost, _ in both), mean(accuracy for _, accuracy in both)
+
+
+def above(found: dict[str, Any], way: str) -> list[float]:
+    """How far a curve lies above that of fixed depths, straight lines between them, in points of accuracy."""
+    macs, accuracy = found[way]
+    return (np.array(accuracy) - np.interp(macs, *found["fixed"])).tolist()
+
+
+# --- what an answer is worth ------------------------------------------------------------------------------------------
+
+
+def uncertainty(settings: Settings) -> dict[str, Any]:
+    """Quality of probabilities per depth, before and after calibration, and strangers told apart."""
+    found: dict[str, Any] = {}
+    loader = test_loader(settings)
+    mean_, std = 0.286, 0.353  # the recipe's
+    digits = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
+    strangers = (F.interpolate(digits, (28, 28), mode="bilinear") - mean_) / std
+    for objective in OBJECTIVES:
+        records: list[dict[str, list[float]]] = []
+        for model in models(settings, objective):
+            record = as_record(evaluate_model(model, loader))
+            answers = collect(model, loader)
+            one, other = halves(answers)
+            for name, values in _calibrated(one, other).items():
+                record[name] = [(a + b) / 2 for a, b in zip(values, _calibrated(other, one)[name], strict=True)]
+            record.update(_strangers(model, loader, strangers))
+            records.append(record)
+        found[objective] = records
+    return found
+
+
+def _calibrated(held_out: Answers, judged: Answers) -> dict[str, list[float]]:
+    """Calibration error after a temperature per depth; how often and how large prediction sets are."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    temperatures, sets = fit_temperatures(held_out), fit_prediction_sets(held_out, MISS_RATE)
+    result: dict[str, list[float]] = {"temperature": list(temperatures.values), "ece_after": [], "hit": [], "size": []}
+    for depth in range(judged.logits.shape[1]):
+        logits = judged.logits[:, depth]
+        p = temperatures(logits, depth)
+        result["ece_after"].append(float(multiclass_calibration_error(p, judged.labels, p.shape[1], 15, "l1")))
+        inside = sets(logits, depth)
+        result["hit"].append(100 * float(inside.gather(1, judged.labels[:, None]).double().mean()))
+        result["size"].append(float(inside.sum(1).double().mean()))
+    return result
+
+
+@torch.no_grad()
+def _strangers(model: Any, loader: DataLoader[Any], strangers: Tensor) -> dict[str, list[float]]:
+    """AUROC of digits among clothes, by entropy of the answer and by mutual information."""
+    known = torch.cat([model(images, reduce=False) for images, _ in loader])
+    others = torch.cat([model(images, reduce=False) for images in strangers.split(500)])
+    sizes = [2**b for b in range(len(model.macs()))]
+    scores = {
+        "ood_entropy": lambda logits: torch.special.entr(logits.mean(1).softmax(-1)).sum(-1),
+        "ood_information": mutual_information,
+    }
+    return {
+        name: [100 * ood_auroc(score(known[:, :n]), score(others[:, :n])) for n in sizes]
+        for name, score in scores.items()
+    }
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def deadline(settings: Settings) -> dict[str, Any]:
+    """Requests with deadlines drawn between the fastest and the slowest depth, alone and beside a process that hogs."""
+    loader = test_loader(settings)
+    everything = [torch.cat(parts) for parts in zip(*loader, strict=True)]
+    model = models(settings, "L_I + L_HD")[0].fuse()
+    example = everything[0][: settings.images]
+    times = _times(model, example)
+    fastest, slowest = float(np.quantile(times[0], 0.99)), float(np.median(times[-1]))
+    found: dict[str, Any] = {
+        "fastest": fastest,
+        "slowest": slowest,
+        "requests": settings.requests,
+        "images": settings.images,
+    }
+    for name, hogs in (("alone", 0), ("one core hogged", 1), ("every core hogged", os.cpu_count() or 1)):
+        busy = [multiprocessing.Process(target=_hog, args=(seed,), daemon=True) for seed in range(hogs)]
+        for process in busy:
+            process.start()
+        time.sleep(1)
+        try:
+            found[name] = _requests(settings, model, everything, fastest, slowest)
+        finally:
+            for process in busy:
+                process.terminate()
+    return found
+
+
+@torch.no_grad()
+def _times(model: Any, example: Tensor) -> list[list[float]]:
+    """Milliseconds until each number of networks has answered."""
+    times: list[list[float]] = [[] for _ in range(model.tree.leaves)]
+    for _ in range(200):
+        start = time.perf_counter()
+        for step in model.anytime(example):
+            times[step.leaves - 1].append(1e3 * (time.perf_counter() - start))
+    return [each[20:] for each in times]  # without the first ones, which warm caches
+
+
+def _hog(seed: int) -> None:
+    """Use a core fully for a while, then not at all for as long in the mean."""
+    draw = random.Random(seed)
+    while True:
+        until = time.perf_counter() + draw.uniform(0.05, 0.95)
+        while time.perf_counter() < until:
+            pass
+        time.sleep(draw.uniform(0.05, 0.95))
+
+
+def _requests(
+    settings: Settings, model: Any, everything: list[Tensor], fastest: float, slowest: float
+) -> dict[str, Any]:
+    images, labels = everything
+    draw = random.Random(0)
+    policy = Deadline(milliseconds=slowest)
+    policy.learn(model, images[: settings.images])
+    rows: dict[str, list[float]] = {"limit": [], "taken": [], "leaves": [], "right": []}
+    for _ in range(settings.requests):
+        first = draw.randrange(len(images) - settings.images)
+        limit = draw.uniform(fastest, slowest)
+        batch = images[first : first + settings.images]
+        start = time.perf_counter()
+        answer = policy.within(model, batch, limit)
+        taken = 1e3 * (time.perf_counter() - start)
+        correct = answer.logits.argmax(-1) == labels[first : first + settings.images]
+        for name, value in (("limit", limit), ("taken", taken), ("leaves", float(answer.leaves[0]))):
+            rows[name].append(value)
+        rows["right"].append(100 * float(correct.double().mean()))
+        time.sleep(draw.expovariate(1000 / slowest))
+    late = [taken - limit for taken, limit in zip(rows["taken"], rows["limit"], strict=True)]
+    return {
+        "in_time": 100 * mean(gap <= 0 for gap in late),
+        "worst": max(late),
+        "accuracy": mean(rows["right"]),
+        "leaves": mean(rows["leaves"]),
+        "used": 100 * mean(taken / limit for taken, limit in zip(rows["taken"], rows["limit"], strict=True)),
+    }
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(settings: Settings, kept: dict[str, dict[str, Any]]) -> str:
+    """The results page."""
+    return f"""# Adaptive inference
+
+Models of [the paper's comparisons](paper.md): Fashion-MNIST, eight networks, {len(settings.seeds)} seeds. Whatever is
+chosen on held-out images is chosen on one half of the 10,000 test images, judged on the other, and the other way round.
+
+{_curve_page(kept["curve"]) if "curve" in kept else ""}
+{_uncertainty_page(kept["uncertainty"]) if "uncertainty" in kept else ""}
+{_deadline_page(kept["deadline"]) if "deadline" in kept else ""}
+## How to repeat it
+
+```bash
+python benchmarks/paper.py --data-dir DIR --only table1
+python benchmarks/adaptive.py --data-dir DIR
+```
+
+hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()},
+{platform.machine()}, {os.cpu_count()} cores, one thread.
+"""
+
+
+def _curve_page(found: dict[str, Any]) -> str:
+    _draw(found)
+    text = """## Accuracy against mean cost
+
+![Accuracy against mean multiply-accumulates](adaptive.png)
+
+*Budget*: a threshold per depth by `calibrate(budget=...)`. *Confidence*: one threshold for all depths, chosen for the
+same cost. *Fixed depths*: straight lines between them, which is what drawing the depth at random for each image gives.
+"""
+    for objective in OBJECTIVES:
+        these = found[objective]
+        rows = []
+        for position, share in enumerate(SHARES):
+            macs = these["budget, probability"][0][position]
+            rows.append(
+                (
+                    f"{100 * share:.0f} %",
+                    millions(macs),
+                    f"{np.interp(macs, *these['fixed']):.2f}",
+                    *(
+                        f"{these[f'{way}, {measure}'][1][position]:.2f}"
+                        for way in ("budget", "confidence")
+                        for measure in MEASURES
+                    ),
+                )
+            )
+        header = (
+            "budget beyond depth 0",
+            "MACs (M)",
+            "fixed",
+            *(f"{way}, {m}" for way in ("budget", "confidence") for m in MEASURES),
+        )
+        lowest = {way: min(above(these, way)) for way in these if way not in ("fixed", "off")}
+        rows.append(("least lead over fixed", "", "", *(f"{lowest[name]:+.2f}" for name in header[3:])))
+        text += f"""
+### Trained with {objective}
+
+Fixed depths: {", ".join(f"{right:.2f} % at {millions(macs)}" for macs, right in zip(*these["fixed"], strict=True))}.
+
+{table(header, rows)}
+
+Cost on the judged half against the budget: within {100 * max(map(abs, these["off"])):.1f} % of it for each of the
+{len(these["off"])} calibrations (seed, half, measure, budget), {100 * mean(map(abs, these["off"])):.1f} % in the mean.
+"""
+    return text
+
+
+def _draw(found: dict[str, Any]) -> None:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, objective in zip(figure.subplots(1, len(OBJECTIVES)), OBJECTIVES, strict=True):
+        these = found[objective]
+        for measure in MEASURES:
+            macs, accuracy = these[f"budget, {measure}"]
+            axes.plot([m / 1e6 for m in macs], accuracy, ".-", lw=1, label=f"budget, {measure}")
+        macs, accuracy = these["confidence, probability"]
+        axes.plot([m / 1e6 for m in macs], accuracy, ".--", lw=1, label="one threshold, probability")
+        macs, accuracy = these["fixed"]
+        axes.plot([m / 1e6 for m in macs], accuracy, "ko-", label="fixed depths")
+        axes.set(xlabel="million multiply-accumulates per image, mean", ylabel="accuracy (%)", title=objective)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(RESULTS / "adaptive.png", dpi=120)
+
+
+def _uncertainty_page(found: dict[str, Any]) -> str:
+    text = f"""## What an answer is worth
+
+Per depth, mean over seeds. Temperatures and sets are fitted on the held-out half; sets promise to miss the true class
+in at most {100 * MISS_RATE:.0f} % of images. Strangers are scikit-learn's digits, enlarged to 28 pixels, among
+Fashion-MNIST's test images: 50 % is chance.
+"""
+    rows_of = {
+        "accuracy": ("accuracy (%)", 2),
+        "nll": ("negative log-likelihood", 3),
+        "brier": ("Brier score", 3),
+        "ece": ("calibration error", 3),
+        "temperature": ("fitted temperature", 2),
+        "ece_after": ("calibration error, with it", 3),
+        "aurc": ("area under risk-coverage", 4),
+        "hit": (f"sets that hold the class (%), promised {100 * (1 - MISS_RATE):.0f}", 1),
+        "size": ("classes per set", 2),
+        "mutual_information": ("mutual information (nats)", 3),
+        "variance": ("variance between networks", 4),
+        "ood_entropy": ("strangers told by entropy (AUROC, %)", 1),
+        "ood_information": ("by mutual information (AUROC, %)", 1),
+    }
+    for objective in OBJECTIVES:
+        rows = [
+            (title, *(f"{value:.{digits}f}" for value in np.mean([record[name] for record in found[objective]], 0)))
+            for name, (title, digits) in rows_of.items()
+        ]
+        text += f"\n### Trained with {objective}\n\n{table(('networks', '1', '2', '4', '8'), rows)}\n"
+    return text
+
+
+def _deadline_page(found: dict[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            f"{got['in_time']:.1f}",
+            f"{got['worst']:+.1f}",
+            f"{got['used']:.0f}",
+            f"{got['leaves']:.2f}",
+            f"{got['accuracy']:.2f}",
+        )
+        for name, got in found.items()
+        if isinstance(got, dict)
+    ]
+    header = ("machine", "in time (%)", "latest (ms after the deadline)", "time used (%)", "networks", "accuracy (%)")
+    return f"""## Deadlines
+
+{found["requests"]:,} requests of {found["images"]} images, with deadlines drawn evenly between what the fastest and the
+slowest depth take: {found["fastest"]:.1f} ms, the 99th percentile of depth 0, and {found["slowest"]:.1f} ms, the median
+of depth 3, leaf by leaf, fused, one thread. A hog uses a core fully for 0.05 to 0.95 s, then rests as long.
+
+{table(header, rows)}
+"""
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,288 @@
+"""A page to look at a saved model: drop an image, drag the depth, watch the answer sharpen network by network.
+
+python examples/app.py --model DIR
+python examples/app.py --model user/name --examples FOLDER --labels cat dog owl       a folder of images
+python examples/app.py --model DIR --examples DIR                                     Fashion-MNIST's idx files
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would call home
+
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from app_view import Answer, page, placeholder
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+
+import hierens
+from hierens.training.builtin import digits, fashion_mnist
+from hierens.training.config import DataConfig
+from hierens.training.data import create_transform
+from hierens.training.preprocessing import data_config, label_names
+
+try:
+    import gradio as gr
+except ImportError:
+    sys.exit("error: the page is made with Gradio: pip install 'hierens[app]'.")
+
+STYLE = Path(__file__).with_name("app.css")
+_MOST_EXAMPLES = 15
+_TRIED = 50  # images of each class
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which model, and where the page is served."""
+
+    model: str
+    """a folder of save_pretrained, or user/name on the Hub"""
+    port: int = 7860
+    """of the page"""
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 lets other machines in"""
+    examples: str = ""
+    """a folder of images to choose from, or of Fashion-MNIST's idx files; by default digits, for greyscale models"""
+    labels: tuple[str, ...] = ()
+    """names of the classes; by default those in the model's config"""
+    pace: float = 0.5
+    """seconds that the anytime walk shows each network for; the time that is shown is without them"""
+    cpu: bool = False
+    """leave accelerators alone"""
+
+
+class Demo:
+    """A model that answers one image at a time, for people who look on.
+
+    Args:
+        settings: see there.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or another number of labels than of classes.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.model, self.pace = hierens.from_pretrained(settings.model), settings.pace
+        if not isinstance(self.model, hierens.HierarchicalEnsemble):
+            raise ValueError(f"{settings.model} is no tree, and the page draws trees: choose a hierarchical ensemble.")
+        self.tree, classes = self.model.tree, self.model.num_classes
+        if settings.labels and len(settings.labels) != classes:
+            raise ValueError(f"--labels has {len(settings.labels)} names, but the model {classes} classes.")
+        self.names = list(settings.labels) or label_names(self.model) or [f"class {c}" for c in range(classes)]
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not settings.cpu else "cpu")
+        self.model.to(self.device)
+        config = data_config(self.model, settings.model)
+        self.size, self.mode = config.input_size, "L" if config.input_size[0] == 1 else "RGB"
+        self.transform = create_transform(config, training=False)
+        self.full_macs = self.model.macs(self.size)[-1]
+        self._lock = threading.Lock()  # visitors take turns: looped levels put weights in place while they run
+        blank = Image.new(self.mode, self.size[:0:-1])
+        for depth in range(self.tree.depths):  # the first call of each is slow, and would tell of nothing
+            self.at_depth(blank, depth)
+        list(self.walk(blank))
+
+    def at_depth(self, image: Image.Image, depth: int) -> Answer:
+        """The answer of the first 2^depth networks."""
+        x, leaves = self._prepared(image), self.tree.leaves_at(int(depth))
+        with self._lock, torch.inference_mode():
+            began = time.perf_counter()
+            logits = self.model(x, leaves=leaves, reduce=False)[0].double().cpu()
+            taken = time.perf_counter() - began
+        macs = int(self.tree.cost(self.model.branch_macs(self.size), leaves))
+        p = logits.mean(0).softmax(-1).tolist()
+        return Answer(p, logits.argmax(-1).tolist(), macs, self.full_macs, 1e3 * taken)
+
+    def walk(self, image: Image.Image) -> Iterator[Answer]:
+        """The answer after every network."""
+        steps, votes, taken = self.model.anytime(self._prepared(image)), [], 0.0
+        for _ in range(self.tree.leaves):
+            with self._lock:
+                began = time.perf_counter()
+                step = next(steps)
+                p = step.logits[0].double().softmax(-1).tolist()
+                taken += time.perf_counter() - began
+            votes.append(int(step.newest[0].argmax()))
+            yield Answer(p, list(votes), step.macs, self.full_macs, 1e3 * taken, walking=True)
+
+    def show_depth(self, image: Image.Image | None, depth: int) -> str:
+        """The page's answer for the slider."""
+        return placeholder(self.tree) if image is None else page(self.at_depth(image, depth), self.tree, self.names)
+
+    def show_walk(self, image: Image.Image | None) -> Iterator[tuple[str, Any]]:
+        """The page's answer after every network, slowly enough to watch; the slider goes along.
+
+        Raises:
+            gr.Error: there is no image.
+        """
+        if image is None:
+            raise gr.Error("Drop an image first, or choose one of the examples.", print_exception=False)
+        depths = {self.tree.leaves_at(depth): depth for depth in range(self.tree.depths)}
+        for answer in self.walk(image):
+            networks = len(answer.votes)
+            yield page(answer, self.tree, self.names), depths.get(networks, gr.skip())
+            if networks < self.tree.leaves:
+                time.sleep(self.pace)
+
+    @torch.inference_mode()
+    def gains_most(self, images: list[Image.Image], label: int) -> int:
+        """The image whose label gains most in probability from the first network to all."""
+        label = min(label, len(self.names) - 1)  # images need not be of the model's classes
+        logits = self.model(torch.cat([self._prepared(image) for image in images]), reduce=False)
+        first, whole = (mean.softmax(-1)[:, label] for mean in (logits[:, 0], logits.mean(1)))
+        return int((whole - first).argmax())
+
+    def _prepared(self, image: Image.Image) -> torch.Tensor:
+        return self.transform(image.convert(self.mode))[None].to(self.device)
+
+
+def example_images(settings: Settings, demo: Demo) -> list[Image.Image]:
+    """What there is to choose from: one image per class, or the first ones of a folder.
+
+    Raises:
+        ValueError: the folder does not exist, or holds no image that can be read.
+    """
+    folder = Path(settings.examples)
+    if not settings.examples:
+        built_in = demo.mode == "L" and find_spec("sklearn") is not None
+        return _one_of_each(demo, *digits(DataConfig(), training=False)) if built_in else []
+    if not folder.is_dir():
+        raise ValueError(f"the folder {folder} does not exist: give --examples a folder of images.")
+    if any(folder.glob("t10k-images-idx3-ubyte*")):
+        return _one_of_each(demo, *fashion_mnist(DataConfig(data_dir=settings.examples), training=False))
+    kinds = get_img_extensions(as_set=True)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in kinds)[:_MOST_EXAMPLES]
+    if not files:
+        raise ValueError(f"there is no image in {folder} or below: give --examples a folder of images.")
+    found = []
+    for file in files:
+        try:
+            found.append(Image.open(file).convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"the example {file} cannot be read: {error}.") from error
+    return found
+
+
+def build(demo: Demo, examples: list[Image.Image], folder: Path) -> gr.Blocks:
+    """The page.
+
+    Args:
+        demo: answers.
+        examples: images to choose from.
+        folder: to put them into, from where they are served.
+    """
+    tree, backbone = demo.tree, demo.model._model_args.get("backbone")
+    files = [folder / f"{number}.png" for number in range(len(examples))]
+    for image, file in zip(examples, files, strict=True):
+        image.thumbnail((512, 512))
+        image.save(file)
+    with gr.Blocks(title="hierens", analytics_enabled=False) as blocks:
+        gr.HTML(
+            f"<h1>One model, every budget</h1><p>{tree.leaves} networks ({backbone}) in one tree: "
+            "run as many as there is time for.</p>",
+            elem_id="title",
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                image = gr.Image(
+                    type="pil",
+                    image_mode=demo.mode,
+                    sources=["upload", "clipboard"],
+                    show_label=False,
+                    label="image",
+                    height=300,
+                    elem_id="image",
+                    buttons=[],
+                )
+                image.preprocess = readable(image.preprocess)
+                depth = gr.Slider(
+                    0,
+                    max(tree.depths - 1, 1),
+                    value=tree.depths - 1,
+                    step=1,
+                    label="Depth",
+                    info="the first 2^depth networks answer",
+                    elem_id="depth",
+                    visible=tree.depths > 1,
+                )
+                button = gr.Button("Watch it sharpen", variant="primary", elem_id="walk")
+                if files:
+                    gr.Examples([[str(file)] for file in files], image, label="Examples", elem_id="examples")
+            with gr.Column(scale=3, min_width=320):
+                result = gr.HTML(placeholder(tree), elem_id="result")
+        walk = button.click(demo.show_walk, image, [result, depth], show_progress="hidden", concurrency_limit=None)
+        gr.on(
+            [image.change, depth.input],
+            demo.show_depth,
+            [image, depth],
+            result,
+            cancels=walk,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            concurrency_limit=None,
+        )
+    return blocks
+
+
+def main() -> None:
+    """Serve the page until Ctrl-C."""
+    settings = tyro.cli(Settings, description=__doc__)
+    demo = Demo(settings)
+    fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Liberation Sans", "sans-serif"]
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["monospace"])
+    theme = theme.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # and what visitors dropped is deleted
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        build(demo, example_images(settings, demo), Path(folder)).launch(
+            server_name=settings.host,
+            server_port=settings.port,
+            share=False,
+            ssr_mode=False,
+            theme=theme,
+            head=f"<style>{STYLE.read_text()}</style>",
+            footer_links=[],
+            max_file_size="32mb",
+        )
+
+
+def readable(preprocess: Any) -> Any:
+    """Gradio's reading of an image, with a sentence for what is none."""
+
+    def read(payload: Any) -> Any:
+        try:
+            return preprocess(payload)
+        except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
+            name = getattr(payload, "orig_name", None) or "This file"
+            sentence = f"{name} is not an image that can be read: try a PNG or a JPEG."
+            raise gr.Error(sentence, print_exception=False) from error
+
+    return read
+
+
+def _one_of_each(demo: Demo, images: Any, labels: Any) -> list[Image.Image]:
+    """Of the first images of every class the one on which further networks help most: there is something to see."""
+    chosen = []
+    for label in sorted(set(labels.tolist()))[:_MOST_EXAMPLES]:
+        first = [Image.fromarray(image) for image in images[labels == label][:_TRIED]]
+        chosen.append(first[demo.gains_most(first, label)])
+    return chosen
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

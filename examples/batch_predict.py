@@ -1,0 +1,265 @@
+"""Predict a folder of images, or any data set that hierens reads, with a saved model: Parquet files, resumable.
+
+python examples/batch_predict.py --model DIR --input FOLDER --output OUT               images in it and below
+python examples/batch_predict.py --model user/name --dataset fashion_mnist --input DIR --output OUT
+accelerate launch examples/batch_predict.py ...                                        on all devices
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import PartialState
+from inputs import Batch, Batches, Folder, Indexed, Stream, open_inputs
+from torch.utils.data import DataLoader
+
+import hierens
+from hierens.policies import Deadline, FixedDepth, Policy, load_policy
+from hierens.training.config import DataConfig
+from hierens.training.files import publish
+from hierens.training.preprocessing import data_config, label_names
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError:
+    sys.exit("error: Parquet files are written by pyarrow: pip install 'hierens[batch]'.")
+
+MANIFEST = "_manifest.json"  # readers of a folder of Parquet files pass over names that begin with an underscore
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),  # among the inputs, from 0
+        ("path", pa.string()),  # below --input, or shard and key; null for data sets by index
+        ("label", pa.int32()),  # null if unknown
+        ("prediction", pa.int32()),
+        ("name", pa.string()),  # of the predicted class, null if the classes have no names
+        ("probability", pa.float32()),
+        ("entropy", pa.float32()),  # of the answer, in nats
+        ("networks", pa.int32()),
+        ("macs", pa.int64()),
+        ("error", pa.string()),  # why there is no prediction, null otherwise
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which model predicts what, and how much it may compute."""
+
+    model: str
+    """a folder of save_pretrained, or user/name on the Hub"""
+    output: str
+    """folder for the Parquet files; a run that was stopped goes on with those that are missing"""
+    input: str = ""
+    """a folder of images, read with all that is below it; or where the data set lies"""
+    dataset: str = ""
+    """`digits`, `fashion_mnist`, a name of timm's (`torch/..`, `hfds/..`, `hfids/..`, `wds/..`); empty for a folder"""
+    split: str = "validation"
+    """of the data set"""
+    policy: str = ""
+    """a policy.json, or its folder; by default the one beside the model, else all networks answer"""
+    depth: int | None = None
+    """the first 2^depth networks answer, whatever policy there is"""
+    labels: tuple[str, ...] = ()
+    """names of the classes; by default those in the model's config, the data set, or the folders"""
+    batch_size: int = 64
+    """images at a time, per process"""
+    shard_size: int = 10_000
+    """images per Parquet file"""
+    workers: int = 4
+    """processes that read images, per process that predicts"""
+    cpu: bool = False
+    """leave accelerators alone"""
+
+
+def main() -> None:
+    """Predict what is missing."""
+    run(tyro.cli(Settings, description=__doc__))
+
+
+def run(settings: Settings) -> None:
+    """Predict what is missing in the output folder.
+
+    Raises:
+        ValueError: settings that do not work, or other ones than the output was begun with; before any work.
+    """
+    for name in ("batch_size", "shard_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}.")
+    state = PartialState(cpu=settings.cpu)
+    model = hierens.from_pretrained(settings.model)
+    policy = choose_policy(settings, model)
+    where = {"dataset": settings.dataset, "data_dir": settings.input, "val_split": settings.split}
+    config = replace(data_config(model, settings.model), **where)
+    inputs = open_inputs(config)
+    names = class_names(settings, model, inputs)
+    output = Path(settings.output)
+    settle(output, describe(settings, model, policy, config, inputs, names), state)
+    done = {int(file.stem.removeprefix("part-")) for file in output.glob("part-*.parquet")}
+    state.wait_for_everyone()  # all have seen the same files before anyone writes another
+    batches = Batches(
+        inputs, done, (state.process_index, state.num_processes), settings.shard_size, settings.batch_size
+    )
+    loader = DataLoader(batches, batch_size=None, collate_fn=_as_it_is, num_workers=inputs.workers(settings.workers))
+    state.print(f"{policy}; {len(done)} files are there already")
+    began = time.perf_counter()
+    for part, of_part in itertools.groupby(loader, key=lambda batch: batch.part):
+        table = predict(model.to(state.device), policy, of_part, names)
+        write(table, output / f"part-{part:05d}.parquet")
+        bad, taken = table.num_rows - table["error"].null_count, time.perf_counter() - began
+        print(f"part {part}: {table.num_rows:,} images, {bad} unreadable, {table.num_rows / taken:,.0f} images/s")
+        began = time.perf_counter()
+
+
+def choose_policy(settings: Settings, model: hierens.Adaptive) -> Policy:
+    """The depth or the policy that was asked for, else the one beside the model, else all networks.
+
+    Raises:
+        ValueError: a depth that the model does not have, or a policy that answers by the clock.
+    """
+    if settings.depth is not None and settings.policy:
+        raise ValueError("give --depth or --policy, not both.")
+    if settings.depth is not None:
+        model.leaves_at(settings.depth)
+        return FixedDepth(settings.depth)
+    policy = load_policy(settings.policy) if settings.policy else load_policy(settings.model, FixedDepth())
+    if isinstance(policy, Deadline):
+        raise ValueError(
+            f"the policy in {settings.policy or settings.model} answers by the clock, which nobody could repeat: give "
+            "--depth or --policy."
+        )
+    return policy
+
+
+def class_names(settings: Settings, model: hierens.Adaptive, inputs: Folder | Indexed | Stream) -> list[str] | None:
+    """Names of the model's classes, if anyone knows them; the folders are told, so that they know their labels.
+
+    Raises:
+        ValueError: another number of `labels` than of classes.
+    """
+    if settings.labels and len(settings.labels) != model.num_classes:
+        raise ValueError(f"--labels has {len(settings.labels)} names, but the model {model.num_classes} classes.")
+    of_inputs = inputs.names if len(inputs.names) == model.num_classes else None
+    names = list(settings.labels) or label_names(model) or of_inputs
+    if isinstance(inputs, Folder) and names:
+        inputs.classes = {name: index for index, name in enumerate(names)}
+    return names
+
+
+def describe(
+    settings: Settings,
+    model: hierens.Adaptive,
+    policy: Policy,
+    config: DataConfig,
+    inputs: Folder | Indexed | Stream,
+    names: list[str] | None,
+) -> dict[str, Any]:
+    """All that rows depend on: rows of one output must agree in it."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    prepared = asdict(config)
+    fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation")
+    found = {"dataset": settings.dataset, "split": settings.split, "found": inputs.fingerprint()}
+    described = {
+        "model": weights.hexdigest(),
+        "policy": policy.to_dict(),
+        "preprocessing": {field: prepared[field] for field in fields},
+        "inputs": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "labels": names,
+        "shard size": settings.shard_size,
+    }
+    return dict(json.loads(json.dumps(described)))
+
+
+def settle(output: Path, described: dict[str, Any], state: PartialState) -> None:
+    """Compare with what the output was begun with, or write it down.
+
+    Raises:
+        ValueError: it was begun with something else.
+    """
+    file = output / MANIFEST
+    if file.exists():
+        try:
+            begun = json.loads(file.read_text())
+            before = {name: begun[name] for name in described}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} cannot be read: choose another --output, or empty this one.") from error
+        for name, value in described.items():
+            if before[name] != value:
+                was, now = (_short(values[name]) for values in (before, described))
+                raise ValueError(
+                    f"{output} was begun with other {name} ({was} then, {now} now): go on with the same, or choose "
+                    "another --output."
+                )
+    elif next(output.glob("part-*.parquet"), None):
+        raise ValueError(f"{output} holds Parquet files, but no {MANIFEST} says of what: choose another --output.")
+    state.wait_for_everyone()
+    if state.is_main_process and not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        partial = output / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps({"hierens": hierens.__version__, **described}, indent=1) + "\n")
+        publish(partial, file)
+
+
+def predict(model: hierens.Adaptive, policy: Policy, batches: Iterable[Batch], names: list[str] | None) -> pa.Table:
+    """A row for every input of one Parquet file."""
+    rows: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
+    device = next(model.parameters()).device
+    for batch in batches:
+        found: dict[str, Iterator[Any]] = {}
+        if len(batch.images):
+            answer = policy(model, batch.images.to(device))
+            log_p = answer.logits.double().log_softmax(-1)
+            best, classes = log_p.max(-1)
+            values = {
+                "prediction": classes,
+                "probability": best.exp(),
+                "entropy": -(log_p.exp() * log_p).sum(-1),
+                "networks": answer.leaves,
+                "macs": answer.macs,
+            }
+            found = {name: iter(tensor.tolist()) for name, tensor in values.items()}
+        known = {"index": batch.indices, "path": batch.paths, "label": batch.labels, "error": batch.errors}
+        for name, column in known.items():
+            rows[name] += column
+        for error in batch.errors:
+            for name in ("prediction", "probability", "entropy", "networks", "macs"):
+                rows[name].append(None if error is not None else next(found[name]))
+            chosen = rows["prediction"][-1]
+            rows["name"].append(names[chosen] if names and chosen is not None else None)
+    return pa.table(rows, SCHEMA)
+
+
+def write(table: pa.Table, file: Path) -> None:
+    """A Parquet file, whole or not there."""
+    partial = file.with_name(f"_{file.name}.partial")
+    pq.write_table(table, partial, compression="zstd")
+    publish(partial, file)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

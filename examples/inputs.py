@@ -1,0 +1,253 @@
+"""What batch_predict.py reads: `items` lists inputs in an order that never changes, `load` reads one or says why not.
+
+`Batches` deals them out, in pieces that become a Parquet file each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+from torch.utils.data import IterableDataset, get_worker_info
+
+from hierens.training.config import DataConfig
+from hierens.training.data import BUILT_IN, create_datasets, create_transform
+from hierens.training.unreadable import UnreadableImageError
+
+
+class Loaded(NamedTuple):
+    """An image, or why there is none."""
+
+    path: str | None
+    label: int | None
+    image: torch.Tensor | str
+
+
+class Batch(NamedTuple):
+    """Inputs that follow each other and belong into one Parquet file."""
+
+    part: int
+    indices: list[int]
+    paths: list[str | None]
+    labels: list[int | None]
+    errors: list[str | None]
+    images: torch.Tensor  # (N, C, H, W), of those without an error
+
+
+def open_inputs(config: DataConfig) -> Folder | Indexed | Stream:
+    """The folder, or the evaluation split of the data set.
+
+    Raises:
+        ValueError: there is nothing to read.
+    """
+    if not config.dataset:
+        return Folder(config)
+    if config.dataset in BUILT_IN and config.val_split not in ("train", "validation"):
+        raise ValueError(f"{config.dataset} has the splits train and validation, not {config.val_split!r}.")
+    # A stream that does not say how long it is can be predicted nevertheless.
+    config = replace(config, train_split=config.val_split, num_samples=config.num_samples or 1)
+    train, dataset = create_datasets(config)
+    if config.dataset in BUILT_IN:
+        dataset = train if config.val_split == "train" else dataset
+        dataset.transform = create_transform(config, training=False)
+    return Stream(dataset.reader, config) if isinstance(dataset, IterableDataset) else Indexed(dataset)
+
+
+class Folder:
+    """Images in a folder and below it, by path; the folder right above an image may name its class."""
+
+    def __init__(self, config: DataConfig) -> None:
+        root = config.data_dir
+        self.root, self.config, self.transform = Path(root), config, create_transform(config, training=False)
+        if not root or not self.root.is_dir():
+            raise ValueError(f"the folder {root!r} does not exist: give --input the folder that holds the images.")
+        kinds, found = get_img_extensions(as_set=True), []
+        for folder, _, files in os.walk(root, followlinks=True):
+            found += [os.path.join(folder, file) for file in files if Path(file).suffix.lower() in kinds]
+        self.files = sorted(Path(file).relative_to(root).as_posix() for file in found)
+        if not self.files:
+            raise ValueError(f"there is no image in {root} or below: files end in {', '.join(sorted(kinds))}.")
+        self.names = sorted(
+            {Path(file).parent.name for file in self.files} - {""}, key=lambda name: (natural_key(name), name)
+        )
+        self.classes: dict[str, int] = {}
+
+    def workers(self, wanted: int) -> int:
+        return wanted
+
+    def items(self) -> Iterable[str]:
+        return self.files
+
+    def load(self, file: str) -> Loaded:
+        image = _decoded(self.root / file, self.config, self.transform)
+        return Loaded(_text(file), self.classes.get(Path(file).parent.name), image)
+
+    def fingerprint(self) -> list[Any]:
+        return [(_text(file), os.stat(self.root / file).st_size) for file in self.files]
+
+
+class Indexed:
+    """A data set of `create_datasets` that has a length."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        inner = getattr(dataset, "dataset", dataset)
+        known = getattr(getattr(inner, "reader", None), "class_to_idx", None) or getattr(inner, "class_to_idx", None)
+        self.names = sorted(known, key=known.get) if known else []
+
+    def workers(self, wanted: int) -> int:
+        return wanted
+
+    def items(self) -> Iterable[int]:
+        return range(len(self.dataset))
+
+    def load(self, index: int) -> Loaded:
+        try:
+            image, label = self.dataset[index]
+        except UnreadableImageError as error:
+            return Loaded(None, None, _reason(error))
+        return Loaded(None, None if label < 0 else int(label), image)
+
+    def fingerprint(self) -> list[Any]:
+        arrays = [getattr(self.dataset, name, None) for name in ("images", "labels")]
+        return [len(self.dataset), *(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays if a is not None)]
+
+
+class Stream:
+    """WebDataset shards or a Hugging Face stream, in stored order; what another process predicts is not decoded."""
+
+    def __init__(self, reader: Any, config: DataConfig) -> None:
+        self.reader, self.config, self.transform = reader, config, create_transform(config, training=False)
+        self.names: list[str] = []
+
+    def workers(self, wanted: int) -> int:
+        """`datasets` deals shards out among loader workers by itself, so there may be one."""
+        return min(wanted, 1) if hasattr(self.reader, "builder") else wanted
+
+    def items(self) -> Iterable[Any]:
+        return self._stored() if hasattr(self.reader, "builder") else self._shards()
+
+    def load(self, item: tuple[str | None, int | None, Any]) -> Loaded:
+        path, label, content = item
+        image = content if isinstance(content, str) else _decoded(content, self.config, self.transform)
+        return Loaded(path, label, image)
+
+    def fingerprint(self) -> list[Any]:
+        if hasattr(self.reader, "builder"):
+            return [str(self.reader.builder.hash)]
+        files = [Path(self.reader.root) / name for name in self.reader.split_info.filenames]
+        return [(file.name, file.stat().st_size if file.is_file() else None) for file in files]
+
+    def _shards(self) -> Iterator[tuple[str | None, int | None, Any]]:
+        import webdataset as wds
+
+        for name in self.reader.split_info.filenames:
+            shard = os.path.join(self.reader.root, name)
+            samples = wds.DataPipeline(
+                wds.SimpleShardList([shard]), wds.tarfile_to_samples(handler=wds.reraise_exception)
+            )
+            try:
+                for sample in samples:
+                    image = next(
+                        (sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), "no image"
+                    )
+                    label = int(sample["cls"]) if "cls" in sample else None
+                    yield f"{name}/{sample['__key__']}", label, image
+            except Exception as error:
+                if not Path(shard).is_file():  # a connection may be better next time: no row must say otherwise
+                    raise ValueError(f"the shard {shard} cannot be read: {_reason(error)}") from error
+                yield name, None, f"the rest of the shard cannot be read: {_reason(error)}"
+
+    def _stored(self) -> Iterator[tuple[str | None, int | None, Any]]:
+        from datasets import Image as ImageFeature
+
+        samples = self.reader.builder.as_streaming_dataset(split=self.reader.split)
+        for sample in samples.cast_column(self.reader.input_key, ImageFeature(decode=False)):
+            stored = sample[self.reader.input_key]
+            label = sample.get(self.reader.target_key)
+            content = stored["bytes"] if stored.get("bytes") is not None else Path(stored["path"])
+            yield stored.get("path"), None if label is None or label < 0 else int(label), content
+
+
+class Batches(IterableDataset[Batch]):
+    """The batches of this process, one Parquet file's after the other's; loader workers take turns.
+
+    Args:
+        inputs: what to read.
+        done: the Parquet files that are there already.
+        share: this process, and how many there are; missing files are dealt out in turn.
+        shard_size: inputs per Parquet file.
+        batch_size: inputs per batch.
+    """
+
+    def __init__(
+        self,
+        inputs: Folder | Indexed | Stream,
+        done: set[int],
+        share: tuple[int, int],
+        shard_size: int,
+        batch_size: int,
+    ) -> None:
+        self.inputs, self.done, self.share = inputs, done, share
+        self.shard_size, self.batch_size = shard_size, batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        turn = itertools.count()
+        for part, items in self._mine():
+            while batch := list(itertools.islice(items, self.batch_size)):
+                if next(turn) % workers == worker:
+                    yield self._loaded(part, batch)
+
+    def _mine(self) -> Iterator[tuple[int, Iterator[tuple[int, Any]]]]:
+        process, processes = self.share
+        turn = itertools.count()
+        numbered = enumerate(self.inputs.items())
+        for part, items in itertools.groupby(numbered, key=lambda pair: pair[0] // self.shard_size):
+            if part not in self.done and next(turn) % processes == process:
+                yield part, items
+
+    def _loaded(self, part: int, batch: list[tuple[int, Any]]) -> Batch:
+        loaded = [self.inputs.load(item) for _, item in batch]
+        images = [one.image for one in loaded if isinstance(one.image, torch.Tensor)]
+        return Batch(
+            part,
+            [index for index, _ in batch],
+            [one.path for one in loaded],
+            [one.label for one in loaded],
+            [one.image if isinstance(one.image, str) else None for one in loaded],
+            torch.stack(images) if images else torch.empty(0),
+        )
+
+
+def _decoded(
+    content: bytes | Path, config: DataConfig, transform: Callable[[Image.Image], torch.Tensor]
+) -> torch.Tensor | str:
+    try:
+        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
+            return transform(image.convert("L" if config.input_size[0] == 1 else "RGB"))
+    except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
+        return _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """In one line that is the same at every attempt: Python's word for an open file is not."""
+    said = re.sub(r"<_io\.[^>]*>", "", str(error) or type(error).__name__)
+    return _text(" ".join(said.split()))
+
+
+def _text(name: str) -> str:
+    """A file's name as Parquet takes it, which is UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
