@@ -40,6 +40,7 @@ except ImportError:
     sys.exit("error: the page is made with Gradio: pip install 'hierens[app]'.")
 
 STYLE = Path(__file__).with_name("app.css")
+_PIXELS = "#image img, #examples img { image-rendering: pixelated; }"  # for models that see few of them
 _MOST_EXAMPLES = 15
 _TRIED = 50  # images of each class
 
@@ -240,6 +241,7 @@ def main() -> None:
     """Serve the page until Ctrl-C."""
     settings = tyro.cli(Settings, description=__doc__)
     demo = Demo(settings)
+    style = STYLE.read_text() + (_PIXELS if max(demo.size[1:]) <= 64 else "")
     fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Liberation Sans", "sans-serif"]
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["monospace"])
     theme = theme.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
@@ -252,7 +254,7 @@ def main() -> None:
             share=False,
             ssr_mode=False,
             theme=theme,
-            head=f"<style>{STYLE.read_text()}</style>",
+            head=f"<style>{style}</style>",
             footer_links=[],
             max_file_size="32mb",
         )

@@ -150,7 +150,8 @@ def _bars(answer: Answer, names: Sequence[str]) -> str:
     if len(classes) > _ALL_BARS:
         classes = sorted(classes, key=lambda c: -answer.probabilities[c])[:_FEW_BARS]
     return "".join(
-        f'<div class="hne-bar{" best" if c == answer.best else ""}"><span>{escape(names[c])}</span>'
+        f'<div class="hne-bar{" best" if c == answer.best else ""}"><span title="{escape(names[c])}">'
+        f"{escape(names[c])}</span>"
         f'<div><div style="width:{100 * answer.probabilities[c]:.2f}%"></div></div>'
         f"<em>{percent(answer.probabilities[c])}</em></div>"
         for c in classes
