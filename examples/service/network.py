@@ -1,0 +1,139 @@
+"""The replicas that hold the model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import timm.data
+import torch
+from ray import serve
+
+import hierens
+from hierens.policies import FixedDepth, Load, Policy, load_policy
+from hierens.tree import nested_sizes
+from service.settings import Settings
+from service.uploads import read_image
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model takes and gives, known without its weights."""
+
+    data: dict[str, Any]
+    labels: tuple[str, ...]
+
+    @property
+    def mode(self) -> Literal["L", "RGB"]:
+        """Of the image that the model sees."""
+        return "L" if self.data["input_size"][0] == 1 else "RGB"
+
+    @classmethod
+    def of(cls, model: Any) -> Inputs:
+        """Read them off a model."""
+        names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
+        return cls(timm.data.resolve_model_data_config(model), tuple(str(name) for name in names))
+
+    def prepare(self, upload: bytes, max_pixels: int) -> np.ndarray:
+        """A file -> what the model sees of it, (C, H, W), in bytes: a quarter of the floats' way to a replica."""
+        image = read_image(upload, self.mode, max_pixels)
+        transform = timm.data.create_transform(**self.data, is_training=False, use_prefetcher=True)
+        return np.asarray(transform(image)).reshape(self.data["input_size"])
+
+    def normalise(self, images: np.ndarray) -> torch.Tensor:
+        """(N, C, H, W) in bytes -> as the model was trained."""
+        mean, std = (torch.tensor(self.data[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        return (torch.from_numpy(images).float().div(255) - mean) / std
+
+
+@serve.deployment
+class Network:
+    """The model: answers in batches, at the depth that its policy chooses."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(settings.threads)
+        self.top, self.waiting = settings.top, 0
+        model: Any = hierens.from_pretrained(settings.model)
+        self.inputs, self.policy = Inputs.of(model), choose_policy(settings, model)
+        with contextlib.suppress(ValueError):  # what cannot be fused runs as it is
+            model = model.fuse()
+        self.model, self.worker = model, ThreadPoolExecutor(1)
+        self.answer.set_max_batch_size(settings.max_batch)
+        self.answer.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
+        for leaves in nested_sizes(model.tree.leaves):
+            model(torch.zeros(1, *self.inputs.data["input_size"]), leaves=leaves)
+
+    async def __call__(self, image: np.ndarray, arrived: float) -> dict[str, Any]:
+        """One image (C, H, W) in bytes, and when its request arrived."""
+        self.waiting += 1
+        try:
+            return await self.answer((image, arrived))
+        finally:
+            self.waiting -= 1
+
+    @serve.batch
+    async def answer(self, requests: list[tuple[np.ndarray, float]]) -> list[dict[str, Any]]:
+        """A batch, beside the event loop, so that requests are taken in meanwhile."""
+        if isinstance(self.policy, Load):
+            self.policy.observe(self.waiting - len(requests))
+        images = np.stack([image for image, _ in requests])
+        answers = await asyncio.get_running_loop().run_in_executor(self.worker, self.run, images)
+        if isinstance(self.policy, Load):
+            longest = 1e3 * (time.time() - min(arrived for _, arrived in requests))
+            self.policy.observe(self.waiting - len(requests), longest)
+        return answers
+
+    @torch.inference_mode()
+    def run(self, images: np.ndarray) -> list[dict[str, Any]]:
+        """Answer images (N, C, H, W)."""
+        x, tree = self.inputs.normalise(images), self.model.tree
+        if isinstance(self.policy, Load | FixedDepth):
+            fixed = self.policy if isinstance(self.policy, FixedDepth) else FixedDepth(self.policy.depth)
+            leaves = tree.leaves_at(fixed.depth, fixed.leaves)
+            leaf_logits = self.model(x, leaves=leaves, reduce=False)
+            networks = [leaves] * len(x)
+            macs = [int(tree.cost(self.model.branch_macs(tuple(x.shape[1:])), leaves))] * len(x)
+        else:  # these say nothing of single networks
+            found = self.policy(self.model, x)
+            leaf_logits, networks, macs = found.logits[:, None], found.leaves.tolist(), found.macs.tolist()
+        p_leaf = leaf_logits.softmax(-1)
+        probability, index = leaf_logits.mean(1).softmax(-1).topk(min(self.top, len(self.inputs.labels)))
+        entropy = torch.special.entr(p_leaf.mean(1)).sum(-1)
+        mutual = entropy - torch.special.entr(p_leaf).sum(-1).mean(1)
+        sizes = nested_sizes(tree.leaves)
+        return [
+            {
+                "classes": [
+                    {"index": i, "name": self.inputs.labels[i], "probability": p}
+                    for i, p in zip(index[n].tolist(), probability[n].tolist(), strict=True)
+                ],
+                "depth": sizes.index(networks[n]) if networks[n] in sizes else None,
+                "networks": networks[n],
+                "macs": macs[n],
+                "uncertainty": {
+                    "entropy": entropy[n].item(),
+                    "mutual_information": max(0.0, mutual[n].item()) if leaf_logits.shape[1] > 1 else None,
+                },
+            }
+            for n in range(len(x))
+        ]
+
+
+def choose_policy(settings: Settings, model: Any) -> Policy:
+    """The policy that the settings ask for.
+
+    Raises:
+        ValueError: a depth that the tree does not have, or no policy.json.
+    """
+    if settings.policy == "saved":
+        return load_policy(settings.model)
+    leaves = model.tree.leaves_at(settings.depth)
+    if settings.policy == "fixed":
+        return FixedDepth(leaves=leaves)
+    depth = len(nested_sizes(leaves)) - 1
+    return Load(depth, settings.target_ms, queue_high=settings.queue_high)
