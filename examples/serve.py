@@ -1,7 +1,7 @@
 """A hierens model behind HTTP, on Ray Serve: holds a latency by giving way in depth while the load is high.
 
 python examples/serve.py --model DIR_OR_HUB_ID                        # answers on http://127.0.0.1:8000
-curl -F image=@shirt.png http://127.0.0.1:8000/predict
+curl -F image=@shirt.png http://127.0.0.1:8000/predict                # or several: -F image=@a.png -F image=@b.png
 
 One `Gateway` checks and decodes uploads, counts and measures; it hands small arrays to the replicas of `Network`, which
 hold the model and answer in batches. There is one gateway, so what /metrics says is true of the whole service.
@@ -35,7 +35,7 @@ def build(settings: Settings) -> serve.Application:
     Raises:
         ValueError: settings that do not fit the model, or a model that cannot be loaded.
     """
-    for name in ("replicas", "threads", "max_batch", "max_queue", "max_bytes", "max_pixels", "top"):
+    for name in ("replicas", "threads", "max_batch", "max_images", "max_queue", "max_bytes", "max_pixels", "top"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}.")
     if settings.buffer_bytes < settings.max_bytes:
@@ -65,9 +65,18 @@ def start(settings: Settings, **ray_options: Any) -> None:
     """Serve in the background, on a Ray of our own if none is there; returns when the model has loaded."""
     service = build(settings)
     if not ray.is_initialized():
-        options = {"num_cpus": max(os.cpu_count() or 1, settings.replicas * settings.threads)}
-        quiet = {"include_dashboard": False, "object_store_memory": 128_000_000, "_node_ip_address": "127.0.0.1"}
-        ray.init(**options | quiet | ray_options)
+        # Ray's processes import `service`, wherever this was started from.
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+        ray.init(
+            **{
+                "num_cpus": max(os.cpu_count() or 1, settings.replicas * settings.threads),
+                "include_dashboard": False,
+                "object_store_memory": 128_000_000,
+                "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+                "_node_ip_address": "127.0.0.1",
+                **ray_options,
+            }
+        )
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(
         http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 10}, logging_config=quiet

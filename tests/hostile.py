@@ -213,7 +213,7 @@ def _no_http(draw: random.Random, _: int) -> Case:
 
 def _many_files(draw: random.Random, _: int) -> Case:
     part = form(_image(draw, 8)).removesuffix(b"--\r\n") + b"\r\n"
-    body = part * 5 + b"--" + BOUNDARY + b"--\r\n"
+    body = part * 40 + b"--" + BOUNDARY + b"--\r\n"
     return _case("many files", head(len(body)) + body, 400)
 
 

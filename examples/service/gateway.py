@@ -34,11 +34,18 @@ class Metrics:
         self.registry = CollectorRegistry()
         kept: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("hierens_requests", "requests for a prediction, by status", ["status"], **kept)
-        self.seconds = Histogram("hierens_answer_seconds", "from arrival to answer", buckets=SECONDS, **kept)
-        self.answers = Counter("hierens_answers", "answers by depth", ["depth"], **kept)
+        self.seconds = Histogram("hierens_answer_seconds", "a request's time to its answer", buckets=SECONDS, **kept)
+        self.answers = Counter("hierens_answers", "images answered, by depth", ["depth"], **kept)
         self.depth = Gauge("hierens_depth", "depth of the latest answer", **kept)
         self.queue = Gauge("hierens_queue", "requests in the service now", **kept)
         self.bytes = Gauge("hierens_body_bytes", "room taken by bodies now", **kept)
+
+    def answered(self, answers: list[dict[str, Any]], seconds: float) -> None:
+        """Count a request's answers."""
+        self.seconds.observe(seconds)
+        for answer in answers:
+            self.answers.labels(answer["depth"]).inc()
+            self.depth.set(answer["depth"] if answer["depth"] is not None else float("nan"))
 
 
 app = FastAPI(title="hierens", docs_url=None, redoc_url=None)
@@ -62,15 +69,13 @@ class Gateway:
 
     @app.post("/predict")
     async def predict(self, request: Request) -> Response:
-        """Classify the image in the form's field `image`."""
+        """Classify the images in the form's fields `image`."""
         start, arrived, status = time.perf_counter(), time.time(), 499  # who hangs up gets no status from us
         try:
-            answer = await self._predict(request, arrived)
+            answers = await self._predict(request, arrived)
             taken, status = time.perf_counter() - start, 200
-            self.metrics.seconds.observe(taken)
-            self.metrics.answers.labels(answer["depth"]).inc()
-            self.metrics.depth.set(answer["depth"] if answer["depth"] is not None else float("nan"))
-            return JSONResponse({**answer, "milliseconds": round(1e3 * taken, 2)})
+            self.metrics.answered(answers, taken)
+            return JSONResponse({"answers": answers, "milliseconds": round(1e3 * taken, 2)})
         except RefusedError as refusal:
             status = refusal.status
             return JSONResponse({"error": refusal.sentence}, status, refusal.headers)
@@ -83,15 +88,16 @@ class Gateway:
         finally:
             self.metrics.requests.labels(status).inc()
 
-    async def _predict(self, request: Request, arrived: float) -> dict[str, Any]:
+    async def _predict(self, request: Request, arrived: float) -> list[dict[str, Any]]:
         room = announced_bytes(request, self.settings.max_bytes)
         with self._admitted():
             with self._holding(room):
-                upload = await read_upload(request, self.settings.max_bytes, self.settings.upload_s)
+                limits = self.settings
+                files = await read_upload(request, limits.max_bytes, limits.max_images, limits.upload_s)
                 prepare = asyncio.get_running_loop().run_in_executor
-                image = await prepare(self.decoders, self.inputs.prepare, upload, self.settings.max_pixels)
-                del upload
-            return await self._ask(image, arrived)
+                images = await prepare(self.decoders, self.inputs.prepare, files, limits.max_pixels)
+                del files
+            return await self._ask(images, arrived)
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -113,14 +119,14 @@ class Gateway:
         finally:
             self.held -= room
 
-    async def _ask(self, image: np.ndarray, arrived: float) -> dict[str, Any]:
-        """A replica's answer; that of another one, once, if the first dies on the way."""
+    async def _ask(self, images: np.ndarray, arrived: float) -> list[dict[str, Any]]:
+        """A replica's answers; those of another one, once, if the first dies on the way."""
         for _ in range(2):
             try:
                 async with asyncio.timeout(self.settings.timeout_s):
-                    answer: dict[str, Any] = await self.network.remote(image, arrived)
+                    answers: list[dict[str, Any]] = await self.network.remote(images, arrived)
                 self.answered = True
-                return answer
+                return answers
             except TimeoutError:
                 raise RefusedError(
                     504, f"The model did not answer within {self.settings.timeout_s:g} seconds."
@@ -148,7 +154,7 @@ class Gateway:
     async def ready(self) -> JSONResponse:
         """The model is loaded and has answered; it is asked now if it has not, or could not when it was asked last."""
         if not self.answered:
-            blank = np.zeros(self.inputs.data["input_size"], np.uint8)
+            blank = np.zeros((1, *self.inputs.data["input_size"]), np.uint8)
             try:
                 async with asyncio.timeout(2):
                     await self._ask(blank, time.time())

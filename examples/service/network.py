@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -39,11 +41,15 @@ class Inputs:
         names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
         return cls(timm.data.resolve_model_data_config(model), tuple(str(name) for name in names))
 
-    def prepare(self, upload: bytes, max_pixels: int) -> np.ndarray:
-        """A file -> what the model sees of it, (C, H, W), in bytes: a quarter of the floats' way to a replica."""
-        image = read_image(upload, self.mode, max_pixels)
-        transform = timm.data.create_transform(**self.data, is_training=False, use_prefetcher=True)
-        return np.asarray(transform(image)).reshape(self.data["input_size"])
+    def prepare(self, files: list[bytes], max_pixels: int) -> np.ndarray:
+        """Files -> what the model sees of them, (N, C, H, W), in bytes: a quarter of the floats' way to a replica."""
+        images = [self.transform(read_image(file, self.mode, max_pixels)) for file in files]
+        return np.stack([np.asarray(image).reshape(self.data["input_size"]) for image in images])
+
+    @cached_property
+    def transform(self) -> Any:
+        """timm's, up to the normalisation."""
+        return timm.data.create_transform(**self.data, is_training=False, use_prefetcher=True)
 
     def normalise(self, images: np.ndarray) -> torch.Tensor:
         """(N, C, H, W) in bytes -> as the model was trained."""
@@ -68,25 +74,25 @@ class Network:
         for leaves in nested_sizes(model.tree.leaves):
             model(torch.zeros(1, *self.inputs.data["input_size"]), leaves=leaves)
 
-    async def __call__(self, image: np.ndarray, arrived: float) -> dict[str, Any]:
-        """One image (C, H, W) in bytes, and when its request arrived."""
+    async def __call__(self, images: np.ndarray, arrived: float) -> list[dict[str, Any]]:
+        """A request's images (N, C, H, W) in bytes, and when it arrived."""
         self.waiting += 1
         try:
-            return await self.answer((image, arrived))
+            return await self.answer((images, arrived))
         finally:
             self.waiting -= 1
 
     @serve.batch
-    async def answer(self, requests: list[tuple[np.ndarray, float]]) -> list[dict[str, Any]]:
+    async def answer(self, requests: list[tuple[np.ndarray, float]]) -> list[list[dict[str, Any]]]:
         """A batch, beside the event loop, so that requests are taken in meanwhile."""
         if isinstance(self.policy, Load):
             self.policy.observe(self.waiting - len(requests))
-        images = np.stack([image for image, _ in requests])
-        answers = await asyncio.get_running_loop().run_in_executor(self.worker, self.run, images)
+        images = np.concatenate([images for images, _ in requests])
+        found = iter(await asyncio.get_running_loop().run_in_executor(self.worker, self.run, images))
         if isinstance(self.policy, Load):
             longest = 1e3 * (time.time() - min(arrived for _, arrived in requests))
             self.policy.observe(self.waiting - len(requests), longest)
-        return answers
+        return [list(itertools.islice(found, len(images))) for images, _ in requests]
 
     @torch.inference_mode()
     def run(self, images: np.ndarray) -> list[dict[str, Any]]:

@@ -29,9 +29,11 @@ class Settings:
     threads: int = 1
     """CPU threads of each"""
     max_batch: int = 16
-    """images answered together"""
+    """requests answered together"""
     batch_wait_ms: float = 2
-    """how long the first image of a batch waits for others"""
+    """how long the first request of a batch waits for others"""
+    max_images: int = 16
+    """in a request"""
     max_queue: int = 128
     """requests in the service at once; more get 503. It bounds the queue, and so how late an answer can be"""
     max_bytes: int = 8_000_000

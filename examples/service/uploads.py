@@ -52,8 +52,8 @@ def announced_bytes(request: Request, max_bytes: int) -> int:
     return int(length)
 
 
-async def read_upload(request: Request, max_bytes: int, seconds: float) -> bytes:
-    """The file in a form's field `image`; never more than `max_bytes` of the body are taken in.
+async def read_upload(request: Request, max_bytes: int, max_images: int, seconds: float) -> list[bytes]:
+    """The files in a form's fields `image`; never more than `max_bytes` of the body are taken in.
 
     Raises:
         RefusedError: 408, 413, 415 or 400.
@@ -71,7 +71,7 @@ async def read_upload(request: Request, max_bytes: int, seconds: float) -> bytes
 
     try:
         async with asyncio.timeout(seconds):
-            form = await Request(request.scope, receive).form(max_files=1, max_fields=4, max_part_size=_SMALL)
+            form = await Request(request.scope, receive).form(max_files=max_images, max_fields=4, max_part_size=_SMALL)
     except TimeoutError:
         raise RefusedError(408, f"The body did not arrive within {seconds:g} seconds.") from None
     except HTTPException as error:
@@ -81,12 +81,13 @@ async def read_upload(request: Request, max_bytes: int, seconds: float) -> bytes
     except Exception as error:  # multipart parsers meet more than they have names for
         raise RefusedError(400, "The form cannot be read.") from error
     try:
-        upload = form.get("image")
-        if not isinstance(upload, UploadFile):
+        uploads = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
+        if not uploads:
             raise RefusedError(400, "The form has no file in a field `image`.")
-        if (upload.content_type or "image/").partition("/")[0] not in ("image", "application"):
-            raise RefusedError(415, f"The field `image` holds {upload.content_type!r:.80}, not an image.")
-        return await upload.read()
+        for upload in uploads:
+            if (upload.content_type or "image/").partition("/")[0] not in ("image", "application"):
+                raise RefusedError(415, f"A field `image` holds {upload.content_type!r:.80}, not an image.")
+        return [await upload.read() for upload in uploads]
     finally:
         await form.close()
 
