@@ -61,8 +61,9 @@ def main(settings: Settings) -> None:
     tree.break_symmetry(0.3)
     objective = Objective("independent+hierarchical_codistillation")
     fit(tree, objective, images, labels, settings.tree_images, 1e-3, settings)
-    accuracy = accuracies(tree, *fashion_mnist(settings.data_dir, training=False))
-    tree.save_pretrained(settings.output, results={"accuracy (%)": accuracy})
+    right = answers(tree, *fashion_mnist(settings.data_dir, training=False))
+    tree.save_pretrained(settings.output, results={"accuracy (%)": (100 * right.mean(1)).tolist()})
+    np.save(Path(settings.output) / "right.npy", right.astype(np.uint8))
     print((Path(settings.output) / "README.md").read_text())
 
 
@@ -101,16 +102,16 @@ def fit(model: Any, loss: Any, images: Tensor, labels: Tensor, count: int, lr: f
             print(f"{step + 1:5d}/{steps}  loss {value.item():.3f}  {rate:.0f} images/s", flush=True)
 
 
-@torch.inference_mode()
-def accuracies(model: Any, images: Tensor, labels: Tensor) -> list[float]:
-    """In percent, of every depth."""
+@torch.no_grad()
+def answers(model: Any, images: Tensor, labels: Tensor) -> np.ndarray:
+    """Whether every depth is right about every image: (depths, images)."""
     fused = model.eval().fuse()
-    right = torch.zeros(len(nested_sizes(model.tree.leaves)))
+    right = []
     for x, y in zip(images.split(100), labels.split(100), strict=True):
         leaf_logits = fused(x, reduce=False)
-        for depth, leaves in enumerate(nested_sizes(model.tree.leaves)):
-            right[depth] += (leaf_logits[:, :leaves].mean(1).argmax(-1) == y).sum()
-    return (100 * right / len(labels)).tolist()
+        nested = [leaf_logits[:, :leaves].mean(1).argmax(-1) == y for leaves in nested_sizes(model.tree.leaves)]
+        right.append(torch.stack(nested))
+    return torch.cat(right, 1).numpy()
 
 
 if __name__ == "__main__":
