@@ -216,6 +216,7 @@ def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
             if running == 2 and noticed is not None:
                 again = time.perf_counter() - killed
         measured = rows(settings, loading)
+        counted = httpx.get(f"http://127.0.0.1:{settings.port}/metrics", timeout=10).text
     wrong, compared = compare(settings, measured, images)
     answered = [row for row in measured if row["status"] == 200]
     return {
@@ -223,6 +224,7 @@ def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
         "statuses": Counter(row["status"] for row in measured),
         "errors": sorted({row["reply"]["error"] for row in measured if row["status"] not in (0, 200)}),
         "lost": Counter(row["error"] for row in measured if row["status"] == 0),
+        "second_tries": float(counted.partition("\nhierens_second_tries_total ")[2].split()[0]),
         "wrong": wrong,
         "compared": compared,
         "rate": 1.5 * capacity,

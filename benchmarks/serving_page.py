@@ -97,8 +97,8 @@ def paired(measured: Rows, full: list[int], settings: Any) -> str:
     apart = [row["right"] - w for row, w in zip(those, whole, strict=True)]
     error = statistics.stdev(apart) * math.sqrt(len(apart)) / count
     return (
-        f"{100 * sum(row['right'] for row in those) / count:.2f} % against {100 * sum(whole) / count:.2f} %, a difference "
-        f"of {100 * sum(apart) / count:+.2f} ± {100 * error:.2f} points on {count} images"
+        f"{100 * sum(row['right'] for row in those) / count:.2f} % against {100 * sum(whole) / count:.2f} %, a "
+        f"difference of {100 * sum(apart) / count:+.2f} ± {100 * error:.2f} points on {count} images"
     )
 
 
@@ -175,6 +175,7 @@ def page(settings: Any, found: dict[str, Any]) -> str:
         killed=killed,
         statuses=statuses,
         errors=" ".join(f"*{error}*" for error in killed["errors"]) or "none",
+        lost=sum(killed["lost"].values()),
         noticed="not seen" if killed["noticed_s"] is None else f"{killed['noticed_s']:.1f} s",
         again="not within the run" if killed["again_s"] is None else f"{killed['again_s']:.1f} s",
         attacked=attacked,
@@ -190,7 +191,8 @@ def page(settings: Any, found: dict[str, Any]) -> str:
 TEXT = """# Serving
 
 What [the server](../how-to/serve.md) does under a surge, when a replica is killed, and when strangers send what they
-should not. Measured on {machine}, which also carried the load generator and all of Ray; {versions}.
+should not. Measured on {machine}, which also carried the load generator, all of Ray and other people's work: times
+are what this leaves. {versions}.
 
 ## A surge of three times what full depth carries
 
@@ -210,8 +212,8 @@ answered after the target. Accuracy of the answers given, on Fashion-MNIST's tes
 At full depth the server carries {capacity:.1f} requests ({images_per_s:.0f} images) per second in a closed loop of four
 clients.
 
-What giving way cost in the surge, beside what full depth says of the very same images: {paired}. This model, trained for
-minutes, gains little by depth; [one trained longer](fashion_mnist.md) gains more.
+What giving way cost in the surge, beside what full depth says of the very same images: {paired}. This
+model, trained for minutes, gains little by depth; [one trained longer](fashion_mnist.md) gains more.
 
 What each depth costs and gives, on all 10,000 test images:
 
@@ -231,11 +233,12 @@ What each depth costs and gives, on all 10,000 test images:
 
 Two replicas under {killed[rate]:.1f} requests per second; one gets SIGKILL after a quarter of {settings.kill_s:g} s.
 
-- {killed[sent]} requests: {statuses}. Sentences of errors: {errors}. Without an answer: {killed[lost]}.
+- {killed[sent]} requests: {statuses}. Sentences of errors: {errors}. Without any answer: {lost}.
 - Wrong answers: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the depth that
   each answer names (within 0.0001).
 - Ray counts the replica as gone after {noticed}, a new one runs after {again}. The slowest answer took
-  {killed[slowest_ms]:.0f} ms. Requests that the dead replica held are asked once more of another.
+  {killed[slowest_ms]:.0f} ms. Requests that the dead replica held, and that were asked once more of the other:
+  {killed[second_tries]:.0f}.
 
 ## Hostile uploads
 
@@ -244,7 +247,7 @@ Processes that died: {attacked[died]}. Good requests afterwards: {served}.
 
 {kinds}
 
-*closed*: nothing that could be answered was sent, or the client hung up by itself. Memory that is resident:
+*closed*: without a status; those that hung up did so by themselves. Memory that is resident:
 
 {memory}
 

@@ -3,6 +3,7 @@
 import io
 import json
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -125,7 +126,9 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(saved):
-    settings = example.Settings(str(saved[0]), port=PORT, max_bytes=200_000, max_pixels=1_000_000, upload_s=3)
+    settings = example.Settings(
+        str(saved[0]), port=PORT, max_bytes=200_000, max_pixels=1_000_000, upload_s=3, buffer_bytes=900_000
+    )
     before = {process.pid for process in psutil.process_iter()}
     try:
         example.start(settings, num_cpus=2, object_store_memory=80_000_000, log_to_driver=False)
@@ -223,6 +226,23 @@ def test_memory_stays_bounded_under_hostile_uploads(service):
     before = used()
     check_hostile(200)
     assert used() < before + 150e6
+
+
+def test_what_is_too_much_is_told_to_come_back(service):
+    held = [socket.create_connection(("127.0.0.1", PORT), timeout=10) for _ in range(4)]
+    try:
+        for connection in held:
+            connection.sendall(hostile.head(200_000))
+        deadline = time.monotonic() + 2
+        while metrics()["hierens_body_bytes"] < 800_000:
+            assert time.monotonic() < deadline
+        large = httpx.post(f"{URL}/predict", files={"image": ("x.png", bytes(150_000), "image/png")}, timeout=10)
+        assert large.status_code == 503 and large.headers["Retry-After"] == "1"
+        assert large.json() == {"error": "Too many uploads are under way; try again in a second."}
+        assert ask(encoded(picture())).status_code == 200, "there is room for a small one"
+    finally:
+        for connection in held:
+            connection.close()
 
 
 def test_bodies_that_do_not_end_are_not_waited_for(service):

@@ -37,6 +37,7 @@ class Metrics:
         self.seconds = Histogram("hierens_answer_seconds", "a request's time to its answer", buckets=SECONDS, **kept)
         self.answers = Counter("hierens_answers", "images answered, by depth", ["depth"], **kept)
         self.depth = Gauge("hierens_depth", "depth of the latest answer", **kept)
+        self.again = Counter("hierens_second_tries", "requests whose replica died, asked of another", **kept)
         self.queue = Gauge("hierens_queue", "requests in the service now", **kept)
         self.bytes = Gauge("hierens_body_bytes", "room taken by bodies now", **kept)
 
@@ -134,7 +135,7 @@ class Gateway:
             except RayServeException:
                 break
             except RayActorError:
-                continue
+                self.metrics.again.inc()
         self.answered = False
         raise RefusedError(503, "No replica of the model could answer; try again in a second.", {"Retry-After": "1"})
 
