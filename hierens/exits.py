@@ -158,9 +158,7 @@ class MultiExit(Adaptive):
 
     def _together(self, logits: Tensor) -> Tensor:
         """The ensemble's logits (N, classes) from those of the first exits, (N, exits, classes)."""
-        count = logits.shape[1]
-        weights = self.weights
-        return Nesting((count,), None if weights is None else weights[:count], weights is None)(logits)[:, 0]
+        return self.nesting.of_first(logits.shape[1])(logits)[:, 0]
 
     @torch.no_grad()
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:

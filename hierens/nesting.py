@@ -60,6 +60,10 @@ class Nesting:
         weights = self.weights.to(logits)
         return (logits * weights[:, None]).cumsum(1)[:, sizes - 1] / weights.cumsum(0)[sizes - 1, None]
 
+    def of_first(self, leaves: int) -> Nesting:
+        """What the first so many leaves say, as a single prediction."""
+        return replace(self, sizes=(leaves,), weights=None if self.weights is None else self.weights[:leaves])
+
     def cpu(self) -> Nesting:
         """The same with weights on the CPU, without gradients."""
         return replace(self, weights=None if self.weights is None else self.weights.detach().cpu())

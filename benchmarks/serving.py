@@ -1,0 +1,326 @@
+"""The server example under a surge, a killed replica and hostile uploads; writes docs/results/serving.md.
+
+python benchmarks/serving_model.py --data-dir DIR          # the model that is served, in runs/serving/model
+python benchmarks/serving.py --data-dir DIR                # six minutes on two cores that do nothing else
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import torch
+import tyro
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import hostile
+import ray
+import serving_page
+from ray import serve
+
+import hierens
+from hierens.training.builtin import fashion_mnist
+from hierens.training.config import DataConfig
+
+RESULTS = ROOT / "docs" / "results"
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the benchmark takes."""
+
+    data_dir: str
+    """folder with the four idx files"""
+    model: str = "runs/serving/model"
+    """of serving_model.py"""
+    output: str = "runs/serving"
+    """for what was measured"""
+    only: tuple[str, ...] = ()
+    """surge, kill or hostile; what was measured before is read from `output`"""
+    per_request: int = 4
+    """images"""
+    target_ms: float = 500
+    """of the 99th percentile"""
+    calm_s: float = 20
+    """before and after the surge"""
+    surge_s: float = 30
+    """of three times what full depth carries"""
+    surge: float = 3.0
+    """over the capacity at full depth"""
+    kill_s: float = 60
+    """of load, in which a replica is killed after a quarter"""
+    uploads: int = 200
+    """hostile ones"""
+    port: int = 8765
+    """on loopback"""
+
+
+def main(settings: Settings) -> None:
+    """Measure what is asked for, write the page of all that there is."""
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    images, labels = fashion_mnist(DataConfig(dataset="fashion_mnist", data_dir=settings.data_dir), False)
+    np.save(output / "images.npy", images)
+    for part in (surge, kill, attack):
+        if not settings.only or part.__name__ in settings.only:
+            (output / f"{part.__name__}.json").write_text(json.dumps(part(settings, images, labels)))
+    found = {p.__name__: json.loads((output / f"{p.__name__}.json").read_text()) for p in (surge, kill, attack)}
+    serving_page.draw(found["surge"], settings, RESULTS / "serving.png")
+    (RESULTS / "serving.md").write_text(serving_page.page(settings, found))
+    print(f"wrote {RESULTS / 'serving.md'}")
+
+
+# --- a server, and load -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(settings: Settings, **flags: Any) -> Iterator[psutil.Process]:
+    """The example in processes of its own."""
+    given = {"model": settings.model, "port": settings.port, "target_ms": settings.target_ms, **flags}
+    command = [sys.executable, str(ROOT / "examples" / "serve.py")]
+    for name, value in ({"max_batch": 1, "queue_high": 3, "threads": 1} | given).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    with (Path(settings.output) / "server.log").open("a") as log:
+        process = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        wait_ready(settings, 180)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def wait_ready(settings: Settings, seconds: float) -> None:
+    """Until /readyz says so."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"http://127.0.0.1:{settings.port}/readyz", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError("the server did not become ready.")
+
+
+def load(settings: Settings, **flags: Any) -> subprocess.Popen[bytes]:
+    """Start a load; `rows` waits for it."""
+    output = Path(settings.output)
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving_load.py"), "--per-request", str(settings.per_request)]
+    command += ["--url", f"http://127.0.0.1:{settings.port}/predict", "--images", str(output / "images.npy")]
+    command += ["--output", str(output / "load.jsonl")]
+    for name, value in flags.items():
+        values = [str(v) for pair in value for v in pair] if isinstance(value, list) else [str(value)]
+        command += [f"--{name}", *values]
+    return subprocess.Popen(command)
+
+
+def rows(settings: Settings, loading: subprocess.Popen[bytes]) -> Rows:
+    """What came of a load."""
+    if loading.wait(600):
+        raise RuntimeError("the load failed.")
+    return [json.loads(line) for line in (Path(settings.output) / "load.jsonl").read_text().splitlines()]
+
+
+# --- 1. a surge ---------------------------------------------------------------------------------------------------
+
+
+def surge(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
+    """Calm, three times what full depth carries, calm: at a fixed full depth, and at the depth that load allows."""
+    found: dict[str, Any] = {"calibration": depths(settings, images, labels)}
+    with server(settings, policy="fixed"):
+        rows(settings, load(settings, workers=4, seconds=4))  # warm
+        found["capacity"] = sum(r["status"] == 200 for r in rows(settings, load(settings, workers=4, seconds=12))) / 12
+        calm = (settings.calm_s, 0.5 * found["capacity"])
+        phases = [calm, (settings.surge_s, settings.surge * found["capacity"]), calm]
+        found["fixed"] = compact(rows(settings, load(settings, phases=phases)), labels, settings)
+    with server(settings, policy="load"):
+        rows(settings, load(settings, workers=2, seconds=4))
+        wait_ready(settings, 10)
+        time.sleep(5)  # without load it goes back to full depth
+        found["load"] = compact(rows(settings, load(settings, phases=phases)), labels, settings)
+    return found
+
+
+def compact(measured: Rows, labels: Any, settings: Settings) -> Rows:
+    """Without the classes: how many of a request's images were classified rightly."""
+    kept = []
+    for row in measured:
+        answers = (row.pop("reply", None) or {}).get("answers", [])
+        true = labels[row["index"] * settings.per_request :][: settings.per_request]
+        right = [a["classes"][0]["index"] == int(y) for a, y in zip(answers, true, strict=False)]
+        kept.append(row | {"right": sum(right), "depth": answers[0]["depth"] if answers else None})
+    return kept
+
+
+@torch.no_grad()
+def depths(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
+    """What every depth gives on all test images, and takes for a request, here and now."""
+    torch.set_num_threads(1)
+    model = hierens.from_pretrained(settings.model)
+    right = np.load(Path(settings.model) / "right.npy")  # (depths, images), of serving_model.py
+    fast, x = model.fuse(), normalised(images[: settings.per_request])
+    taken = []
+    for depth in range(len(model.macs())):
+        fast(x, depth=depth)
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            fast(x, depth=depth)
+            times.append(1e3 * (time.perf_counter() - start))
+        taken.append(statistics.median(times))
+    accuracy = (100 * right.mean(1)).tolist()
+    return {"macs": list(model.macs()), "ms": taken, "accuracy": accuracy, "full_right": right[-1].tolist()}
+
+
+def normalised(images: Any) -> torch.Tensor:
+    """As the model takes them."""
+    return torch.from_numpy(np.array(images)).float().div(255).sub(0.286).div(0.353)[:, None]
+
+
+# --- 2. a killed replica ------------------------------------------------------------------------------------------
+
+
+def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
+    """SIGKILL for one of two replicas while both work."""
+    capacity = json.loads((Path(settings.output) / "surge.json").read_text())["capacity"]
+    with server(settings, policy="load", replicas=2) as process, watching():
+        rows(settings, load(settings, workers=2, seconds=3))
+        loading = load(settings, phases=[(settings.kill_s, 1.5 * capacity)])
+        time.sleep(settings.kill_s / 4 + 3)  # it makes its PNGs first
+        replicas(process)[0].kill()
+        killed, noticed, again = time.perf_counter(), None, None
+        while again is None and loading.poll() is None:
+            time.sleep(0.2)
+            states = serve.status().applications["hierens"].deployments["Network"].replica_states
+            running = {str(state): count for state, count in states.items()}.get("RUNNING", 0)
+            if running < 2 and noticed is None:
+                noticed = time.perf_counter() - killed
+            if running == 2 and noticed is not None:
+                again = time.perf_counter() - killed
+        measured = rows(settings, loading)
+        counted = httpx.get(f"http://127.0.0.1:{settings.port}/metrics", timeout=10).text
+    wrong, compared = compare(settings, measured, images)
+    answered = [row for row in measured if row["status"] == 200]
+    return {
+        "sent": len(measured),
+        "statuses": Counter(row["status"] for row in measured),
+        "errors": sorted({row["reply"]["error"] for row in measured if row["status"] not in (0, 200)}),
+        "lost": Counter(row["error"] for row in measured if row["status"] == 0),
+        "second_tries": float(counted.partition("\nhierens_second_tries_total ")[2].split()[0]),
+        "wrong": wrong,
+        "compared": compared,
+        "rate": 1.5 * capacity,
+        "noticed_s": noticed,
+        "again_s": again,
+        "slowest_ms": max(row["ms"] for row in answered),
+        "failed_from_to": [f(r["due"] for r in measured if r["status"] != 200) for f in (min, max)]
+        if len(answered) < len(measured)
+        else None,
+    }
+
+
+def replicas(process: psutil.Process) -> list[psutil.Process]:
+    """The processes that hold the model."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if "ServeReplica:hierens:Network" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            pass
+    return found
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Look into the server's Ray."""
+    ray.init("auto", log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@torch.no_grad()
+def compare(settings: Settings, measured: Rows, images: Any) -> tuple[int, int]:
+    """How many answers are not the model's own at the depth that they name, of how many."""
+    model = hierens.from_pretrained(settings.model).fuse()
+    wanted: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+    for row in measured:
+        if row["status"] == 200:
+            for offset, answer in enumerate(row["reply"]["answers"]):
+                wanted.setdefault(answer["depth"], []).append((row["index"] * settings.per_request + offset, answer))
+    wrong = 0
+    for depth, answers in wanted.items():
+        unique = sorted({index for index, _ in answers})
+        p = torch.cat([model(normalised(images[part]), depth=depth).softmax(-1) for part in np.array_split(unique, 50)])
+        own = dict(zip(unique, p, strict=True))
+        for index, answer in answers:
+            given = torch.tensor([c["probability"] for c in answer["classes"]])
+            its = own[index][[c["index"] for c in answer["classes"]]]
+            wrong += not (torch.allclose(its, given, atol=1e-4) and given[0] >= own[index].max() - 1e-4)
+    return wrong, sum(map(len, wanted.values()))
+
+
+# --- 3. hostile uploads -------------------------------------------------------------------------------------------
+
+
+def attack(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
+    """Every kind of upload that must be refused."""
+    with server(settings, policy="load") as process:
+        flags = {"workers": 4, "seconds": 3}
+        rows(settings, load(settings, **flags))
+        for case in hostile.cases(len(hostile.KINDS), 8_000_000, seed=1):  # what is imported on the way stays
+            hostile.send("127.0.0.1", settings.port, case)
+        before, alive = resident(process), {p.pid for p in process.children(recursive=True)}
+        peak, statuses, unexpected = before, {}, []
+        start = time.perf_counter()
+        for case in hostile.cases(settings.uploads, 8_000_000):
+            found = hostile.send("127.0.0.1", settings.port, case)
+            statuses.setdefault(case.name, Counter())[found.status] += 1
+            if found.status not in case.expected:
+                unexpected.append((case.name, found.status))
+            peak = {name: max(peak.get(name, 0), size) for name, size in resident(process).items()}
+        seconds = time.perf_counter() - start
+        served = Counter(row["status"] for row in rows(settings, load(settings, **flags)))
+        after, died = resident(process), alive - {p.pid for p in process.children(recursive=True)}
+    return {
+        "statuses": statuses, "unexpected": unexpected, "before": before, "peak": peak, "after": after,
+        "died": len(died), "served": served, "seconds": seconds,
+    }  # fmt: skip
+
+
+def resident(process: psutil.Process) -> dict[str, float]:
+    """Megabytes of the proxy, the gateway and the replica."""
+    found = {}
+    for child in process.children(recursive=True):
+        try:
+            title = " ".join(child.cmdline())
+            for name, part in (("proxy", "ProxyActor"), ("gateway", ":Gateway"), ("replica", ":Network")):
+                if title.startswith("ray::") and part in title:
+                    found[name] = child.memory_info().rss / 1e6
+        except psutil.Error:
+            pass
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,164 @@
+"""The one process that takes requests: it checks and decodes uploads, asks the replicas, counts and measures."""
+
+# No `from __future__ import annotations` here: Ray's class-based views need the types of routes, not their names.
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service.network import Inputs
+from service.settings import Settings
+from service.uploads import RefusedError, announced_bytes, read_upload
+
+SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1, 2, 5, 10, 30)
+
+
+class Metrics:
+    """What /metrics tells."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        kept: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("hierens_requests", "requests for a prediction, by status", ["status"], **kept)
+        self.seconds = Histogram("hierens_answer_seconds", "a request's time to its answer", buckets=SECONDS, **kept)
+        self.answers = Counter("hierens_answers", "images answered, by depth", ["depth"], **kept)
+        self.depth = Gauge("hierens_depth", "depth of the latest answer", **kept)
+        self.again = Counter("hierens_second_tries", "requests whose replica died, asked of another", **kept)
+        self.queue = Gauge("hierens_queue", "requests in the service now", **kept)
+        self.bytes = Gauge("hierens_body_bytes", "room taken by bodies now", **kept)
+
+    def answered(self, answers: list[dict[str, Any]], seconds: float) -> None:
+        """Count a request's answers."""
+        self.seconds.observe(seconds)
+        for answer in answers:
+            self.answers.labels(answer["depth"]).inc()
+            self.depth.set(answer["depth"] if answer["depth"] is not None else float("nan"))
+
+
+app = FastAPI(title="hierens", docs_url=None, redoc_url=None)
+
+
+@app.exception_handler(HTTPException)
+async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+    """Paths and methods that there are not, in the form of all errors."""
+    return JSONResponse({"error": f"{error.detail}."}, error.status_code, error.headers)
+
+
+@serve.deployment
+@serve.ingress(app)
+class Gateway:
+    """Checks, decodes, asks, counts."""
+
+    def __init__(self, network: DeploymentHandle, settings: Settings, inputs: Inputs) -> None:
+        self.network, self.settings, self.inputs = network, settings, inputs
+        self.metrics, self.decoders, self.answered = Metrics(), ThreadPoolExecutor(2), False
+        self.queue = self.held = 0
+
+    @app.post("/predict")
+    async def predict(self, request: Request) -> Response:
+        """Classify the images in the form's fields `image`."""
+        start, arrived, status = time.perf_counter(), time.time(), 499  # who hangs up gets no status from us
+        try:
+            answers = await self._predict(request, arrived)
+            taken, status = time.perf_counter() - start, 200
+            self.metrics.answered(answers, taken)
+            return JSONResponse({"answers": answers, "milliseconds": round(1e3 * taken, 2)})
+        except RefusedError as refusal:
+            status = refusal.status
+            return JSONResponse({"error": refusal.sentence}, status, refusal.headers)
+        except ClientDisconnect:
+            return Response(status_code=status)
+        except Exception as error:
+            status = 500
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return JSONResponse({"error": "The server failed on this request; its log says why."}, status)
+        finally:
+            self.metrics.requests.labels(status).inc()
+
+    async def _predict(self, request: Request, arrived: float) -> list[dict[str, Any]]:
+        room = announced_bytes(request, self.settings.max_bytes)
+        with self._admitted():
+            with self._holding(room):
+                limits = self.settings
+                files = await read_upload(request, limits.max_bytes, limits.max_images, limits.upload_s)
+                prepare = asyncio.get_running_loop().run_in_executor
+                images = await prepare(self.decoders, self.inputs.prepare, files, limits.max_pixels)
+                del files
+            return await self._ask(images, arrived)
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self.queue >= self.settings.max_queue:
+            raise RefusedError(503, "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
+        self.queue += 1
+        try:
+            yield
+        finally:
+            self.queue -= 1
+
+    @contextlib.contextmanager
+    def _holding(self, room: int) -> Iterator[None]:
+        if self.held + room > self.settings.buffer_bytes:
+            raise RefusedError(503, "Too many uploads are under way; try again in a second.", {"Retry-After": "1"})
+        self.held += room
+        try:
+            yield
+        finally:
+            self.held -= room
+
+    async def _ask(self, images: np.ndarray, arrived: float) -> list[dict[str, Any]]:
+        """A replica's answers; those of another one, once, if the first dies on the way."""
+        for _ in range(2):
+            try:
+                async with asyncio.timeout(self.settings.timeout_s):
+                    answers: list[dict[str, Any]] = await self.network.remote(images, arrived)
+                self.answered = True
+                return answers
+            except TimeoutError:
+                raise RefusedError(
+                    504, f"The model did not answer within {self.settings.timeout_s:g} seconds."
+                ) from None
+            except RayServeException:
+                break
+            except RayActorError:
+                self.metrics.again.inc()
+        self.answered = False
+        raise RefusedError(503, "No replica of the model could answer; try again in a second.", {"Retry-After": "1"})
+
+    @app.get("/metrics")
+    async def show_metrics(self) -> Response:
+        """For Prometheus."""
+        self.metrics.queue.set(self.queue)
+        self.metrics.bytes.set(self.held)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/healthz")
+    async def alive(self) -> dict[str, str]:
+        """The gateway lives."""
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    async def ready(self) -> JSONResponse:
+        """The model is loaded and has answered; it is asked now if it has not, or could not when it was asked last."""
+        if not self.answered:
+            blank = np.zeros((1, *self.inputs.data["input_size"]), np.uint8)
+            try:
+                async with asyncio.timeout(2):
+                    await self._ask(blank, time.time())
+            except (TimeoutError, RefusedError):
+                return JSONResponse({"error": "The model has not answered yet."}, 503, {"Retry-After": "1"})
+        return JSONResponse({"status": "ready"})

@@ -1,0 +1,143 @@
+"""The replicas that hold the model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import timm.data
+import torch
+from ray import serve
+
+import hierens
+from hierens.policies import FixedDepth, Load, Policy, load_policy
+from hierens.uncertainty import mutual_information
+from service.settings import Settings
+from service.uploads import read_image
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model takes and gives, known without its weights."""
+
+    data: dict[str, Any]
+    labels: tuple[str, ...]
+
+    @property
+    def mode(self) -> Literal["L", "RGB"]:
+        """Of the image that the model sees."""
+        return "L" if self.data["input_size"][0] == 1 else "RGB"
+
+    @classmethod
+    def of(cls, model: Any) -> Inputs:
+        """Read them off a model."""
+        names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
+        return cls(timm.data.resolve_model_data_config(model), tuple(str(name) for name in names))
+
+    def prepare(self, files: list[bytes], max_pixels: int) -> np.ndarray:
+        """Files -> what the model sees of them, (N, C, H, W), in bytes: a quarter of the floats' way to a replica."""
+        images = [self.transform(read_image(file, self.mode, max_pixels)) for file in files]
+        return np.stack([np.asarray(image).reshape(self.data["input_size"]) for image in images])
+
+    @cached_property
+    def transform(self) -> Any:
+        """timm's, up to the normalisation."""
+        return timm.data.create_transform(**self.data, is_training=False, use_prefetcher=True)
+
+    def normalise(self, images: np.ndarray) -> torch.Tensor:
+        """(N, C, H, W) in bytes -> as the model was trained."""
+        mean, std = (torch.tensor(self.data[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        return (torch.from_numpy(images).float().div(255) - mean) / std
+
+
+@serve.deployment
+class Network:
+    """The model: answers in batches, at the depth that its policy chooses."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(settings.threads)
+        self.top, self.waiting = settings.top, 0
+        model: Any = hierens.from_pretrained(settings.model)
+        self.inputs, self.policy = Inputs.of(model), choose_policy(settings, model)
+        with contextlib.suppress(ValueError):  # what cannot be fused runs as it is
+            model = model.fuse()
+        self.model, self.worker = model, ThreadPoolExecutor(1)
+        self.answer.set_max_batch_size(settings.max_batch)
+        self.answer.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
+        for leaves in model.sizes:
+            model(torch.zeros(1, *self.inputs.data["input_size"]), leaves=leaves)
+
+    async def __call__(self, images: np.ndarray, arrived: float) -> list[dict[str, Any]]:
+        """A request's images (N, C, H, W) in bytes, and when it arrived."""
+        self.waiting += 1
+        try:
+            return await self.answer((images, arrived))
+        finally:
+            self.waiting -= 1
+
+    @serve.batch
+    async def answer(self, requests: list[tuple[np.ndarray, float]]) -> list[list[dict[str, Any]]]:
+        """A batch, beside the event loop, so that requests are taken in meanwhile."""
+        if isinstance(self.policy, Load):
+            self.policy.observe(self.waiting - len(requests))
+        images = np.concatenate([images for images, _ in requests])
+        found = iter(await asyncio.get_running_loop().run_in_executor(self.worker, self.run, images))
+        if isinstance(self.policy, Load):
+            longest = 1e3 * (time.time() - min(arrived for _, arrived in requests))
+            self.policy.observe(self.waiting - len(requests), longest)
+        return [list(itertools.islice(found, len(images))) for images, _ in requests]
+
+    @torch.inference_mode()
+    def run(self, images: np.ndarray) -> list[dict[str, Any]]:
+        """Answer images (N, C, H, W)."""
+        x = self.inputs.normalise(images)
+        if isinstance(self.policy, Load | FixedDepth):
+            fixed = self.policy if isinstance(self.policy, FixedDepth) else FixedDepth(self.policy.depth)
+            leaves = self.model.leaves_at(fixed.depth, fixed.leaves)
+            leaf_logits = self.model(x, leaves=leaves, reduce=False)
+            logits = self.model.nesting.of_first(leaves)(leaf_logits)[:, 0]
+            networks, macs = [leaves] * len(x), [self.model.cost(leaves, tuple(x.shape[1:]))] * len(x)
+        else:  # these say nothing of single networks
+            found = self.policy(self.model, x)
+            logits, networks, macs = found.logits, found.leaves.tolist(), found.macs.tolist()
+            leaf_logits = logits[:, None]
+        probability, index = logits.softmax(-1).topk(min(self.top, len(self.inputs.labels)))
+        entropy = torch.special.entr(leaf_logits.softmax(-1).mean(1)).sum(-1)
+        mutual, sizes = mutual_information(leaf_logits), self.model.sizes
+        return [
+            {
+                "classes": [
+                    {"index": i, "name": self.inputs.labels[i], "probability": p}
+                    for i, p in zip(index[n].tolist(), probability[n].tolist(), strict=True)
+                ],
+                "depth": sizes.index(networks[n]) if networks[n] in sizes else None,
+                "networks": networks[n],
+                "macs": macs[n],
+                "uncertainty": {
+                    "entropy": entropy[n].item(),
+                    "mutual_information": mutual[n].item() if leaf_logits.shape[1] > 1 else None,
+                },
+            }
+            for n in range(len(x))
+        ]
+
+
+def choose_policy(settings: Settings, model: Any) -> Policy:
+    """The policy that the settings ask for.
+
+    Raises:
+        ValueError: a depth that the model does not have, or no policy.json.
+    """
+    if settings.policy == "saved":
+        return load_policy(settings.model)
+    leaves = model.leaves_at(settings.depth)
+    if settings.policy == "fixed":
+        return FixedDepth(leaves=leaves)
+    return Load(model.sizes.index(leaves), settings.target_ms, queue_high=settings.queue_high)

@@ -1,0 +1,131 @@
+"""Images from strangers: read within limits on bytes, seconds and pixels, or refused with a status and a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_HEADER_BYTES = 16_384
+_SMALL = 1024  # bytes of a form's other fields
+
+# Pillow warns of images from 89 megapixels on; those that are too large are refused here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class RefusedError(Exception):
+    """A request that gets no answer: a status of HTTP and a sentence for whoever sent it."""
+
+    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence, self.headers = status, sentence, headers or {}
+
+
+def announced_bytes(request: Request, max_bytes: int) -> int:
+    """Check a request's headers before its body is read; the bytes that the body may have.
+
+    Raises:
+        RefusedError: 431, 415, 400 or 413.
+    """
+    if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEADER_BYTES:
+        raise RefusedError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise RefusedError(
+            415, f"The body must be multipart/form-data with a field `image`, not {media_type[:80] or 'untyped'}."
+        )
+    length = request.headers.get("content-length")
+    if length is None:
+        return max_bytes
+    if not (length.isascii() and length.isdigit()):
+        raise RefusedError(400, "Content-Length is no number.")
+    if len(length) > 15 or int(length) > max_bytes:
+        raise RefusedError(413, f"The body is larger than {max_bytes} bytes.")
+    return int(length)
+
+
+async def read_upload(request: Request, max_bytes: int, max_images: int, seconds: float) -> list[bytes]:
+    """The files in a form's fields `image`; never more than `max_bytes` of the body are taken in.
+
+    Raises:
+        RefusedError: 408, 413, 415 or 400.
+        ClientDisconnect: nobody is there any more.
+    """
+    left = max_bytes
+
+    async def receive() -> Any:
+        nonlocal left
+        message = await request.receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise RefusedError(413, f"The body is larger than {max_bytes} bytes.")
+        return message
+
+    try:
+        async with asyncio.timeout(seconds):
+            form = await Request(request.scope, receive).form(max_files=max_images, max_fields=4, max_part_size=_SMALL)
+    except TimeoutError:
+        raise RefusedError(408, f"The body did not arrive within {seconds:g} seconds.") from None
+    except HTTPException as error:
+        raise RefusedError(400, f"The form cannot be read: {error.detail.rstrip('.')}.") from error
+    except (RefusedError, ClientDisconnect):
+        raise
+    except Exception as error:  # multipart parsers meet more than they have names for
+        raise RefusedError(400, "The form cannot be read.") from error
+    try:
+        uploads = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
+        if not uploads:
+            raise RefusedError(400, "The form has no file in a field `image`.")
+        for upload in uploads:
+            if (upload.content_type or "image/").partition("/")[0] not in ("image", "application"):
+                raise RefusedError(415, f"A field `image` holds {upload.content_type!r:.80}, not an image.")
+        return [await upload.read() for upload in uploads]
+    finally:
+        await form.close()
+
+
+def read_image(data: bytes, mode: Literal["L", "RGB"], max_pixels: int) -> Image.Image:
+    """Decode an image: upright, the first frame if there are several, in 8 bits per channel.
+
+    Args:
+        data: the file.
+        mode: greyscale or colour.
+        max_pixels: height times width; looked up in the file's header, before anything is decoded.
+
+    Raises:
+        RefusedError: 400 for what is no whole image of `FORMATS`, 413 for one of too many pixels.
+    """
+    if not data:
+        raise RefusedError(400, "The image is empty.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise RefusedError(413, f"The image has more than {max_pixels} pixels.") from None
+    except UnidentifiedImageError:
+        raise RefusedError(400, f"The file is no image of {', '.join(FORMATS)}.") from None
+    except Exception as error:  # damaged headers: Pillow's decoders raise whatever they stumble upon
+        raise RefusedError(400, "The image is damaged.") from error
+    if image.width * image.height > max_pixels:
+        raise RefusedError(413, f"The image has {image.width} x {image.height} pixels, more than {max_pixels}.")
+    try:
+        image.load()
+        return ImageOps.exif_transpose(_eight_bits(image)).convert(mode)
+    except Exception as error:
+        raise RefusedError(400, "The image is damaged or cut short.") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Sixteen bits of grey as eight; Pillow alone would clip what is above 255."""
+    if not image.mode.startswith("I"):
+        return image
+    shallow = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    shallow.info = image.info
+    return shallow
