@@ -99,7 +99,7 @@ def test_images_of_every_kind_come_in_eight_bits_and_upright():
     [
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"policy": "fixed", "depth": 9}, "depth"),
-        ({"policy": "saved"}, "policy.json cannot be read"),
+        ({"policy": "saved"}, "holds no policy.json"),
         ({"buffer_bytes": 5}, "buffer_bytes must be at least max_bytes"),
     ],
 )
