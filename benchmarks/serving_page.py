@@ -195,7 +195,7 @@ def page(settings: Any, found: dict[str, Any]) -> str:
 TEXT = """# Serving
 
 What [the server](../how-to/serve.md) does under a surge, when a replica is killed, and when strangers send what they
-should not. Measured on {machine}, which also carried the load generator, all of Ray and other people's work: times
+should not. Measured on {machine}, which also carried the load generator, all of Ray and other work: times
 are what this leaves. {versions}.
 
 ## A surge of three times what full depth carries
