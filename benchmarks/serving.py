@@ -271,7 +271,8 @@ def compare(settings: Settings, measured: Rows, images: Any) -> tuple[int, int]:
     wrong = 0
     for depth, answers in wanted.items():
         unique = sorted({index for index, _ in answers})
-        p = torch.cat([model(normalised(images[part]), depth=depth).softmax(-1) for part in np.array_split(unique, 50)])
+        batches = np.array_split(unique, -(-len(unique) // 50))
+        p = torch.cat([model(normalised(images[part]), depth=depth).softmax(-1) for part in batches])
         own = dict(zip(unique, p, strict=True))
         for index, answer in answers:
             given = torch.tensor([c["probability"] for c in answer["classes"]])
