@@ -29,7 +29,7 @@ import tyro
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import hostile
+import hostile_uploads
 import ray
 import serving_page
 from ray import serve
@@ -289,13 +289,15 @@ def attack(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
     with server(settings, policy="load") as process:
         flags = {"workers": 4, "seconds": 3}
         rows(settings, load(settings, **flags))
-        for case in hostile.cases(len(hostile.KINDS), 8_000_000, seed=1):  # what is imported on the way stays
-            hostile.send("127.0.0.1", settings.port, case)
+        for case in hostile_uploads.cases(
+            len(hostile_uploads.KINDS), 8_000_000, seed=1
+        ):  # what is imported on the way stays
+            hostile_uploads.send("127.0.0.1", settings.port, case)
         before, alive = resident(process), {p.pid for p in process.children(recursive=True)}
         peak, statuses, unexpected = before, {}, []
         start = time.perf_counter()
-        for case in hostile.cases(settings.uploads, 8_000_000):
-            found = hostile.send("127.0.0.1", settings.port, case)
+        for case in hostile_uploads.cases(settings.uploads, 8_000_000):
+            found = hostile_uploads.send("127.0.0.1", settings.port, case)
             statuses.setdefault(case.name, Counter())[found.status] += 1
             if found.status not in case.expected:
                 unexpected.append((case.name, found.status))

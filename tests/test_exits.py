@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import lively
+from networks import lively
 from timm.optim import create_optimizer_v2
 
 import hierens

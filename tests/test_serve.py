@@ -17,7 +17,7 @@ pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
 psutil = pytest.importorskip("psutil")
 
-import hostile
+import hostile_uploads
 import serve as example
 from service.uploads import RefusedError, read_image
 
@@ -205,8 +205,8 @@ def test_it_says_that_it_lives_and_is_ready(service):
 
 
 def check_hostile(number):
-    for case in hostile.cases(number, max_bytes=200_000):
-        found = hostile.send("127.0.0.1", PORT, case)
+    for case in hostile_uploads.cases(number, max_bytes=200_000):
+        found = hostile_uploads.send("127.0.0.1", PORT, case)
         assert found.status in case.expected, f"{case.name}: {found}"
         if found.body.startswith(b"{"):
             assert json.loads(found.body)["error"].endswith("."), case.name
