@@ -50,11 +50,11 @@ def picture(size=(12, 8), mode="L", seed=0):
         (encoded(picture(), "TIFF"), 400, "no image of PNG, JPEG"),
         (encoded(picture((300, 200)))[:2000], 400, "damaged or cut short"),
         (encoded(picture((300, 200), "RGB"), "JPEG")[:3000], 400, "damaged or cut short"),
-        (hostile.png_header(10_000, 10_000), 413, "10000 x 10000 pixels, more than 1000000"),
-        (hostile.png_header(60_000, 60_000), 413, "more than 1000000"),
-        (hostile.png_bomb(4000, 4000), 413, "4000 x 4000 pixels"),
+        (hostile_uploads.png_header(10_000, 10_000), 413, "10000 x 10000 pixels, more than 1000000"),
+        (hostile_uploads.png_header(60_000, 60_000), 413, "more than 1000000"),
+        (hostile_uploads.png_bomb(4000, 4000), 413, "4000 x 4000 pixels"),
         (encoded(Image.new("P", (2000, 2000)), "GIF"), 413, "2000 x 2000"),
-        (hostile.png_header(0, 5), 400, "no image of PNG"),
+        (hostile_uploads.png_header(0, 5), 400, "no image of PNG"),
     ],
 )
 def test_what_is_no_whole_image_of_a_fair_size_is_refused(data, status, sentence):
@@ -66,7 +66,7 @@ def test_what_is_no_whole_image_of_a_fair_size_is_refused(data, status, sentence
 def test_pixels_are_counted_before_anything_is_decoded(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(RefusedError, match="more than 1000000"):
-        read_image(hostile.png_bomb(4000, 4000), "RGB", 1_000_000)
+        read_image(hostile_uploads.png_bomb(4000, 4000), "RGB", 1_000_000)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -232,7 +232,7 @@ def test_what_is_too_much_is_told_to_come_back(service):
     held = [socket.create_connection(("127.0.0.1", PORT), timeout=10) for _ in range(4)]
     try:
         for connection in held:
-            connection.sendall(hostile.head(200_000))
+            connection.sendall(hostile_uploads.head(200_000))
         deadline = time.monotonic() + 2
         while metrics()["hierens_body_bytes"] < 800_000:
             assert time.monotonic() < deadline
@@ -247,5 +247,5 @@ def test_what_is_too_much_is_told_to_come_back(service):
 
 def test_bodies_that_do_not_end_are_not_waited_for(service):
     with socket.create_connection(("127.0.0.1", PORT), timeout=10) as connection:
-        connection.sendall(hostile.head(100_000))
+        connection.sendall(hostile_uploads.head(100_000))
         assert b" 408 " in connection.recv(1000).split(b"\r\n")[0]
