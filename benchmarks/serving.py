@@ -95,7 +95,7 @@ def server(settings: Settings, **flags: Any) -> Iterator[psutil.Process]:
     """The example in processes of its own."""
     given = {"model": settings.model, "port": settings.port, "target_ms": settings.target_ms, **flags}
     command = [sys.executable, str(ROOT / "examples" / "serve.py")]
-    for name, value in ({"max_batch": 1, "queue_high": 3, "threads": 1} | given).items():
+    for name, value in ({"max_batch": 1, "queue_high": 2, "threads": 1} | given).items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     with (Path(settings.output) / "server.log").open("a") as log:
         process = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
