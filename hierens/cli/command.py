@@ -82,24 +82,20 @@ class Command:
             description: in place of the summary in help.
 
         Raises:
-            UsageError: a flag that does not exist, or settings that contradict each other.
+            UsageError: a flag that does not exist; for values that do not fit tyro ends the program, with exit code 2.
         """
         if "--help-all" not in arguments and set(_HELP) & set(arguments):
             print(self.help(default, description))
             raise SystemExit(0)
         self._check_names(arguments)
-        try:
-            return tyro.cli(
-                tyro.conf.OmitArgPrefixes[self.settings],  # type: ignore[misc, name-defined]
-                args=["--help"] if "--help-all" in arguments else list(arguments),
-                default=tyro.MISSING_NONPROP if default is None else default,
-                description=description or self.summary,
-                prog=f"hierens {self.name}",
-            )
-        except UsageError:
-            raise
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        about = [description or self.summary, *(line for flag in self.extra for line in _lines(flag))]
+        return tyro.cli(
+            tyro.conf.OmitArgPrefixes[self.settings],  # type: ignore[misc, name-defined]
+            args=["--help"] if "--help-all" in arguments else list(arguments),
+            description="\n".join(about),
+            prog=f"hierens {self.name}",
+            **({} if default is None else {"default": default}),
+        )
 
     def help(self, default: Any = None, description: str = "") -> str:
         """Usage, the flags used most, examples."""

@@ -76,7 +76,8 @@ def test_help_fits_a_screen(name):
 def test_help_shows_the_recipes_values_and_all_of_it_if_asked():
     short = hierens("train", "--preset", "finetune", "--help").out
     assert "efficientnet_b0" in short and "--symmetry-noise" not in short and "more flags" in short
-    assert "--symmetry-noise" in hierens("train", "--help-all").out
+    whole = hierens("train", "--help-all").out
+    assert "--symmetry-noise" in whole and "--print-config" in whole
 
 
 def test_the_version():
