@@ -8,6 +8,8 @@ from accelerate.state import AcceleratorState
 
 from hierens import cli
 
+SMALL = ["--preset", "demo", "--epochs", "1", "--batch-size", "64", "--blocks", "2"]
+
 
 @dataclass
 class Done:

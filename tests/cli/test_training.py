@@ -3,8 +3,7 @@
 import json
 
 import yaml
-from command_line import hierens
-from conftest import SMALL
+from command_line import SMALL, hierens
 
 from hierens.training.config import to_json
 from hierens.training.presets import preset
