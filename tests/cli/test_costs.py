@@ -49,8 +49,6 @@ def test_one_model_of_the_zoo_with_its_places():
 
 def test_many_models_of_the_zoo_and_those_that_cannot_be_cut():
     shown = hierens("zoo", "test_convnext*").out.splitlines()
-    assert len(shown) == 5 and "test_convnext2" in shown[3] and "100" not in shown[3]
-    found = json.loads(hierens("zoo", "test_vit*", "--blocks", 999, "--json").out)["models"]
-    assert len(found) > 1 and all("blocks=999 is more than" in model["error"] for model in found)
-    done = hierens("zoo", "resnet10t", "--blocks", 99)
-    assert done.code == 1 and "cannot be cut into 99 blocks" in done.err
+    assert len(shown) == 5 and "test_convnext2" in shown[3]
+    done = hierens("zoo", "test_resnet", "--blocks", 999)
+    assert done.code == 1 and "cannot be cut into 999 blocks: blocks=999 is more than" in done.err and not done.out
