@@ -14,15 +14,12 @@ The recipe is chosen by the data, or by --preset or --config; what it says, --pr
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from pathlib import Path
 
 from hierens import cli
-from hierens.plotting import plot_accuracy
-from hierens.reporting import read_runs
+from hierens.cli.training import compare_without_distillation
+from hierens.training.config import Run
 from hierens.training.presets import PRESETS
-from hierens.training.run import Run, train
 
 
 def recipe(dataset: str, data_dir: str) -> Run:
@@ -43,20 +40,6 @@ def main() -> None:
     run = cli.train(sys.argv[1:], recipe(known.dataset, known.data_dir), description=__doc__)
     if run == PRESETS["demo"]:
         compare_without_distillation(run)
-
-
-def compare_without_distillation(run: Run) -> None:
-    """The demo again with labels alone, for what distillation gives the small depths."""
-    directory = f"{run.train.output_dir}/independent"
-    plain = dataclasses.replace(
-        run, train=dataclasses.replace(run.train, objective="independent", output_dir=directory)
-    )
-    train(plain)
-    groups = read_runs([run.train.output_dir, directory], ["with co-distillation", "labels only"])
-    curves = {group.name: (group.macs, group.mean("accuracy")) for group in groups}
-    with_, without = (accuracy[0] for _, accuracy in curves.values())
-    print(f"\naccuracy at depth 0: {with_:.2f} % with co-distillation, {without:.2f} % without\n")
-    print(f"picture: {plot_accuracy(curves, Path(run.train.output_dir) / 'accuracy.png', title='digits')}")
 
 
 if __name__ == "__main__":

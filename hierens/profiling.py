@@ -50,11 +50,15 @@ class Profile:
 
     def __str__(self) -> str:
         """A plain table, one line per depth."""
-        rows = [
+        return table(*self.cells())
+
+    def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The table's header and rows."""
+        rows: list[tuple[str, ...]] = [
             (f"{r.depth}", f"{r.leaves}", millions(r.macs), millions(r.parameters), f"{r.latency_ms:.2f}")
             for r in self.rows
         ]
-        return table(("depth", self.unit, "MACs", "parameters", "latency (ms)"), rows)
+        return ("depth", self.unit, "MACs", "parameters", "latency (ms)"), rows
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""

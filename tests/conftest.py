@@ -59,3 +59,17 @@ def small_backbone():
 @pytest.fixture
 def small_images():
     return torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Two short runs of the command line that differ in their seed, and what each printed: the second one by --json."""
+    from command_line import SMALL, hierens
+
+    directory = tmp_path_factory.mktemp("cli")
+    printed = []
+    for seed, flags in enumerate(([], ["--json"])):
+        done = hierens("train", *SMALL, "--seed", seed, "--output-dir", directory / f"run{seed}", *flags)
+        assert done.code == 0, done.err
+        printed.append(done)
+    return directory, *printed

@@ -260,6 +260,16 @@ class ModelConfig:
         return self.pretrained or bool(self.weights)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Everything that makes a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """Any of the configs above as plain JSON values.
 

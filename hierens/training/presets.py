@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from hierens.errors import did_you_mean
-from hierens.training.config import DataConfig, ModelConfig, TrainConfig, to_json
-from hierens.training.run import Run
+from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig, to_json
 
 _Config = TypeVar("_Config")
 _SMALL_IMAGES: dict[str, Any] = {"mean": (0.5,), "std": (0.25,), "crop_pct": 1.0, "workers": 0}

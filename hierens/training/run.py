@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,12 @@ from hierens.adaptive import Adaptive
 from hierens.ensemble import hierensify
 from hierens.exits import multi_exit
 from hierens.hub import from_pretrained
-from hierens.training.config import DataConfig, ModelConfig, TeacherConfig, TrainConfig, to_json
+from hierens.training.config import Run, to_json
 from hierens.training.data import count_classes, create_loaders
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
 
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that makes a run."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+__all__ = ["Run", "create_ensemble", "create_teacher", "train"]
 
 
 def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:

@@ -1,0 +1,87 @@
+"""The command line. Nothing here imports torch before a command has read its flags, so help is there at once.
+
+`command.py` reads flags and prints help, `output.py` prints results; every other module is a group of commands. Exit
+codes: 0 done; 1 it could not be done; 2 the command line is wrong, and nothing was tried; 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+if missing := [name for name in ("tyro", "rich", "yaml") if find_spec(name) is None]:
+    sys.exit(f"error: the command line needs {' and '.join(missing)}: pip install 'hierens[train]'.")
+
+from hierens import __version__
+from hierens.cli.answers import PREDICT
+from hierens.cli.command import Command, UsageError
+from hierens.cli.completion import completion_of
+from hierens.cli.costs import PROFILE, ZOO
+from hierens.cli.results import EVAL, REPORT, results_table
+from hierens.cli.sharing import EXPORT, PUSH
+from hierens.cli.training import DEMO, TRAIN, train
+from hierens.errors import did_you_mean
+
+__all__ = ["COMMANDS", "main", "results_table", "train"]
+
+COMMANDS: dict[str, Command] = {
+    command.name: command for command in (DEMO, TRAIN, EVAL, REPORT, PROFILE, PREDICT, EXPORT, PUSH, ZOO)
+}
+COMMANDS["completion"] = completion_of(COMMANDS)
+
+_BROUGHT_BY = {"matplotlib": "train", "torchmetrics": "train", "yaml": "train", "shtab": "train", "sklearn": "demo"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; what goes wrong ends in one line on stderr and an exit code."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        if name in ("-h", "--help"):
+            print(usage())
+        elif name == "--version":
+            print(f"hierens {__version__}")
+        elif name in COMMANDS:
+            COMMANDS[name].run(rest)
+        else:
+            raise UsageError(
+                f"there is no command {name!r}{did_you_mean(name, COMMANDS)}: choose {', '.join(COMMANDS)}."
+            )
+        sys.stdout.flush()
+    except UsageError as error:
+        _fail(error, 2)
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        extra = _BROUGHT_BY.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        _fail(ValueError(f"hierens {name} needs {error.name}: pip install 'hierens[{extra}]'."), 1)
+    except (ValueError, OSError) as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hierens COMMAND ...",
+            "",
+            *lines,
+            "",
+            "`hierens COMMAND --help` shows its flags, `hierens --version` the version. Commands that print",
+            "a result take --json: one JSON object on stdout, all else on stderr.",
+            "Exit codes: 0 done, 1 it could not be done, 2 wrong usage, 128 + n ended by signal n.",
+        ]
+    )
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(code) from error

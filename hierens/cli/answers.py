@@ -1,0 +1,139 @@
+"""`hierens predict`: what a saved model says of single images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from hierens.cli.command import Command, UsageError
+from hierens.cli.output import complain, machine_readable, print_table, watched
+from hierens.errors import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hierens.adaptive import Adaptive
+    from hierens.policies import Policy
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """Which model, which images, and how much to compute."""
+
+    model: tyro.conf.Positional[str]
+    """a folder of save_pretrained, or user/name on the Hub"""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """image files; for whole folders there is examples/batch_predict.py"""
+    depth: int | None = None
+    """the first 2^depth networks answer, whatever policy there is"""
+    policy: str = ""
+    """a policy.json, or its folder; by default the one beside the model, else all networks answer"""
+    top: int = 5
+    """how many classes to name"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """Answer images one by one; those that cannot be read get a line on stderr, and exit code 1 in the end."""
+    settings = PREDICT.parse(arguments)
+    if not settings.images:
+        raise UsageError("name at least one image: hierens predict MODEL IMAGE...")
+    if settings.depth is not None and settings.policy:
+        raise UsageError("give --depth or --policy, not both.")
+    if settings.top < 1:
+        raise UsageError(f"--top must be at least 1, got {settings.top}.")
+    if folder := next((name for name in settings.images if Path(name).is_dir()), None):
+        raise UsageError(f"{folder} is a folder: name images, or predict all it holds with examples/batch_predict.py.")
+
+    from hierens.hub import from_pretrained
+    from hierens.training.data import create_transform
+    from hierens.training.preprocessing import data_config, label_names
+
+    answers: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    with machine_readable(settings.json) as give:
+        model = from_pretrained(settings.model)
+        policy, names = _policy(settings, model), label_names(model)
+        transform = create_transform(data_config(model, settings.model), training=False)
+        for file in watched(settings.images, len(settings.images), "predicting"):
+            try:
+                image = _read(file, "L" if model.in_chans == 1 else "RGB", transform)
+            except ValueError as error:
+                failed.append({"image": file, "error": str(error)})
+                complain(f"error: {file}: {error}")
+            else:
+                answers.append({"image": file, **_answer(model, policy, image, settings.top, names)})
+        if settings.json:
+            give({"model": settings.model, "policy": policy.to_dict(), "answers": answers, "failed": failed})
+        elif answers:
+            print_table(("image", "class", "probability (%)", model.unit, "MACs"), _rows(answers))
+    if failed:
+        raise SystemExit(1)
+
+
+def _policy(settings: PredictSettings, model: Adaptive) -> Policy:
+    """The depth or the policy that was asked for, else the one beside the model, else all networks."""
+    from hierens.policies import FixedDepth, load_policy
+
+    if settings.depth is not None:
+        model.leaves_at(settings.depth)
+        return FixedDepth(settings.depth)
+    return load_policy(settings.policy) if settings.policy else load_policy(settings.model, FixedDepth())
+
+
+def _read(file: str, mode: str, transform: Any) -> Tensor:
+    """An image as the model takes it, (1, C, H, W).
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            pixels: Tensor = transform(image.convert(mode))
+    except FileNotFoundError as error:
+        raise ValueError("there is no such file.") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no image, or one of an unknown kind.") from error
+    except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
+        raise ValueError(f"it cannot be read ({first_line(error)}).") from error
+    return pixels[None]
+
+
+def _answer(model: Adaptive, policy: Policy, image: Tensor, top: int, names: list[str] | None) -> dict[str, Any]:
+    found = policy(model, image)
+    best, classes = found.logits[0].double().softmax(-1).topk(min(top, model.num_classes))
+    likely = [
+        {"class": index, **({"name": names[index]} if names else {}), "probability": probability}
+        for index, probability in zip(classes.tolist(), best.tolist(), strict=True)
+    ]
+    return {"networks": int(found.leaves[0]), "macs": int(found.macs[0]), "top": likely}
+
+
+def _rows(answers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row per class; image and cost stand in the first of them."""
+    from hierens.profiling import millions
+
+    rows: list[tuple[str, ...]] = []
+    for answer in answers:
+        cost = (f"{answer['networks']}", millions(answer["macs"]))
+        for place, likely in enumerate(answer["top"]):
+            label, share = str(likely.get("name", likely["class"])), f"{100 * likely['probability']:.2f}"
+            rows.append((answer["image"], label, share, *cost) if place == 0 else ("", label, share, "", ""))
+    return rows
+
+
+PREDICT = Command(
+    "predict",
+    "what a saved model says of single images, how sure it is and what that took",
+    PredictSettings,
+    predict,
+    "MODEL IMAGE...",
+    examples=("hierens predict runs/demo/model a.png b.png --depth 1", "hierens predict user/name cat.jpg --json"),
+)

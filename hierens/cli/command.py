@@ -1,0 +1,193 @@
+"""A command: a dataclass of settings whose fields are its flags, read by tyro, and help that fits a screen."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from hierens.errors import did_you_mean
+
+_Settings = TypeVar("_Settings")
+_WIDTH, _FLAGS = 100, 30  # columns of help, and of them for flags
+_HELP = ("-h", "--help", "--help-all")
+
+
+class UsageError(ValueError):
+    """The command line is wrong; nothing was tried yet."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag as help and completion show it.
+
+    Attributes:
+        name: as typed, `--data-dir`; of a positional argument as written in usage, `MODEL`.
+        kind: what follows it, such as `INT`; empty for a switch.
+        about: the field's docstring.
+        default: its value where none is given.
+        choices: the values that it takes, if they can be counted.
+    """
+
+    name: str
+    kind: str
+    about: str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the program.
+
+    Attributes:
+        name: as typed.
+        summary: one line.
+        settings: a dataclass: a flag per field, those of nested dataclasses too.
+        run: takes the arguments behind the name.
+        positional: what stands before the flags, as usage shows it.
+        extra: flags that are no fields of `settings`.
+        often: names of the fields that `--help` shows; all by default, and `--help-all` shows all.
+        examples: lines below the flags.
+    """
+
+    name: str
+    summary: str
+    settings: type
+    run: Callable[[Sequence[str]], Any]
+    positional: str = ""
+    extra: tuple[Flag, ...] = ()
+    often: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+
+    def flags(self, default: Any = None) -> list[Flag]:
+        """All its flags, with the values of a default."""
+        return [*self.extra, *_flags(self.settings, default)]
+
+    def parse(self, arguments: Sequence[str], default: Any = None, description: str = "") -> Any:
+        """The settings that arguments ask for; help, if they ask for that, ends the program.
+
+        Args:
+            arguments: those behind the command's name.
+            default: an instance of the settings that flags change.
+            description: in place of the summary in help.
+
+        Raises:
+            UsageError: a flag that does not exist; for values that do not fit tyro ends the program, with exit code 2.
+        """
+        if "--help-all" not in arguments and set(_HELP) & set(arguments):
+            print(self.help(default, description))
+            raise SystemExit(0)
+        self._check_names(arguments)
+        about = [description or self.summary, *(line for flag in self.extra for line in _lines(flag))]
+        return tyro.cli(
+            tyro.conf.OmitArgPrefixes[self.settings],  # type: ignore[misc, name-defined]
+            args=["--help"] if "--help-all" in arguments else list(arguments),
+            description="\n".join(about),
+            prog=f"hierens {self.name}",
+            **({} if default is None else {"default": default}),
+        )
+
+    def help(self, default: Any = None, description: str = "") -> str:
+        """Usage, the flags used most, examples."""
+        flags = self.flags(default)
+        shown = [flag for flag in flags if not self.often or flag in self.extra or _field(flag) in self.often]
+        hidden = len(flags) - len(shown)
+        more = [f"--help-all lists {hidden} more flags."] if hidden else []
+        return "\n".join(
+            [
+                " ".join(f"usage: hierens {self.name} {self.positional} [flags]".split()),
+                "",
+                *(description.strip().splitlines() or textwrap.wrap(f"{self.summary}.", _WIDTH)),
+                "",
+                *(line for flag in shown for line in _lines(flag)),
+                *(["", *more] if more else []),
+                *(["", *(f"  {line}" for line in self.examples)] if self.examples else []),
+            ]
+        )
+
+    def _check_names(self, arguments: Sequence[str]) -> None:
+        known = [flag.name for flag in self.flags() if flag.name.startswith("--")]
+        switches = [f"--no-{flag.name[2:]}" for flag in self.flags() if not flag.kind]
+        for argument in arguments:
+            name = argument.partition("=")[0].replace("_", "-")
+            if name.startswith("--") and name not in (*known, *switches, *_HELP):
+                raise UsageError(f"hierens {self.name} has no flag {name}{did_you_mean(name, known)}.")
+
+
+def _flags(settings: type, default: Any) -> Iterator[Flag]:
+    """The fields of a dataclass and of those nested in it."""
+    kinds, docs = get_type_hints(settings, include_extras=True), _docs(settings)
+    for field in dataclasses.fields(settings):
+        kind, positional = kinds[field.name], False
+        value = getattr(default, field.name) if default is not None else _default(field)
+        if dataclasses.is_dataclass(kind):
+            yield from _flags(kind, value)  # type: ignore[arg-type]
+            continue
+        if get_origin(kind) is Annotated:
+            positional, kind = True, get_args(kind)[0]
+        name = field.name.upper() if positional else f"--{field.name.replace('_', '-')}"
+        shown = "" if positional else _kind(kind)
+        yield Flag(name, shown, docs.get(field.name, ""), None if positional else value, _choices(kind))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+@cache
+def _docs(settings: type) -> dict[str, str]:
+    """The string below each field of a class."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(below.value.value).split())
+        for field, below in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
+
+
+def _kind(kind: Any) -> str:
+    """A type in the words of help."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "|".join(map(str, inner))
+    if origin in (Union, UnionType):
+        return "|".join(_kind(one) for one in inner if one is not NoneType)
+    if origin is tuple:
+        return f"{_kind(inner[0])}..." if inner[-1] is Ellipsis else " ".join(map(_kind, inner))
+    return {str: "TEXT", bool: "", int: "INT", float: "NUMBER"}.get(kind, "JSON")
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return tuple(map(str, inner))
+    return _choices(inner[0]) if get_origin(kind) in (Union, UnionType) else ()
+
+
+def _field(flag: Flag) -> str:
+    return flag.name.removeprefix("--").replace("-", "_")
+
+
+def _lines(flag: Flag) -> list[str]:
+    """A flag in as many lines as it takes."""
+    empty = flag.default is None or flag.default is False or flag.default in ("", (), {})
+    shown = " ".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
+    about = textwrap.wrap(flag.about + ("" if empty else f" [{shown}]"), _WIDTH - _FLAGS) or [""]
+    head = f"  {flag.name} {flag.kind}".rstrip()
+    if len(head) > _FLAGS - 2:
+        return [head, *(" " * _FLAGS + line for line in about)]
+    return [f"{head:{_FLAGS}}{about[0]}", *(" " * _FLAGS + line for line in about[1:])]

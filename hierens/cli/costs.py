@@ -1,0 +1,217 @@
+"""`hierens profile` and `hierens zoo`: what depths cost, and how backbones are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from hierens.cli.command import Command, UsageError
+from hierens.cli.output import complain, machine_readable, print_table, watched
+from hierens.errors import did_you_mean, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hierens.adaptive import Adaptive
+    from hierens.cutting import Cutting
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """A saved model, or a backbone to convert."""
+
+    model: tyro.conf.Positional[str]
+    """a folder of save_pretrained, user/name on the Hub, or a timm model, which is converted with random weights"""
+    method: Literal["hne", "multi_exit"] = "hne"
+    """what a timm model becomes: a tree of networks, or one network with exits"""
+    blocks: int = 4
+    """blocks of the tree: 2^(blocks-1) networks"""
+    exits: int = 4
+    """exits of a multi-exit network, the last one counted"""
+    size: tuple[int, int, int] | None = None
+    """channels, height and width of the images; by default those that the model was made for"""
+    batch_size: int = 1
+    """images per forward pass, for the latency"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+
+def profile(arguments: Sequence[str]) -> None:
+    """Print networks, MACs, parameters and latency of every depth."""
+    settings = PROFILE.parse(arguments)
+    if settings.batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {settings.batch_size}.")
+    with machine_readable(settings.json) as give:
+        model = _made(settings)
+        try:
+            found = model.profile(settings.size, settings.batch_size)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{settings.model} takes no images of size {settings.size}: {first_line(error)}."
+            ) from error
+        if settings.json:
+            give({"model": settings.model, **found.to_dict()})
+        else:
+            print_table(*found.cells())
+
+
+def _made(settings: ProfileSettings) -> Adaptive:
+    import timm
+
+    from hierens.adaptive import Adaptive
+    from hierens.ensemble import hierensify
+    from hierens.exits import multi_exit
+    from hierens.hub import from_pretrained
+
+    name = settings.model
+    if Path(name).is_dir() or "/" in name:
+        return from_pretrained(name)
+    if not timm.is_model(name):
+        raise ValueError(f"{name} is neither a folder here nor a timm model{did_you_mean(name, timm.list_models())}.")
+    channels = {"in_chans": settings.size[0]} if settings.size else {}
+    backbone = timm.create_model(name, **channels).eval()
+    if isinstance(backbone, Adaptive):  # hne_...: a tree already
+        return backbone
+    return (
+        multi_exit(backbone, settings.exits)
+        if settings.method == "multi_exit"
+        else hierensify(backbone, settings.blocks)
+    )
+
+
+PROFILE = Command(
+    "profile",
+    "MACs, parameters and latency of every depth of a saved model or a timm backbone",
+    ProfileSettings,
+    profile,
+    "MODEL|BACKBONE",
+    examples=(
+        "hierens profile runs/demo/model",
+        "hierens profile mobilenetv2_075 --blocks 4 --size 3 128 128",
+        "hierens profile resnet50 --method multi_exit --exits 3",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ZooSettings:
+    """Which of timm's models."""
+
+    pattern: tyro.conf.Positional[str] = ""
+    """a name, or a pattern such as 'convnext*' (in quotes); without one, all names are listed and nothing is cut"""
+    blocks: int = 4
+    """how many blocks"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+
+def zoo(arguments: Sequence[str]) -> None:
+    """Cut models that have shapes but no values, and print the blocks' shares of the MACs."""
+    settings = ZOO.parse(arguments)
+
+    import timm
+    from timm.models import model_entrypoint
+
+    known = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm.")]
+    chosen = known
+    if settings.pattern:
+        matching = set(timm.list_models(settings.pattern))
+        chosen = [name for name in known if name in matching]
+    if not chosen:
+        raise ValueError(f"timm has no model {settings.pattern!r}{did_you_mean(settings.pattern, known)}.")
+    with machine_readable(settings.json) as give:
+        if not settings.pattern:
+            give({"models": chosen}) if settings.json else print("\n".join(chosen))
+            complain(f"{len(chosen)} models; hierens zoo PATTERN cuts those that match.")
+            return
+        found = [cut_report(n, settings.blocks, len(chosen) == 1) for n in watched(chosen, len(chosen), "cutting")]
+        if len(found) == 1 and "error" in found[0]:
+            raise ValueError(f"{chosen[0]} cannot be cut into {settings.blocks} blocks: {found[0]['error']}")
+        if settings.json:
+            give({"blocks": settings.blocks, "models": found})
+        elif len(found) > 1:
+            print_table(("model", "MACs", "shares of the blocks (%)", "cut before"), map(_line, found))
+        else:
+            _print_one(found[0])
+
+
+def cut_report(name: str, blocks: int, places: bool = False) -> dict[str, Any]:
+    """Where a timm model is cut and what share of its MACs each block has, or why it cannot be cut.
+
+    Args:
+        name: of the model; it is made without weights.
+        blocks: how many.
+        places: name all places where it could be cut without opening its blocks as well.
+    """
+    import timm
+    import torch
+
+    from hierens.cutting import cut, cut_points
+
+    try:
+        with torch.device("meta"):
+            # Those that only give features get a classifier; the others keep as many classes as they have.
+            classes = {} if timm.create_model(name).num_classes else {"num_classes": 1000}
+            backbone = timm.create_model(name, **classes).eval()
+        cutting = cut(backbone, blocks)
+        macs = _macs(backbone, cutting)
+        record: dict[str, Any] = {
+            "name": name,
+            "macs": sum(macs),
+            "at": list(cutting.at),
+            "shares": [round(count / sum(macs), 4) for count in macs[:blocks]],
+        }
+        if places:
+            points = cut_points(backbone)
+            record["places"] = [
+                {"name": p.name, "macs_before": round(p.macs_before, 4), "stage_end": p.stage_end} for p in points
+            ]
+    except Exception as error:  # whatever a forward pass without values runs into
+        return {"name": name, "error": first_line(error)}
+    return record
+
+
+def _macs(backbone: nn.Module, cutting: Cutting) -> list[int]:
+    """Of each block, of the head and of the classifier."""
+    from hierens.cutting import example_input
+    from hierens.profiling import counted_run
+
+    value: Any = example_input(backbone)
+    counted = []
+    for piece in (*cutting.blocks, cutting.head, cutting.classifier):
+        value, macs = counted_run(piece, piece, *(value if isinstance(value, tuple) else (value,)))
+        counted.append(macs)
+    return counted
+
+
+def _line(record: dict[str, Any]) -> tuple[str, ...]:
+    from hierens.profiling import millions
+
+    if "error" in record:
+        return (record["name"], "", "", f"not cut: {record['error']}")
+    shares = " ".join(f"{100 * share:.0f}" for share in record["shares"])
+    return (record["name"], millions(record["macs"]), shares, " ".join(record["at"]))
+
+
+def _print_one(record: dict[str, Any]) -> None:
+    print_table(("model", "MACs", "shares of the blocks (%)", "cut before"), [_line(record)])
+    print("\nplaces where it can be cut without opening its blocks (at=[...]):\n")
+    rows = [
+        (place["name"], f"{100 * place['macs_before']:.1f}", "yes" if place["stage_end"] else "")
+        for place in record["places"]
+    ]
+    print_table(("before", "MACs before it (%)", "end of a stage"), rows)
+
+
+ZOO = Command(
+    "zoo",
+    "timm's models: whether and where they are cut, and the blocks' shares of the MACs",
+    ZooSettings,
+    zoo,
+    "[PATTERN]",
+    examples=("hierens zoo resnet50", "hierens zoo 'mobilenetv3*' --blocks 3"),
+)

@@ -1,0 +1,67 @@
+"""What commands print: tables for people, one JSON object for machines, progress where a terminal is attached."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any, TypeVar
+
+_Item = TypeVar("_Item")
+
+
+@contextmanager
+def machine_readable(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """If wanted, all that is printed inside goes to stderr, but the one object that is handed to what this yields.
+
+    Numbers that JSON does not have become null.
+    """
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield lambda record: print(json.dumps(_plain(record), allow_nan=False), file=stdout)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table: drawn on a terminal, else in Markdown's form."""
+    from hierens.profiling import table
+
+    rows = list(rows)
+    if not sys.stdout.isatty():
+        print(table(header, rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*header, box=None, header_style="bold", pad_edge=False)
+    for column in drawn.columns:
+        column.justify = "right"
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    Console().print(drawn)
+
+
+def watched(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_Item]:
+    """The items, with a bar on stderr if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, what, total, console=Console(stderr=True), transient=True)
+
+
+def complain(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

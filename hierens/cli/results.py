@@ -1,0 +1,151 @@
+"""`hierens eval` and `hierens report`: what models and runs gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from hierens.cli.command import Command, UsageError
+from hierens.cli.output import machine_readable, print_table, watched
+from hierens.training.config import DataConfig
+from hierens.training.presets import load_run
+
+if TYPE_CHECKING:
+    from hierens.adaptive import Adaptive
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Which model, on which images; the defaults of the data are those that it was trained with, if they are known."""
+
+    model: tyro.conf.Positional[str]
+    """a folder of save_pretrained, or user/name on the Hub"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """those of the validation split are used"""
+    batch_size: int = 256
+    """images at a time"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Print what every depth of a saved model gives on the validation split of a data set."""
+    name, *flags = [*arguments] or [""]
+    if name in ("-h", "--help", "--help-all"):
+        EVAL.parse(arguments)
+    if not name or name.startswith("-"):
+        raise UsageError("name the model first: hierens eval MODEL --dataset NAME --data-dir DIR.")
+    start = EvalSettings(name, _trained_on(Path(name)))
+    settings = EVAL.parse(flags, start)
+
+    from torch.utils.data import DataLoader
+
+    from hierens.hub import from_pretrained
+    from hierens.metrics import as_record, evaluate_model
+    from hierens.training.data import create_datasets
+
+    with machine_readable(settings.json) as give:
+        model = from_pretrained(settings.model)
+        _, images = create_datasets(settings.data)
+        loader = DataLoader(images, settings.batch_size, num_workers=settings.data.workers)
+        total = len(loader) if isinstance(images, Sized) else None
+        record = as_record(evaluate_model(model, watched(loader, total, "evaluating")))
+        if settings.json:
+            give(record)
+        else:
+            print_table(*results(model, record))
+
+
+def _trained_on(model: Path) -> DataConfig:
+    """The data in the `run.json` beside the model of a run, if there is one."""
+    trained = model.parent / "run.json"
+    return load_run(trained).data if trained.is_file() else DataConfig()
+
+
+def results_table(model: Adaptive, record: Mapping[str, Any]) -> str:
+    """What every depth costs and gives."""
+    from hierens.profiling import table
+
+    return table(*results(model, record))
+
+
+def results(model: Adaptive, record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the table of depths."""
+    from hierens.profiling import millions
+
+    profile = model.profile()
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{row.depth}",
+            f"{row.leaves}",
+            millions(row.macs),
+            millions(row.parameters),
+            f"{row.latency_ms:.2f}",
+            f"{record['accuracy'][row.depth]:.2f}",
+            f"{record['nll'][row.depth]:.3f}",
+            f"{record['ece'][row.depth]:.3f}",
+        )
+        for row in profile.rows
+    ]
+    return ("depth", profile.unit, "MACs", "parameters", "latency (ms)", "accuracy (%)", "NLL", "ECE"), rows
+
+
+EVAL = Command(
+    "eval",
+    "accuracy, likelihood and calibration of every depth of a saved model on a data set",
+    EvalSettings,
+    evaluate,
+    "MODEL",
+    often=(
+        *("MODEL", "dataset", "data_dir", "val_split", "input_size", "mean", "std", "crop_pct", "interpolation"),
+        *("workers", "batch_size", "json"),
+    ),
+    examples=("hierens eval runs/demo/model", "hierens eval user/name --data-dir DIR --json"),
+)
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Draw accuracy and diversity against MACs for finished runs, and accuracy network by network."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """output directories of runs; those that differ in their seed alone are averaged"""
+    names: tuple[str, ...] = ()
+    """what to call each run; by default the fields in which they differ"""
+    output: str = "report"
+    """folder for report.md, accuracy.png and leaves.png"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write a page and the paper's pictures from what runs left."""
+    settings = REPORT.parse(arguments)
+    if not settings.runs:
+        raise UsageError("name the output directories of finished runs: hierens report RUN...")
+
+    from hierens.reporting import comparison, read_runs, write_report
+
+    with machine_readable(settings.json) as give:
+        groups = read_runs(settings.runs, settings.names)
+        page = write_report(groups, settings.output)
+        if settings.json:
+            found = [{"name": g.name, "macs": g.macs, "seeds": len(g.records), "records": g.records} for g in groups]
+            give({"page": str(page), "runs": found})
+        else:
+            print(f"accuracy (%) by networks evaluated\n\n{comparison(groups)}\n")
+            print(f"wrote {page}")
+
+
+REPORT = Command(
+    "report",
+    "draw accuracy and diversity of finished runs against MACs",
+    ReportSettings,
+    report,
+    "RUN...",
+    examples=("hierens report runs/a runs/b --names small large",),
+)

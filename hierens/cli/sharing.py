@@ -1,0 +1,150 @@
+"""`hierens export` and `hierens push`: a saved model for other runtimes, and for others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from hierens.cli.command import Command, UsageError
+from hierens.cli.output import machine_readable
+from hierens.errors import first_line
+
+_COLUMNS = {"accuracy": "accuracy (%)", "nll": "NLL", "ece": "ECE"}  # of a run's results, in a model card
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Which model, where to, in which form."""
+
+    model: tyro.conf.Positional[str]
+    """a folder of save_pretrained, or user/name on the Hub"""
+    directory: tyro.conf.Positional[str]
+    """where the files go"""
+    format: str = "onnx"
+    """of the files"""
+    depths: tuple[str, ...] = ("all",)
+    """`all`, or some of them by number: a file each"""
+    size: tuple[int, int, int] | None = None
+    """channels, height and width of the images; by default those that the model was made for"""
+    quantize: str | None = None
+    """how to quantise, if at all"""
+    check: bool = True
+    """compare what the files answer with what the model does"""
+    json: bool = False
+    """print what was written as one JSON object"""
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a saved model in another format, a file per depth."""
+    settings = EXPORT.parse(arguments)
+    if settings.depths != ("all",) and not all(depth.isdecimal() for depth in settings.depths):
+        raise UsageError(f"--depths takes `all` or numbers, got {' '.join(settings.depths)}.")
+    depths: Any = "all" if settings.depths == ("all",) else [int(depth) for depth in settings.depths]
+
+    from hierens.hub import from_pretrained
+
+    with machine_readable(settings.json) as give:
+        model: Any = from_pretrained(settings.model)
+        if not hasattr(model, "export"):
+            raise ValueError("this version of hierens cannot export: install a newer one.")
+        given = {name: getattr(settings, name) for name in ("size", "quantize") if getattr(settings, name) is not None}
+        model.export(settings.directory, format=settings.format, depths=depths, check=settings.check, **given)
+        files = sorted(str(file) for file in Path(settings.directory).rglob("*") if file.is_file())
+        if settings.json:
+            give({"directory": settings.directory, "format": settings.format, "files": files})
+        else:
+            print("\n".join(files))
+
+
+EXPORT = Command(
+    "export",
+    "write a saved model for another runtime, a file per depth",
+    ExportSettings,
+    export,
+    "MODEL DIRECTORY",
+    examples=("hierens export runs/demo/model onnx --depths 0 3",),
+)
+
+
+@dataclass(frozen=True)
+class PushSettings:
+    """Which model, and where to."""
+
+    model: tyro.conf.Positional[str]
+    """a folder of save_pretrained; the policy.json in it goes along"""
+    repository: tyro.conf.Positional[str]
+    """user/name on the Hugging Face Hub; made if it is missing"""
+    private: bool = False
+    """make a new repository private; else it is what your account says"""
+    revision: str | None = None
+    """branch to push to"""
+    results: str = ""
+    """a run's results.json, for the table in the model card; by default the one beside the model's folder"""
+    json: bool = False
+    """print the commit's address as one JSON object"""
+
+
+def push(arguments: Sequence[str]) -> None:
+    """Publish a saved model with its card."""
+    settings = PUSH.parse(arguments)
+    if settings.repository.count("/") != 1:
+        raise UsageError(f"the repository should be user/name, got {settings.repository!r}.")
+
+    from hierens.fetching import MissingFileError
+    from hierens.hub import from_pretrained
+    from hierens.policies import load_policy
+
+    with machine_readable(settings.json) as give:
+        model = from_pretrained(settings.model)
+        beside = Path(settings.model).parent / "results.json"
+        file = settings.results or (str(beside) if beside.is_file() else "")
+        results = card_results(file, model.depths) if file else None
+        try:
+            policy = load_policy(settings.model)
+        except MissingFileError:
+            policy = None
+        options: dict[str, Any] = {"private": settings.private or None, "revision": settings.revision}
+        try:
+            url = model.push_to_hub(settings.repository, results=results, policy=policy, **options)
+        except Exception as error:  # of the network, of the Hub, of the token
+            raise ValueError(
+                f"{settings.repository} was not pushed: {first_line(error)} (`hf auth login` stores a token)"
+            ) from error
+        if settings.json:
+            give({"url": url})
+        else:
+            print(url)
+
+
+def card_results(file: str, depths: int) -> dict[str, list[float]]:
+    """The columns for a model card from a run's results.json: accuracy, likelihood and calibration of every depth.
+
+    Raises:
+        ValueError: no such file, or none with results of so many depths.
+    """
+    try:
+        found = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as results: {first_line(error)}.") from error
+    values = found if isinstance(found, dict) else {}
+    columns = {title: values[name] for name, title in _COLUMNS.items() if isinstance(values.get(name), list)}
+    if not columns or any(len(column) != depths for column in columns.values()):
+        raise ValueError(
+            f"{file} holds no results of {depths} depths: it should be the results.json that a run leaves."
+        )
+    return columns
+
+
+PUSH = Command(
+    "push",
+    "publish a saved model, with its card, on the Hugging Face Hub",
+    PushSettings,
+    push,
+    "MODEL USER/NAME",
+    examples=("hierens push runs/demo/model user/digits --private",),
+)

@@ -1,0 +1,67 @@
+"""`hierens predict`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import hierens
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import hierens as library
+from hierens.policies import Confidence, save_policy
+from hierens.training.data import create_datasets
+from hierens.training.presets import load_run
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three digits, as they are held out in training, in files."""
+    scans = load_digits().images[:3]
+    for number, scan in enumerate(scans):
+        Image.fromarray((scan * (255 / 16)).round().astype(np.uint8)).save(tmp_path / f"{number}.png")
+    return [tmp_path / f"{number}.png" for number in range(3)]
+
+
+def test_answers_are_the_models_on_images_prepared_as_in_training(trained, images):
+    directory, *_ = trained
+    name = directory / "run0" / "model"
+    model, (_, held_out) = library.from_pretrained(name), create_datasets(load_run(name.parent / "run.json").data)
+    x = torch.stack([held_out.transform(Image.open(file)) for file in images])
+    for depth in (0, 1):
+        done = hierens("predict", name, *images, "--depth", depth, "--top", 3, "--json")
+        assert done.code == 0, done.err
+        answers = json.loads(done.out)["answers"]
+        best, classes = model(x, depth=depth).double().softmax(-1).topk(3)
+        assert [[likely["class"] for likely in answer["top"]] for answer in answers] == classes.tolist()
+        for answer, expected in zip(answers, best.tolist(), strict=True):
+            assert [likely["probability"] for likely in answer["top"]] == pytest.approx(expected, abs=1e-5)
+            assert answer["networks"] == 2**depth and answer["macs"] == model.macs()[depth]
+
+
+def test_a_policy_answers_and_classes_have_names(trained, images, tmp_path):
+    directory, *_ = trained
+    model = library.from_pretrained(directory / "run0" / "model")
+    model.pretrained_cfg["label_names"] = [f"digit {number}" for number in range(10)]
+    model.save_pretrained(tmp_path / "model", policy=Confidence((0.0,)))
+    shown = hierens("predict", tmp_path / "model", images[0], "--top", 1).out.splitlines()[-1]
+    assert "digit " in shown and f"{images[0]}" in shown and shown.split("|")[4].strip() == "1"
+    (tmp_path / "other").mkdir()
+    save_policy(Confidence((2.0,)), tmp_path / "other")
+    done = hierens("predict", tmp_path / "model", images[0], "--policy", tmp_path / "other", "--json")
+    (answer,) = json.loads(done.out)["answers"]
+    assert answer["networks"] == 2 and len(answer["top"]) == 5
+
+
+def test_bad_images_are_named_and_the_others_answered(trained, images, tmp_path):
+    directory, *_ = trained
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(images[1].read_bytes()[:-30])
+    bad = [tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "missing.png"]
+    done = hierens("predict", directory / "run0" / "model", images[0], *bad, images[2], "--json")
+    record = json.loads(done.out)
+    assert done.code == 1 and [answer["image"] for answer in record["answers"]] == [str(images[0]), str(images[2])]
+    assert [failed["image"] for failed in record["failed"]] == [str(file) for file in bad]
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 3 and "no image" in lines[0] and "cannot be read" in lines[1] and "no such file" in lines[2]

@@ -1,0 +1,129 @@
+"""The program as a whole: there at once, help on a screen, faults in one line, exit codes."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import hierens
+
+from hierens import cli
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = "import sys; from _hierens_cli import main; main()"
+HEAVY = "{name for name in ('torch', 'timm', 'numpy', 'accelerate') if name in sys.modules}"
+
+
+def program(code, *arguments, timeout=120):
+    """A new process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def test_help_version_and_completion_come_without_torch():
+    code = f"""
+import sys
+from _hierens_cli import main
+sys.argv[:1] = ["hierens"]
+for arguments in [["--help"], ["--version"], ["completion", "bash"], *([n, "--help"] for n in {list(cli.COMMANDS)})]:
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, stop
+    assert not {HEAVY}, (arguments, {HEAVY})
+sys.argv[1:] = ["train", "--preset", "demo", "--print-config"]
+main()
+assert not {HEAVY}, {HEAVY}
+"""
+    done = program(["-c", code])
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: hierens {name}" in done.stdout for name in cli.COMMANDS)
+
+
+def test_the_public_names_are_there_in_the_program_too():
+    code = """
+import sys, _hierens_cli, hierens
+assert 'torch' not in sys.modules and set(hierens.__all__) <= set(dir(hierens))
+assert all(getattr(hierens, name) is not None for name in hierens.__all__)
+assert hierens.hierensify.__module__ == 'hierens.ensemble' and not hasattr(hierens, 'nothing')
+import timm
+assert timm.is_model('hne')
+"""
+    done = program(["-c", code])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["hierens", "hierens.cli"])
+def test_it_is_a_module(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hierens", "tain"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module(module, run_name="__main__")
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [None, *cli.COMMANDS])
+def test_help_fits_a_screen(name):
+    done = hierens(*([name] if name else []), "--help")
+    lines = done.out.splitlines()
+    assert done.code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100, (len(lines), max(lines, key=len))
+    assert done.out.startswith(f"usage: hierens {name or 'COMMAND'}")
+
+
+def test_help_shows_the_recipes_values_and_all_of_it_if_asked():
+    short = hierens("train", "--preset", "finetune", "--help").out
+    assert "efficientnet_b0" in short and "--symmetry-noise" not in short and "more flags" in short
+    whole = hierens("train", "--help-all").out
+    assert "--symmetry-noise" in whole and "--print-config" in whole
+
+
+def test_the_version():
+    assert hierens("--version").out.startswith("hierens 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["tain"], 2, "there is no command 'tain', did you mean 'train'"),
+        (["train", "--epoch", "3"], 2, "has no flag --epoch, did you mean '--epochs'"),
+        (["train", "--preset"], 2, "--preset"),
+        (["train", "--preset", "paper-cifra"], 2, "did you mean 'paper-cifar'"),
+        (["train", "--preset", "demo", "--config", "x"], 2, "not both"),
+        (["train", "--config", "none.yaml"], 2, "none.yaml cannot be read"),
+        (["train", "--preset", "demo", "--objective", "nonsense"], 1, "unknown objective 'nonsense'"),
+        (["eval"], 2, "name the model first"),
+        (["eval", "nowhere", "--dataset", "digits"], 1, "nowhere"),
+        (["report", "nowhere"], 1, "nowhere is no finished run"),
+        (["profile", "resnet81"], 1, "neither a folder here nor a timm model, did you mean 'resnet"),
+        (["profile", "resnet10t", "--blocks", "99"], 1, "blocks=99 is more than"),
+        (["predict", "nowhere", "a.png"], 1, "nowhere"),
+        (["predict", "nowhere", "."], 2, "examples/batch_predict.py"),
+        (["predict", "m", "a.png", "--depth", "1", "--policy", "p"], 2, "not both"),
+        (["export", "nowhere", "out", "--depths", "some"], 2, "`all` or numbers"),
+        (["push", "nowhere", "name"], 2, "user/name"),
+        (["zoo", "resnot18"], 1, "did you mean 'resnet18'"),
+    ],
+)
+def test_faults_end_in_one_line_and_their_exit_code(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = hierens(*arguments)
+    assert done.code == code and message in done.err and not done.out, done.err
+    assert done.err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("value", "message"), [("many", "--epochs"), ("0", "epochs must be at least 1")])
+def test_values_that_a_flag_does_not_take_are_wrong_usage(value, message):
+    done = hierens("train", "--epochs", value)
+    assert done.code == 2 and message in done.err and not done.out
+
+
+def test_a_reader_that_leaves_is_no_fault():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "--help"], stdout=write, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(write)
+    assert done.returncode == 1 and not done.stderr

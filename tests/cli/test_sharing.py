@@ -1,0 +1,67 @@
+"""`hierens export` and `hierens push`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import hierens
+from hub_server import hub_server
+
+from hierens.adaptive import Adaptive
+from hierens.cli.sharing import card_results
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(not hasattr(Adaptive, "export"), reason="models cannot be exported yet")
+def test_exporting_writes_a_file_per_depth(trained, tmp_path):
+    directory, *_ = trained
+    done = hierens("export", directory / "run0" / "model", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    files = json.loads(done.out)["files"]
+    assert sum(file.endswith(".onnx") for file in files) == 2
+
+
+@pytest.mark.skipif(hasattr(Adaptive, "export"), reason="models can be exported")
+def test_exporting_needs_a_version_that_can(trained, tmp_path):
+    directory, *_ = trained
+    done = hierens("export", directory / "run0" / "model", tmp_path / "out")
+    assert done.code == 1 and "cannot export" in done.err
+
+
+def test_pushing_takes_results_and_policy_along(trained, tmp_path):
+    """In a process of its own, since the Hub's address is read when huggingface_hub is imported."""
+    directory, *_ = trained
+    code = f"""
+import os, sys
+from _hierens_cli import main
+sys.argv = ["hierens", "push", {str(directory / "run0" / "model")!r}, "somebody/digits", "--private", "--json"]
+main()
+os.environ["HF_TOKEN"] = "wrong"
+main()
+"""
+    with hub_server() as hub:
+        own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
+        environment = os.environ | own | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert json.loads(done.stdout)["url"].startswith(f"{hub.address}/somebody/digits/commit/")
+        assert done.stderr.splitlines()[-1].startswith("error: somebody/digits was not pushed: ")
+        wanted = hub.created["somebody/digits"]  # the word for it differs between versions of huggingface_hub
+        assert wanted.get("visibility", wanted.get("private")) in ("private", True)
+        accuracy = json.loads((directory / "run0" / "results.json").read_text())["accuracy"]
+        card = hub.files("main")["README.md"].decode()
+        assert "accuracy (%)" in card and f" {accuracy[1]:.2f} |" in card
+
+
+def test_results_that_do_not_fit_a_model(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text('{"accuracy": [1.0, 2.0], "macs": [1, 2], "nll": [0.5, 0.25]}')
+    assert card_results(str(file), 2) == {"accuracy (%)": [1.0, 2.0], "NLL": [0.5, 0.25]}
+    for content, message in (('{"accuracy": [1.0]}', "no results of 2"), ("[]", "no results"), ("{", "cannot be read")):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            card_results(str(file), 2)
