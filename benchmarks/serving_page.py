@@ -232,7 +232,7 @@ What each depth costs and gives, on all 10,000 test images:
   {settings.per_request} images, each a PNG of its own: compute is the larger part.
 - One replica with one thread, for the other core carries the gateway, Ray and the load generator.
 - One request at a time (`--max-batch 1`), for its images are a batch already and a larger one would only come later; so
-  batching over requests is not measured here. The policy gives way from 3 waiting requests on (`--queue-high 3`).
+  batching over requests is not measured here. The policy gives way from 2 waiting requests on (`--queue-high 2`).
 - The load generator is a process of its own (`benchmarks/serving_load.py`) and makes its PNGs before it starts.
 
 ## A replica is killed
