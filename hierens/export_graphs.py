@@ -31,7 +31,8 @@ class _Apart(nn.Module):
 
     def forward(self, x: Activations, parents: Any = None) -> Activations:
         values = x.some(range(x.count) if parents is None else parents).listed()
-        return Activations([level.run_branch(0, v) for level, v in zip(self.branches, values, strict=True)])
+        branches: list[Any] = list(self.branches)
+        return Activations([level.run_branch(0, v) for level, v in zip(branches, values, strict=True)])
 
 
 class _Inputs(nn.Module):
@@ -42,8 +43,7 @@ class _Inputs(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        answer: Tensor = self.model(images)
-        return answer
+        return self.model(images)
 
 
 def for_inference(model: Adaptive) -> Adaptive:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hierens.export_formats import INPUT, Format, Onnx, quiet
 
-_LAYERS = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip"]
+_WEIGHTED = ["Conv", "Gemm", "MatMul"]
+_BETWEEN = ["Add", "Relu", "Clip"]  # in whole numbers too, so that a convnet need not leave them
 
 
 def quantized(made: Format, folder: Path, names: Sequence[str], calibration: Sequence[Tensor]) -> Onnx:
@@ -63,10 +64,16 @@ def _quantized(file: Path, batches: list[NDArray[np.float32]]) -> Any:
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=_LAYERS,
+            op_types_to_quantize=_WEIGHTED if _has_tokens(graph) else _WEIGHTED + _BETWEEN,
             nodes_to_exclude=_batched(graph),
+            extra_options={"MatMulConstBOnly": True},
         )
         return onnx_ir.from_proto(onnx.load(done))
+
+
+def _has_tokens(graph: Any) -> bool:
+    """Whether it is a transformer, whose sums and attention have too wide a range for 8 bits."""
+    return any(node.op_type == "LayerNormalization" for node in graph.graph.node)
 
 
 def _batched(graph: Any) -> list[str]:
