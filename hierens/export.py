@@ -130,15 +130,15 @@ def _depths(model: Adaptive, depths: Literal["all"] | Sequence[int]) -> list[int
 
 def _size(model: Adaptive, size: tuple[int, ...] | None) -> tuple[int, int, int]:
     """The size of an image, that the model can take."""
-    channels, height, width = found = tuple(size or model.pretrained_cfg["input_size"])
-    if channels != model.in_chans:
+    found = tuple(size or model.pretrained_cfg["input_size"])
+    if len(found) != 3 or found[0] != model.in_chans:
         raise ExportError(f"size must be ({model.in_chans}, H, W), the model's channels first, got {found}.")
     try:
         with torch.no_grad(), evaluating(model):
             model(_taken(model, torch.zeros(2, *found)), depth=0)
     except Exception as error:
         raise ExportError(f"the model does not take images of size {found}: {first_line(error)}") from error
-    return channels, height, width
+    return found
 
 
 def _calibrating(format: str, quantize: str, calibration: Iterable[Any] | None) -> list[Tensor]:

@@ -214,6 +214,7 @@ def test_what_cannot_be_exported_says_why(tmp_path):
         ({"depths": [3]}, "some of 0 to 2"),
         ({"depths": []}, "some of 0 to 2"),
         ({"size": (3, 28, 28)}, r"\(1, H, W\)"),
+        ({"size": (28, 28)}, r"\(1, H, W\)"),
         ({"size": (1, 0, 0)}, "does not take images of size"),
         ({"quantize": "int4"}, "'int8' or None"),
         ({"quantize": "int8"}, "needs calibration"),
