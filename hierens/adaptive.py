@@ -215,6 +215,12 @@ class Adaptive(nn.Module, ABC):
 
         return push_to_hub(self, repo_id, **kwargs)
 
+    def export(self, directory: str | Path, format: str = "onnx", **kwargs: Any) -> Path:
+        """Write a graph per depth for ONNX Runtime, OpenVINO or torch.export: see `hierens.export.export`."""
+        from hierens.export import export
+
+        return export(self, directory, format, **kwargs)
+
 
 def rows(value: Any, kept: Tensor, count: int) -> Any:
     """Some images of what a block handed on: of every tensor that has an entry for each of `count` images."""

@@ -232,6 +232,11 @@ class Level(nn.Module):
         return bool(self._packed)
 
     @property
+    def channelwise(self) -> bool:
+        """Whether the grouped form keeps the branches side by side in channels, but into a last linear layer."""
+        return self.grouped and self._packed[0].channelwise
+
+    @property
     def looped_layers(self) -> dict[str, str]:
         """Modules that a grouped level calls once per branch, in place, and why."""
         return self._packed[0].looped if self._packed else {}

@@ -1,0 +1,98 @@
+"""A model at one depth as a graph that other runtimes can take: no choice of executor in it, batch norms folded."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from hierens.adaptive import Adaptive
+from hierens.branching import Activations, Level
+from hierens.ensemble import HierarchicalEnsemble
+from hierens.exits import MultiExit
+from hierens.fusing import FusedEnsemble, fold
+from hierens.packing_rules import PackError
+
+_TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
+
+
+class _Apart(nn.Module):
+    """A level that is looped, its branches as modules of their own: sliced weights would stay slices in the graph."""
+
+    def __init__(self, level: Level) -> None:
+        super().__init__()
+        copies = [Level.of(copy.deepcopy(level.block), [state]) for state in level.weights(level.branches)]
+        self.branches = nn.ModuleList(copies)
+
+    def forward(self, x: Activations, parents: Any = None) -> Activations:
+        values = x.some(range(x.count) if parents is None else parents).listed()
+        branches: list[Any] = list(self.branches)
+        return Activations([level.run_branch(0, v) for level, v in zip(branches, values, strict=True)])
+
+
+class _Inputs(nn.Module):
+    """A model that takes images only, under a name that every runtime shows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def for_inference(model: Adaptive) -> Adaptive:
+    """A copy in single precision on the CPU, in evaluation mode, with the batch norms of its blocks folded."""
+    plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    plain.gradient_equilibrium = plain.grad_checkpointing = False
+    if isinstance(plain, HierarchicalEnsemble) and not isinstance(plain, FusedEnsemble):
+        plain = plain.fuse()
+    if isinstance(plain, MultiExit):
+        plain.levels = nn.ModuleList(_folded(level) for level in plain.levels)
+    return plain.requires_grad_(False)
+
+
+def _folded(block: nn.Module) -> nn.Module:
+    assert isinstance(block, fx.GraphModule)
+    with contextlib.suppress(PackError):  # it cannot be traced to its layers; runtimes fold for themselves
+        return fold(copy.deepcopy(block))
+    return block
+
+
+def graph(model: Adaptive, depth: int, size: tuple[int, ...], apart: bool = False) -> ExportedProgram:
+    """The graph of one depth, from `images` (N, C, H, W) to logits (N, classes); N is free.
+
+    Args:
+        model: what `for_inference` made.
+        depth: the depth.
+        size: of an image, (C, H, W).
+        apart: whether levels with token layers become a module per branch, since one product of all branches' matrices
+            is nothing that quantisation knows.
+    """
+    part: Any = model.at_depth(depth)
+    if isinstance(part, HierarchicalEnsemble):
+        part.set_executor("grouped")
+        part.levels = nn.ModuleList(_taken_apart(level, apart) for level in part.levels)
+        for last in ("head", "classifier"):
+            setattr(part, last, _taken_apart(getattr(part, last)))
+    images = torch.zeros(_TRACED_BATCH, *size)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own workings
+        shapes = {"images": {0: Dim("batch")}}
+        program = torch.export.export(_Inputs(part), (images,), dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # which names files of the machine that exports
+    return program
+
+
+def _taken_apart(level: nn.Module, tokens: bool = False) -> nn.Module:
+    """A level that runs all its branches in one call, or as one module each if it cannot (or `tokens`: should not)."""
+    assert isinstance(level, Level)
+    level.plan = {}
+    together = level.grouped and (level.channelwise or not tokens)
+    return level if level.branches == 1 or together else _Apart(level)
