@@ -67,6 +67,7 @@ FASHION_MNIST = Run(
     ),
 )
 LABELS, DISTILLED = "independent", "independent+hierarchical_codistillation"
+ALL_THREE = "independent+hierarchical+hierarchical_codistillation"
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4}
 # By study and name: what is changed in the recipe.
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -93,7 +94,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "EMA teacher": {"objective": DISTILLED, "ema_teacher": True},
         "students tempered": {"objective": DISTILLED, "temper_students": True},
         "alpha from 0": {"objective": DISTILLED, "alpha_warmup_epochs": 3},
-        "all three labelled": {"objective": f"{LABELS}+hierarchical+hierarchical_codistillation"},
+        "all three labelled": {"objective": ALL_THREE},
+        "all three labelled, EMA teacher": {"objective": ALL_THREE, "ema_teacher": True},
         "small depths weigh more": {"objective": DISTILLED, "depth_weights": (4.0, 2.0, 1.0, 0.5)},
         "SGD in place of AdamW": {"objective": DISTILLED, **SGD},
         "SGD with gradient equilibrium": {"objective": DISTILLED, **SGD, "gradient_equilibrium": True},

@@ -31,8 +31,6 @@ class ExportSettings:
     """`all`, or some of them by number: a file each"""
     size: tuple[int, int, int] | None = None
     """channels, height and width of the images; by default those that the model was made for"""
-    quantize: str | None = None
-    """how to quantise, if at all"""
     check: bool = True
     """compare what the files answer with what the model does"""
     json: bool = False
@@ -49,11 +47,10 @@ def export(arguments: Sequence[str]) -> None:
     from hierens.hub import from_pretrained
 
     with machine_readable(settings.json) as give:
-        model: Any = from_pretrained(settings.model)
-        if not hasattr(model, "export"):
-            raise ValueError("this version of hierens cannot export: install a newer one.")
-        given = {name: getattr(settings, name) for name in ("size", "quantize") if getattr(settings, name) is not None}
-        model.export(settings.directory, format=settings.format, depths=depths, check=settings.check, **given)
+        model = from_pretrained(settings.model)
+        model.export(
+            settings.directory, format=settings.format, depths=depths, size=settings.size, check=settings.check
+        )
         files = sorted(str(file) for file in Path(settings.directory).rglob("*") if file.is_file())
         if settings.json:
             give({"directory": settings.directory, "format": settings.format, "files": files})
