@@ -78,7 +78,9 @@ def model_card(
     height_width = "x".join(map(str, size[1:]))
     data = _metadata(model, columns.get(ACCURACY), name, about)
     curve = f"\n![Accuracy against multiply-accumulates, a point per depth]({PICTURE})\n" if picture else ""
-    classes = f"\nClasses, in order: {', '.join(labels)}.\n" if 0 < len(labels) <= 100 else ""
+    listed = 0 < len(labels) <= 100 and labels != [str(number) for number in range(len(labels))]
+    classes = f"\nClasses, in order: {', '.join(labels)}.\n" if listed else ""
+    channels = "1 channel" if size[0] == 1 else f"{size[0]} channels"
     return f"""---
 {data.to_yaml()}
 ---
@@ -87,8 +89,8 @@ def model_card(
 
 {summary.format(leaves=model.leaves)}
 made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` says how many of
-the {model.unit} are run. {model.num_classes} classes; costs are for images of {size[0]} channels and {height_width}
-pixels.
+the {model.unit} are run. {model.num_classes} classes; costs are for images of {channels} and
+{height_width} pixels.
 
 {table(header, rows)}
 {curve}{classes}
@@ -96,8 +98,8 @@ pixels.
 import hierens
 
 model = hierens.from_pretrained("{name}")  # or a directory with this model's files
-logits = model(images, depth=1)               # images: (N, {size[0]}, {size[1]}, {size[2]})
-for step in model.anytime(images):            # or one after the other, for as long as there is time
+logits = model(images, depth=1)  # images: (N, {size[0]}, {size[1]}, {size[2]})
+for step in model.anytime(images):  # or one after the other, for as long as there is time
     print(step.leaves, step.macs, step.logits.argmax(-1))
 ```
 """
@@ -124,7 +126,7 @@ def _metadata(model: Adaptive, accuracy: Sequence[float] | None, name: str, abou
             dataset_type=datasets[0],
             dataset_name=datasets[0],
             metric_type="accuracy",
-            metric_name=f"{ACCURACY} of {leaves} {model.unit}",
+            metric_name=f"accuracy (%), {model.unit}: {leaves}",
             metric_value=round(float(value), 2),
             metric_args={"depth": depth},
         )
