@@ -290,8 +290,7 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
 
 def _short(value: Any, plain: bool = False) -> str:
     """A value in an error's sentence: however long or deep it is, not more than some words of it."""
-    if plain:
-        return value if len(value) <= 200 else f"{value[:200]}..."
     brief = Repr()
     brief.maxstring = brief.maxother = 80
-    return brief.repr(value)
+    text = value if plain else brief.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -21,6 +21,7 @@ import hierens
 from hierens.hub import LoadError
 
 ROOM = 2**30  # bytes that loading may take beyond what the process has
+LONGEST = 64 * 2**20  # of a config
 _NUMBERS = [0, -1, 1, 2, 3, 7, 64, 255, 4097, 65_536, 65_537, 10**6, 10**9, 2**31, 2**63, 10**30, -(10**9), True, False]
 _NUMBERS += [0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")]
 _STRINGS = ["", "\x00", "\ud800", "ﬀ\u202e𝔘", "x" * 100_000, "hf-hub:a/b", "local-dir:/tmp", "../../etc/passwd"]
@@ -101,7 +102,7 @@ def hostile(random, config, backbones):
                 target[random.choice(_OFTEN)] = nasty(random)
             else:
                 target[last] = nasty(random)
-    text = json.dumps(config)
+    text = json.dumps(config)[:LONGEST]
     return {
         0: lambda: text[: random.randrange(len(text))],
         1: lambda: text.replace("[", "[" * 100_000, 1),
