@@ -21,7 +21,7 @@ import hierens
 from hierens.hub import LoadError
 
 ROOM = 2**30  # bytes that loading may take beyond what the process has
-LONGEST = 64 * 2**20  # of a config
+LONGEST = 64 * 2**20  # of a value as text: what writes these shall not run out of memory itself
 _NUMBERS = [0, -1, 1, 2, 3, 7, 64, 255, 4097, 65_536, 65_537, 10**6, 10**9, 2**31, 2**63, 10**30, -(10**9), True, False]
 _NUMBERS += [0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")]
 _STRINGS = ["", "\x00", "\ud800", "ﬀ\u202e𝔘", "x" * 100_000, "hf-hub:a/b", "local-dir:/tmp", "../../etc/passwd"]
@@ -65,7 +65,8 @@ def nasty(random, depth=0):
     if kind == 4:
         return None
     if kind == 5:
-        return [nasty(random, depth + 1)] * random.choice([0, 1, 2, 3, 4, 5, 300, 20_000 if depth == 0 else 7])
+        value, times = nasty(random, depth + 1), random.choice([0, 1, 2, 3, 4, 5, 300, 20_000 if depth == 0 else 7])
+        return [value] * (times if len(repr(value)) * times <= LONGEST else 7)
     if kind == 6:
         return [nasty(random, depth + 1) for _ in range(random.randrange(5))]
     if kind == 7:
@@ -102,7 +103,7 @@ def hostile(random, config, backbones):
                 target[random.choice(_OFTEN)] = nasty(random)
             else:
                 target[last] = nasty(random)
-    text = json.dumps(config)[:LONGEST]
+    text = json.dumps(config)
     return {
         0: lambda: text[: random.randrange(len(text))],
         1: lambda: text.replace("[", "[" * 100_000, 1),
