@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import timm
 import torch
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
@@ -26,31 +27,14 @@ from timm.models._hub import save_config_for_hf
 import hierens
 import hierens.architectures  # registers the entry points that a config names
 from hierens.adaptive import Adaptive
-from hierens.fetching import LoadError, fetch
+from hierens.cards import About, draw_accuracy, model_card
+from hierens.errors import first_line
+from hierens.fetching import LoadError, explain, fetch
 from hierens.policies import Policy, save_policy
-from hierens.profiling import millions, table
+from hierens.vetting import ARGUMENTS, check_arguments, check_fit, read_config, read_shapes, unbuildable
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_MOST_LEAVES = 4096
-_MOST_EXITS = 256
-_SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
-_ARGUMENTS = {
-    "hne": _SHARED | {"branching", "leaves", "looped"},
-    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "kept"},
-}
-
 __all__ = ["LoadError", "SaveError", "from_pretrained", "model_card", "push_to_hub", "save_config", "save_pretrained"]
-
-_KINDS = {  # titles of model cards, and how their first sentence begins
-    "hne": (
-        "Hierarchical neural ensemble",
-        "A tree of {leaves} networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)),",
-    ),
-    "multi_exit": (
-        "Multi-exit network",
-        "A network with {leaves} exits ([Li et al.](https://arxiv.org/abs/1908.06294)),",
-    ),
-}
 
 
 class SaveError(ValueError):
@@ -62,6 +46,10 @@ def save_pretrained(
     directory: str | Path,
     results: Mapping[str, Sequence[float]] | None = None,
     policy: Policy | None = None,
+    *,
+    name: str = "user/name",
+    picture: bool = False,
+    **about: Unpack[About],
 ) -> Path:
     """Write `config.json`, `model.safetensors` and a model card.
 
@@ -70,24 +58,53 @@ def save_pretrained(
         directory: made if missing.
         results: further columns of the card's table, a value per depth, such as `{"accuracy (%)": [97.1, 97.8]}`.
         policy: how deep to go by default, as `policy.json`: `hierens.policies.load_policy` reads it.
+        name: how the card says to load it.
+        picture: draw the accuracies among the results as `accuracy.png`, if matplotlib is there.
+        about: `license`, `base_model`, `datasets` and `label_names`, for the card: see `hierens.cards.About`. The names
+            go into `config.json`, too.
 
     Returns:
         The directory.
 
     Raises:
         SaveError: the backbone was not made by `timm.create_model`, or changed since, so that loading would fail.
+        ValueError: results or names of classes that do not fit the model.
     """
+    return _save(model, directory, name, results, policy, picture, about)
+
+
+def _save(
+    model: Adaptive,
+    directory: str | Path,
+    name: str,
+    results: Mapping[str, Sequence[float]] | None,
+    policy: Policy | None,
+    picture: bool,
+    about: About,
+) -> Path:
     _check_remakable(model)
+    model_card(model, results, **about)  # what does not fit is said before anything is written
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # safetensors stores plain layouts only, and the caller's model may well be channels_last.
     plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     plain._model_args = _arguments(model)
-    save_for_hf(plain, str(directory), model_config={"hierens": hierens.__version__}, safe_serialization=True)
-    (directory / CARD).write_text(model_card(model, results))
+    extra = {"hierens": hierens.__version__, **_labels(model, about)}
+    save_for_hf(plain, str(directory), model_config=extra, safe_serialization=True)
+    drawn = picture and draw_accuracy(model, results or {}, directory)
+    (directory / CARD).write_text(model_card(model, results, name, drawn, **about), encoding="utf-8")
     if policy is not None:
         save_policy(policy, directory)
     return directory
+
+
+def _labels(model: Adaptive, about: About) -> dict[str, Any]:
+    """The classes' names, as given or as the model was loaded with, where timm's tools look for them."""
+    if names := about.get("label_names"):
+        return {"label_names": list(names)}
+    kept = {key: model.pretrained_cfg.get(key) for key in ("label_names", "label_descriptions")}
+    fit = len(kept["label_names"] or ()) == model.num_classes
+    return {key: value for key, value in kept.items() if value} if fit else {}
 
 
 def save_config(model: Adaptive, directory: str | Path) -> None:
@@ -107,6 +124,7 @@ def push_to_hub(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload a model of hierens",
+    **about: Unpack[About],
 ) -> str:
     """Publish a model on the Hugging Face Hub, making the repository if it is missing.
 
@@ -119,20 +137,41 @@ def push_to_hub(
         token: access token; by default the one that `hf auth login` stored.
         revision: branch to push to.
         commit_message: of the upload.
+        about: as for `save_pretrained`.
 
     Returns:
         The address of the commit.
+
+    Raises:
+        SaveError: as for `save_pretrained`, or the Hub did not take it.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
-        save_pretrained(model, directory, results, policy)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
-        )
+        _save(model, directory, repo_id, results, policy, True, about)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = _retried(
+                lambda: api.upload_folder(
+                    repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
+                )
+            )
+        except Exception as error:
+            raise SaveError(f"the Hub did not take {repo_id}: {explain(error, revision)}.") from error
     return str(commit.commit_url)
+
+
+def _retried(upload: Callable[[], Any], times: int = 3) -> Any:
+    """Upload, and once more after trouble on the Hub's side: files that arrived are not sent again."""
+    for attempt in range(1, times + 1):
+        try:
+            return upload()
+        except Exception as error:  # a line that went dead has another class in every version of huggingface_hub
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if attempt == times or status < 500 or isinstance(error, ValueError):
+                raise
+            time.sleep(attempt)
 
 
 def from_pretrained(
@@ -150,54 +189,22 @@ def from_pretrained(
         LoadError: a missing or damaged file, a config that names what cannot be built, weights that do not fit it.
     """
     config_file, weights = fetch(name, (CONFIG, WEIGHTS), revision=revision, token=token, cache_dir=cache_dir)
-    config = _read_config(config_file)
-    model = _build(config, config_file)
+    config, shapes = read_config(config_file), read_shapes(weights)
+    # Which levels are looped is nothing to find out by computing, where there are no values to compare.
+    unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] == "hne" else {}
+    check_fit(lambda: _build(config, **unlooped), shapes, config_file, weights)
+    try:
+        model = _build(config)
+    except Exception as error:
+        raise unbuildable(config_file, error) from error
+    _describe(model, config)
     _load_weights(model, weights)
     return model.eval()
 
 
-def model_card(model: Adaptive, results: Mapping[str, Sequence[float]] | None = None) -> str:
-    """The text of a model card: what the model is, what each depth costs and gives, how to use it."""
-    args, size = _arguments(model), tuple(model.pretrained_cfg["input_size"])
-    data = ModelCardData(library_name="timm", tags=["image-classification", "timm", "hierens", "anytime-inference"])
-    columns = dict(results or {})
-    if wrong := [name for name, values in columns.items() if len(values) != model.depths]:
-        raise ValueError(f"results need a value per depth ({model.depths}): {', '.join(wrong)} have not.")
-    costs = zip(model.sizes, model.macs(size), model.parameter_counts(), strict=True)
-    rows = [
-        (f"{depth}", f"{leaves}", millions(macs), millions(count), *(f"{v[depth]:.2f}" for v in columns.values()))
-        for depth, (leaves, macs, count) in enumerate(costs)
-    ]
-    header = ("depth", model.unit, "MACs", "parameters", *columns)
-    title, about = _KINDS[model.architecture]
-    height_width = "x".join(map(str, size[1:]))
-    return f"""---
-{data.to_yaml()}
----
-
-# {title} of {args["backbone"]}
-
-{about.format(leaves=model.leaves)}
-made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` says how many of
-the {model.unit} are run. {model.num_classes} classes; costs are for images of {size[0]} channels and {height_width}
-pixels.
-
-{table(header, rows)}
-
-```python
-import hierens
-
-model = hierens.from_pretrained("user/name")  # or a directory with this model's files
-logits = model(images, depth=1)               # images: (N, {size[0]}, {size[1]}, {size[2]})
-for step in model.anytime(images):            # or one after the other, for as long as there is time
-    print(step.leaves, step.macs, step.logits.argmax(-1))
-```
-"""
-
-
 def _arguments(model: Adaptive) -> dict[str, Any]:
     """What the entry point needs to make the model again."""
-    return {key: value for key, value in model.arguments().items() if key in _ARGUMENTS[model.architecture]}
+    return {key: value for key, value in model.arguments().items() if key in ARGUMENTS[model.architecture]}
 
 
 def _check_remakable(model: Adaptive) -> None:
@@ -207,7 +214,8 @@ def _check_remakable(model: Adaptive) -> None:
     if model.num_classes < 1:
         raise SaveError("the classifier was removed: reset_classifier to the classes of the saved model first.")
     try:
-        json.dumps(args)
+        json.dumps(args, allow_nan=False)
+        check_arguments(args["backbone_args"])
         with torch.device("meta"):
             kwargs = {**args["backbone_args"], "num_classes": model.num_classes, "in_chans": model.in_chans}
             fresh = timm.create_model(args["backbone"], **kwargs).state_dict()
@@ -222,67 +230,22 @@ def _check_remakable(model: Adaptive) -> None:
                 )
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """The `model_args` and the rest of a config, checked before anything is built."""
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LoadError(f"{file} is not valid JSON: {error}.") from error
-    args = config.get("model_args") if isinstance(config, dict) else None
-    if not isinstance(args, dict):
-        raise LoadError(f"{file} has no model_args: it is not the config of a hierens model.")
-    kind = config.get("architecture")
-    if kind not in _ARGUMENTS:
-        raise LoadError(f"{file} names the architecture {kind!r}; hierens loads {' and '.join(_ARGUMENTS)} only.")
-    backbone = args.get("backbone")
-    if not isinstance(backbone, str) or not timm.is_model(backbone):
-        raise LoadError(f"{file} names the backbone {backbone!r}, which this timm ({timm.__version__}) does not have.")
-    for key in ("num_classes", "in_chans"):
-        if type(args.get(key)) is not int or not 1 <= args[key] <= 10_000_000:
-            raise LoadError(f"{file} has no usable {key} (got {args.get(key)!r}).")
-    if not isinstance(args.get("at"), list) or not all(isinstance(name, str) for name in args["at"]):
-        raise LoadError(f"{file} has no usable list of cuts, `at` (got {args.get('at')!r}).")
-    _check_tree(args, file) if kind == "hne" else _check_exits(args, file)
-    # timm writes the image size of a transformer beside the rest: the backbone takes it.
-    if unknown := set(args) - {*_ARGUMENTS[kind], "img_size"}:
-        raise LoadError(f"{file} has model_args that hierens does not know: {', '.join(sorted(unknown))}.")
-    return config
-
-
-def _check_tree(args: dict[str, Any], file: Path) -> None:
-    branching, leaves = args.get("branching"), args.get("leaves")
-    whole = isinstance(branching, list) and all(type(f) is int and 1 <= f <= _MOST_LEAVES for f in branching)
-    if not whole or type(leaves) is not int or not 1 <= leaves <= _MOST_LEAVES or len(branching or []) > 64:
-        raise LoadError(f"{file} has no usable branching and leaves (got {branching!r} and {leaves!r}).")
-
-
-def _check_exits(args: dict[str, Any], file: Path) -> None:
-    kept, blocks = args.get("kept"), len(args["at"]) + 1
-    whole = isinstance(kept, list) and kept and all(type(exit) is int and 0 <= exit < blocks for exit in kept)
-    if not whole or blocks > _MOST_EXITS or sorted(set(kept or [])) != kept:
-        raise LoadError(f"{file} has no usable list of exits, `kept` (got {kept!r} of {blocks}).")
-
-
-def _build(config: dict[str, Any], file: Path) -> Adaptive:
+def _build(config: dict[str, Any], **settled: Any) -> Adaptive:
     kind = config["architecture"]
-    try:
-        model = timm.create_model(kind, **({"init": "copy"} if kind == "hne" else {}), **config["model_args"])
-    except Exception as error:
-        raise LoadError(f"{file} describes a model that cannot be built: {error}") from error
+    settled |= {"init": "copy"} if kind == "hne" else {}
+    model = timm.create_model(kind, **{**config["model_args"], **settled})
     assert isinstance(model, Adaptive)
-    if isinstance(config.get("pretrained_cfg"), dict):
-        model.pretrained_cfg.update(config["pretrained_cfg"], architecture=kind)
+    return model
+
+
+def _describe(model: Adaptive, config: dict[str, Any]) -> None:
+    model.pretrained_cfg.update(config["pretrained_cfg"], num_classes=model.num_classes)
     # timm writes these beside the rest, and reads them back so.
     model.pretrained_cfg.update({key: config[key] for key in ("label_names", "label_descriptions") if key in config})
-    return model
 
 
 def _load_weights(model: Adaptive, file: Path) -> None:
     try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise LoadError(f"{file} is damaged or no safetensors file ({error}): copy or download it again.") from error
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise LoadError(f"the weights in {file} do not fit the config beside them: {error}") from error
+        model.load_state_dict(load_file(file))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise LoadError(f"the weights in {file} cannot be read: {first_line(error)}.") from error

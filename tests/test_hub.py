@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -41,56 +42,82 @@ def test_every_way_in_gives_the_same_logits(model, saved, small_images):
             assert torch.allclose(loaded(small_images, depth=depth), model(small_images, depth=depth), atol=1e-5)
 
 
-def test_a_fresh_process_loads_it(saved, small_images, model):
-    code = (
-        "import sys, timm, torch, hierens\n"
-        "x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))\n"
-        f"m = timm.create_model('local-dir:{saved}', pretrained=True).eval()\n"
-        "print(m(x, depth=1).double().sum().item())"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(printed) == pytest.approx(model(small_images, depth=1).double().sum().item(), abs=1e-3)
-
-
-def test_publishing_and_loading_over_http(saved, model, small_images, tmp_path):
-    """In a process of its own, since the Hub's address is read when huggingface_hub is imported."""
-    code = f"""
-import timm, torch, hierens
-from hierens.hub import LoadError
-from hierens.policies import FixedDepth, load_policy
-model = hierens.from_pretrained({str(saved)!r})
-x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-results = {{"accuracy (%)": [1.0, 2.0, 3.0]}}
-first = model.push_to_hub("somebody/digits", private=True, results=results, policy=FixedDepth(1))
-second = model.at_depth(1).push_to_hub("somebody/digits", revision="small")
-whole = hierens.from_pretrained("somebody/digits")
-small = hierens.from_pretrained("somebody/digits", revision="small")
-pinned = hierens.from_pretrained("somebody/digits", revision=second.rpartition("/")[2])
-by_timm = timm.create_model("hf-hub:somebody/digits", pretrained=True).eval()
-print([m.tree.leaves for m in (whole, small, pinned, by_timm)])
-print(load_policy("somebody/digits"), load_policy("somebody/digits", FixedDepth(), revision="small"))
-for m in (whole, by_timm):
-    print(m(x, depth=2).double().sum().item())
-for name, revision in (("somebody/else", None), ("somebody/digits", "nowhere")):
-    try:
-        hierens.from_pretrained(name, revision=revision)
-    except LoadError as error:
-        print(error)
-"""
+@pytest.fixture(scope="module")
+def over_http(tmp_path_factory):
+    """What `hub_client.py` found, the server it spoke to, and the model that it published."""
+    torch.manual_seed(0)
+    model = hierens.hierensify(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), 3, init="reinit")
+    folder = tmp_path_factory.mktemp("hub")
+    model.eval().save_pretrained(folder / "saved")
     with hub_server() as hub:
-        own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | own)
+        own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
+        own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        script = Path(__file__).with_name("hub_client.py")
+        (folder / "cache").mkdir()
+        asked = [sys.executable, str(script), str(folder / "saved"), hub.address, str(folder / "cache")]
+        done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | own)
         assert done.returncode == 0, done.stderr
-        leaves, policies, whole, by_timm, no_repository, no_revision = done.stdout.splitlines()
-        wanted = hub.created["somebody/digits"]  # the word for it differs between versions of huggingface_hub
-        assert wanted.get("visibility", wanted.get("private")) in ("private", True)
-        assert sorted(hub.files("main")) == ["README.md", "config.json", "model.safetensors", "policy.json"]
-        assert b" 3.00 |" in hub.files("main")["README.md"]
-    assert leaves == "[4, 2, 2, 4]"
-    assert policies == "FixedDepth(depth=1, leaves=None) FixedDepth(depth=1, leaves=None)", "a branch has what main had"
-    expected = model(small_images, depth=2).double().sum().item()
-    assert float(whole) == pytest.approx(expected, abs=1e-3) and float(by_timm) == pytest.approx(expected, abs=1e-3)
-    assert "somebody/else" in no_repository and "nowhere" in no_revision
+        yield json.loads(done.stdout.splitlines()[-1]), hub, model
+
+
+def test_what_is_published_is_what_is_loaded(over_http, small_images):
+    found, hub, model = over_http
+    assert hub.private("somebody/digits")
+    wanted = ["README.md", "accuracy.png", "config.json", "model.safetensors", "policy.json"]
+    assert sorted(hub.files("main")) == wanted
+    assert found["leaves"] == {"whole": 4, "again": 4, "timm": 4, "folder": 4, "small": 2, "pinned": 2}
+    expected = model(small_images, depth=1).double().sum().item()
+    assert found["logits"] == {name: pytest.approx(expected, abs=1e-3) for name in found["logits"]}
+    assert found["names"] == "a 3"
+    assert set(found["policies"]) == {"FixedDepth(depth=1, leaves=None)"}, "a branch has what main had"
+
+
+def test_the_published_card_says_how_to_use_it_and_what_it_reaches(over_http):
+    found, hub, _ = over_http
+    card = found["card"]
+    assert found["how to"] and b"(accuracy.png)" in hub.files("main")["README.md"]
+    assert (card["license"], card["datasets"], card["pipeline_tag"]) == (
+        "apache-2.0",
+        ["digits"],
+        "image-classification",
+    )
+    (index,) = card["model-index"]
+    assert index["name"] == "somebody/digits"
+    assert [metric["value"] for metric in index["results"][0]["metrics"]] == [1.0, 2.0, 3.0]
+
+
+def test_interrupted_transfers_go_on(over_http):
+    found, hub, _ = over_http
+    assert not hub.trouble, "all of it happened"
+    half = len(hub.files("main")["model.safetensors"]) // 2
+    assert half - 2**12 < found["resumed at"] <= half
+
+
+def test_downloads_lie_where_they_were_asked_for(over_http):
+    found, _, _ = over_http
+    assert found["cached in"] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("damaged", "another checksum than on the Hub: delete it"),
+        ("damaged config", "config.json is not valid JSON"),
+        ("token", "the token is wrong or may not do this (401); log in with `hf auth login`, or pass token=."),
+        ("push token", "the Hub did not take somebody/digits: the token is wrong or may not do this (401)"),
+        ("push reader", "the Hub did not take somebody/digits: the token is wrong or may not do this (403)"),
+        ("no token", "no such repository, or it is private and the token does not open it."),
+        ("repository", "somebody/else is no directory here, and the Hub did not give it: there is no such repository"),
+        ("revision", "it has no branch, tag or commit 'nowhere'."),
+        ("no policy", "somebody/else is no directory here, and the Hub did not give it: there is no such repository"),
+        ("name", "no/such/folder is no directory here, and the Hub did not give it: a repository is named user/name."),
+        ("server", "has trouble (501); try again later."),
+        ("offline", "it is not in the cache, and HF_HUB_OFFLINE forbids to download it."),
+    ],
+)
+def test_refusals_of_the_hub_are_one_clear_sentence(over_http, what, message):
+    said = over_http[0]["refused"][what]
+    assert message in said and "\n" not in said
 
 
 def test_the_files_are_timms_layout_and_hold_no_pickle(model, saved):
