@@ -103,7 +103,9 @@ def _labels(model: Adaptive, about: About) -> dict[str, Any]:
     if names := about.get("label_names"):
         return {"label_names": list(names)}
     kept = {key: model.pretrained_cfg.get(key) for key in ("label_names", "label_descriptions")}
-    fit = len(kept["label_names"] or ()) == model.num_classes
+    names = kept["label_names"] or ()
+    whole = all(int(index) < model.num_classes for index in names) if isinstance(names, dict) else False
+    fit = whole or len(names) == model.num_classes
     return {key: value for key, value in kept.items() if value} if fit else {}
 
 

@@ -233,7 +233,7 @@ def test_a_config_that_cannot_be_is_refused(plain, tmp_path):
         ({"kept": [0, 7]}, "no usable list of exits"),
         ({"kept": []}, "no usable list of exits"),
         ({"branching": [1, 2]}, "does not know: branching"),
-        ({"weights": [1.0]}, "cannot be built: weights must be 3 positive numbers"),
+        ({"weights": [1.0]}, "no usable weights of exits"),
     ):
         damaged = config | {"model_args": config["model_args"] | change}
         (tmp_path / "config.json").write_text(json.dumps(damaged))

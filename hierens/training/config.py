@@ -205,8 +205,6 @@ class TeacherConfig:
 class ModelConfig:
     """Which backbone becomes which tree, or which multi-exit network."""
 
-    method: Literal["hne", "multi_exit"] = "hne"
-    """a hierarchical ensemble, or one network that also answers on the way"""
     backbone: str = "mobilenetv2_075"
     """any timm model name; one that is an ensemble by itself, such as `hne_mobilenetv2_075`, keeps its own blocks"""
     backbone_args: dict[str, Any] = field(default_factory=dict)
@@ -215,6 +213,8 @@ class ModelConfig:
     """start from timm's pretrained weights, copied to every branch"""
     weights: str = ""
     """a file of pretrained weights under timm's names (.safetensors or .pth), in place of timm's own"""
+    method: Literal["hne", "multi_exit"] = "hne"
+    """a hierarchical ensemble, or one network that also answers on the way"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()

@@ -37,6 +37,7 @@ main()
 """
     with hub_server() as hub:
         own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
+        own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         environment = os.environ | own | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
