@@ -344,7 +344,7 @@ same cost. *Fixed depths*: straight lines between them, which is what drawing th
             )
         header = (
             "budget beyond depth 0",
-            "MACs (M)",
+            "MACs",
             "fixed",
             *(f"{way}, {m}" for way in ("budget", "confidence") for m in MEASURES),
         )
