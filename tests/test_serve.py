@@ -3,7 +3,9 @@
 import io
 import json
 import socket
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ import hierens
 
 PORT = 8917
 URL = f"http://127.0.0.1:{PORT}"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def encoded(image, kind="PNG", **options):
@@ -125,19 +128,38 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def service(saved):
-    settings = example.Settings(
-        str(saved[0]), port=PORT, max_bytes=200_000, max_pixels=1_000_000, upload_s=3, buffer_bytes=900_000
-    )
-    before = {process.pid for process in psutil.process_iter()}
+def service(saved, tmp_path_factory):
+    """The example in processes of its own: a minute after a Ray ends, its threads end who began it."""
+    flags = {"model": saved[0], "port": PORT, "max-bytes": 200_000, "max-pixels": 1_000_000, "upload-s": 3}
+    command = [sys.executable, EXAMPLES / "serve.py", "--buffer-bytes", 900_000]
+    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    before, ours = {process.pid for process in psutil.process_iter()}, []
+    log = tmp_path_factory.mktemp("service") / "log"
+    with log.open("w") as output:
+        process = psutil.Popen([str(part) for part in command], stdout=output, stderr=output)
     try:
-        example.start(settings, num_cpus=2, object_store_memory=80_000_000, log_to_driver=False)
+        wait_ready(process, log)
         ours = [p for p in psutil.process_iter() if p.pid not in before]
-        yield psutil.Process(), ours
+        yield process, ours
     finally:
-        example.stop()
-    _, alive = psutil.wait_procs([p for p in ours if "ray" in " ".join(_command(p))], timeout=15)
+        process.terminate()
+        process.wait(60)
+    # Ray's agents notice within a minute that they are alone, and end by themselves.
+    left = [p for p in ours if "ray" in (command := " ".join(_command(p))) and "Agent" not in command]
+    _, alive = psutil.wait_procs(left, timeout=15)
     assert not alive, f"Ray left processes behind: {alive}"
+
+
+def wait_ready(process, log, seconds=180):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        try:
+            if httpx.get(f"{URL}/readyz", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"the server did not become ready:\n{log.read_text()[-3000:]}")
 
 
 def _command(process):
