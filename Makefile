@@ -22,8 +22,10 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed ## train a small ensemble on scikit-learn's digits, on a CPU, in about a minute
 	$(BIN)/python examples/train_imagenet.py
 
+# Training apart: it forks and sends signals, which the libraries that other tests have loaded do not always survive.
 test: $(VENV)/.installed ## run the tests
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 --ignore tests/training
+	$(RUN) -m pytest --numprocesses 2 tests/training
 
 test-slow: $(VENV)/.installed ## run the long tests too
 	$(RUN) -m pytest --numprocesses 2 -m "slow or not slow"
