@@ -31,7 +31,7 @@ from hierens.profiling import latency, millions, table
 from hierens.reporting import Group, comparison, read_runs
 from hierens.training.config import ModelConfig
 from hierens.training.data import create_datasets
-from hierens.training.run import Run, create_ensemble, train
+from hierens.training.run import Run, create_ensemble
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -82,12 +82,8 @@ def main(settings: Settings) -> None:
     """Train what is missing, then write the page."""
     torch.set_num_threads(settings.threads)
     if settings.train:
-        turn, of = map(int, settings.share.split("/"))
         runs = [configured(settings, c, seed) for seed in settings.seeds for c in (IMTA | AEP).values()]
-        for run in runs[turn::of]:
-            if not (Path(run.train.output_dir) / "results.json").is_file():
-                print(run.train.output_dir)
-                train(run)
+        paper.train_missing(runs, settings.share)
     (RESULTS / "exits.md").write_text(page(settings))
     print(f"wrote {RESULTS / 'exits.md'}")
 

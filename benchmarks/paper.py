@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -171,15 +171,20 @@ def main(settings: Settings) -> None:
     """Train what is missing, then write the page."""
     torch.set_num_threads(settings.threads)
     if settings.train:
-        turn, of = map(int, settings.share.split("/"))
-        for run in list(_runs(settings))[turn::of]:
-            if not (Path(run.train.output_dir) / "results.json").is_file():
-                print(f"{run.train.output_dir}")
-                train(run)
+        train_missing(_runs(settings), settings.share)
     stem = "paper" if settings.name == "fashion_mnist" else f"paper_{settings.name}"
     file = RESULTS / f"{stem}.md"
     file.write_text(page(settings, stem))
     print(f"wrote {file}")
+
+
+def train_missing(runs: Iterable[Run], share: str) -> None:
+    """Train those of a share (`i/n`: every n-th, from the i-th on) that are not finished."""
+    turn, of = map(int, share.split("/"))
+    for run in list(runs)[turn::of]:
+        if not (Path(run.train.output_dir) / "results.json").is_file():
+            print(run.train.output_dir)
+            train(run)
 
 
 def recipe(settings: Settings) -> Run:

@@ -18,6 +18,7 @@ from ray import serve
 
 import hierens
 from hierens.policies import FixedDepth, Load, Policy, load_policy
+from hierens.training.preprocessing import label_names
 from hierens.uncertainty import mutual_information
 from service.settings import Settings
 from service.uploads import read_image
@@ -38,7 +39,7 @@ class Inputs:
     @classmethod
     def of(cls, model: Any) -> Inputs:
         """Read them off a model."""
-        names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
+        names = label_names(model) or range(model.num_classes)
         return cls(timm.data.resolve_model_data_config(model), tuple(str(name) for name in names))
 
     def prepare(self, files: list[bytes], max_pixels: int) -> np.ndarray:
