@@ -58,6 +58,10 @@ AEP: dict[str, dict[str, Any]] = {
     "learned": EXITS | BOTH | {"exit_weights": "uniform", "learn_weights": True},
     "hybrid": EXITS | BOTH | {"exit_weights": "geometric_rising", "learn_weights": True},
 }
+# Its exits are those of BASE but the last, which is the first of its networks.
+WITH_EXITS = {
+    "tree with exits, L_I + L_HD": {"method": "hne_exits", "head": "conv", "objective": paper.DISTILLED},
+}
 TREES = {"tree, L_I": "L_I", "tree, L_I + L_HD": "L_I + L_HD"}
 TOLERANCE = 0.1
 
@@ -82,7 +86,7 @@ def main(settings: Settings) -> None:
     """Train what is missing, then write the page."""
     torch.set_num_threads(settings.threads)
     if settings.train:
-        runs = [configured(settings, c, seed) for seed in settings.seeds for c in (IMTA | AEP).values()]
+        runs = [configured(settings, c, seed) for seed in settings.seeds for c in (IMTA | AEP | WITH_EXITS).values()]
         paper.train_missing(runs, settings.share)
     (RESULTS / "exits.md").write_text(page(settings))
     print(f"wrote {RESULTS / 'exits.md'}")
@@ -139,7 +143,7 @@ def latencies(settings: Settings, names: list[str]) -> dict[str, list[float]]:
             run = paper.configured(of_paper, paper.STUDIES["table1"][TREES[name]], settings.seeds[0])
             models[name] = hierens.from_pretrained(Path(run.train.output_dir) / "model")
         else:
-            models[name] = model_of(settings, (IMTA | AEP)[name], settings.seeds[0])
+            models[name] = model_of(settings, (IMTA | AEP | WITH_EXITS)[name], settings.seeds[0])
     image = torch.randn(1, 1, 28, 28)
     rounds = [
         {n: [latency(m, image, depth, 0.1) for depth in range(m.depths)] for n, m in models.items()} for _ in range(5)
@@ -249,7 +253,7 @@ def draw(groups: list[Group], times: dict[str, list[float]], file: Path) -> None
 def page(settings: Settings) -> str:
     """The results page with its pictures."""
     imta, aep, of_trees = finished(settings, IMTA), finished(settings, AEP), trees(settings)
-    shown = [*imta.values(), *of_trees.values()]
+    shown = [*imta.values(), *of_trees.values(), *finished(settings, WITH_EXITS).values()]
     times = latencies(settings, [group.name for group in [*shown, *aep.values()]])
     draw(shown, times, RESULTS / "exits.png")
     if aep:

@@ -18,6 +18,7 @@ if TYPE_CHECKING or "_hierens_cli" not in sys.modules:
     from hierens.fusing import FusedEnsemble
     from hierens.hub import from_pretrained
     from hierens.tree import Tree
+    from hierens.tree_exits import TreeWithExits, tree_with_exits
 else:
     _HOMES = {
         "adaptive": ("Adaptive", "Step"),
@@ -28,6 +29,7 @@ else:
         "fusing": ("FusedEnsemble",),
         "hub": ("from_pretrained",),
         "tree": ("Tree",),
+        "tree_exits": ("TreeWithExits", "tree_with_exits"),
     }
 
     def __getattr__(name: str) -> Any:
@@ -52,9 +54,11 @@ __all__ = [
     "MultiExit",
     "Step",
     "Tree",
+    "TreeWithExits",
     "calibrate",
     "cut_points",
     "from_pretrained",
     "hierensify",
     "multi_exit",
+    "tree_with_exits",
 ]

@@ -7,12 +7,13 @@ them, and costs `macs()[b]`. Policies, calibration, metrics, losses, the trainer
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from timm.models import get_model_args
@@ -82,7 +83,7 @@ class Adaptive(nn.Module, ABC):
         """Predictions that sharpen leaf by leaf; rows to go on with may be sent."""
 
     @abstractmethod
-    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> Self:
+    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> Adaptive:
         """A model of its own with only what a depth (or the first `leaves`) needs."""
 
     @abstractmethod
@@ -183,6 +184,21 @@ class Adaptive(nn.Module, ABC):
         self.pretrained_cfg = self.default_cfg = cfg
         spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
         self._no_weight_decay = set(spared() if spared else ())
+
+    def _describe_as(self, other: Adaptive, inside: tuple[str, str]) -> None:
+        """Carry over what timm's tools read from a model that this one is made of.
+
+        Args:
+            other: that model.
+            inside: what begins the names of its layers, and what begins them here.
+        """
+        own = {"training", "tree", "_macs", *nn.Module().__dict__}
+        self.__dict__.update({key: copy.deepcopy(value) for key, value in other.__dict__.items() if key not in own})
+        self._macs = {}
+        if isinstance(first_conv := self.pretrained_cfg.get("first_conv"), str):
+            self.pretrained_cfg["first_conv"] = self._traits["first_conv"] = first_conv.replace(*inside)
+        self.pretrained_cfg["architecture"] = self.architecture
+        self.default_cfg = self.pretrained_cfg
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each level's activations in the backward pass instead of keeping them."""

@@ -19,9 +19,11 @@ from torch import nn
 from hierens.ensemble import HierarchicalEnsemble, hierensify
 from hierens.exits import MultiExit
 from hierens.exits import multi_exit as with_exits
+from hierens.tree_exits import TreeWithExits, tree_with_exits
 
 __all__ = [
     "hne",
+    "hne_exits",
     "hne_mobilenetv2_075",
     "hne_resnet50_cifar",
     "hne_resnet50_cifar_small",
@@ -66,12 +68,14 @@ default_cfgs = generate_default_cfgs(
         "resnet50dw_cifar_small": _CIFAR_DEPTHWISE,
         "mobilenetv2_075_lean": _MOBILENET,
         "hne": _ENSEMBLE,
+        "hne_exits": _ENSEMBLE,
         "hne_mobilenetv2_075": _ENSEMBLE,
         "hne_resnet50_cifar": _CIFAR_ENSEMBLE,
         "hne_resnet50_cifar_small": _CIFAR_ENSEMBLE,
     }
 )
 
+_OF_TREES = ("blocks", "head", "at", "branching", "leaves", "init", "seed", "looped")
 _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # for timm's builder, not for a backbone
 
 
@@ -296,6 +300,26 @@ def _grown(
 ) -> HierarchicalEnsemble:
     network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
     return hierensify(network, blocks, init=init, at=at, branching=branching, leaves=leaves, seed=seed, looped=looped)
+
+
+@register_model
+def hne_exits(pretrained: bool = False, **kwargs: Any) -> TreeWithExits:
+    """Any backbone as a tree with exits, from plain values: how saved models are made again.
+
+    Args:
+        pretrained: load the weights that `pretrained_cfg` points to; timm sets that for `local-dir:` and `hf-hub:`.
+        kwargs: as for `hne`, and `head`.
+    """
+    kwargs.setdefault("init", "copy" if pretrained else "reinit")
+    if not pretrained and not kwargs.get("pretrained_cfg"):
+        return _grown_with_exits(**{k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
+    return build_model_with_cfg(_grown_with_exits, "hne_exits", pretrained, **kwargs)
+
+
+def _grown_with_exits(backbone: str, backbone_args: dict[str, Any] | None = None, **kwargs: Any) -> TreeWithExits:
+    of_tree = {key: kwargs.pop(key) for key in _OF_TREES if key in kwargs}
+    network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
+    return tree_with_exits(network, **of_tree)
 
 
 @register_model

@@ -19,6 +19,11 @@ _KINDS = {  # titles of model cards, and how their first sentence begins
         "Hierarchical neural ensemble",
         "A tree of {leaves} networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)),",
     ),
+    "hne_exits": (
+        "Hierarchical neural ensemble with exits",
+        "A tree of networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)), with "
+        "exits on the way to the first ([Li et al.](https://arxiv.org/abs/1908.06294)), {leaves} in all,",
+    ),
     "multi_exit": (
         "Multi-exit network",
         "A network with {leaves} exits ([Li et al.](https://arxiv.org/abs/1908.06294)),",

@@ -113,17 +113,27 @@ class HierarchicalEnsemble(Adaptive):
         n = self.leaves_at(depth, leaves)
         return self._logits(self._features(x, n), reduce)
 
-    def _features(self, x: Tensor, leaves: int) -> Activations:
+    def climb(self, x: Tensor, leaves: int) -> Iterator[Activations]:
+        """What each level hands on to the next, for the first leaves; a level is run when it is asked for."""
         activations = Activations([self._prepared(x)])
         for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, leaves))]
             if self.gradient_equilibrium and self.tree.branching[index] > 1 and index > 0:
                 activations = activations.mapped(partial(scale_gradient, factor=1 / self.tree.branching[index]))
             activations = self._run(level, activations, parents)
-        return activations
+            yield activations
+
+    def _features(self, x: Tensor, leaves: int) -> Activations:
+        *_, features = self.climb(x, leaves)
+        return features
+
+    def leaf_logits(self, features: Activations) -> Tensor:
+        """From what the last level hands on to the logits of each leaf, (N, leaves, classes)."""
+        logits: Tensor = self._run(self.classifier, self._run(self.head, features)).stacked()
+        return logits
 
     def _logits(self, features: Activations, reduce: bool) -> Tensor:
-        logits = self._run(self.classifier, self._run(self.head, features)).stacked()  # (N, leaves, classes)
+        logits = self.leaf_logits(features)
         return logits.mean(1) if reduce else logits
 
     def _run(self, level: nn.Module, x: Activations, parents: Sequence[int] | None = None) -> Activations:
@@ -132,7 +142,6 @@ class HierarchicalEnsemble(Adaptive):
             return checkpoint(level, x, parents, use_reentrant=False, context_fn=contexts)
         return level(x, parents)
 
-    @torch.no_grad()
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions that sharpen leaf by leaf: a depth-first walk that computes every activation once.
 
@@ -146,12 +155,22 @@ class HierarchicalEnsemble(Adaptive):
             After each leaf the mean logits so far, what `forward(x, leaves=step.leaves)` returns.
         """
         x = self._prepared(x)
-        macs = self.branch_macs(tuple(x.shape[1:]))
-        path: list[Any] = [x] + [None] * self.tree.levels
-        total, spent = torch.zeros(()), 0
+        return self.walk([x], tuple(x.shape[1:]))
+
+    @torch.no_grad()
+    def walk(self, path: list[Any], size: tuple[int, ...]) -> Generator[Step, Tensor | None, None]:
+        """`anytime` from wherever a walk along the first branches has come to.
+
+        Args:
+            path: the images, and what each of the first levels handed on, as far as that is known.
+            size: of an image, (C, H, W).
+        """
+        macs, known = self.branch_macs(size), len(path) - 1
+        path = path + [None] * (self.tree.levels - known)
+        total, spent = torch.zeros(()), sum(macs[:known])
         for leaf in range(self.tree.leaves):
-            for index in range(self.tree.first_new_level(leaf), self.tree.levels):
-                path[index + 1] = self._level(index).run_branch(leaf // self.tree.span(index), path[index])
+            for index in range(self.tree.first_new_level(leaf) if leaf else known, self.tree.levels):
+                path[index + 1] = self.level(index).run_branch(leaf // self.tree.span(index), path[index])
                 spent += macs[index]
             logits = self.classifier.run_branch(leaf, self.head.run_branch(leaf, path[-1]))
             total = logits if leaf == 0 else total + logits
@@ -160,14 +179,15 @@ class HierarchicalEnsemble(Adaptive):
                 count = len(total)
                 path, total = [rows(value, kept, count) for value in path], total[kept]
 
-    def _level(self, index: int) -> Level:
+    def level(self, index: int) -> Level:
+        """A level of the tree."""
         level = self.levels[index]
         assert isinstance(level, Level)
         return level
 
     def all_levels(self) -> list[Level]:
         """The levels of the tree, then the head and the classifier, which have a copy per leaf."""
-        return [*(self._level(i) for i in range(self.tree.levels)), self.head, self.classifier]
+        return [*(self.level(i) for i in range(self.tree.levels)), self.head, self.classifier]
 
     # --- smaller trees, other weights -------------------------------------------------------------------------------
 
@@ -177,7 +197,7 @@ class HierarchicalEnsemble(Adaptive):
         At depth 0 it is an ordinary network: the backbone's layers with the first leaf's weights.
         """
         tree = self.tree.prefix(self.tree.leaves_at(depth, leaves))
-        levels = [self._level(i).narrowed(w) for i, w in enumerate(tree.widths())]
+        levels = [self.level(i).narrowed(w) for i, w in enumerate(tree.widths())]
         return self.with_levels(tree, levels, self.head.narrowed(tree.leaves), self.classifier.narrowed(tree.leaves))
 
     def drop_leaves(self, count: int) -> HierarchicalEnsemble:

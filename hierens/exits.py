@@ -70,6 +70,28 @@ class MultiExit(Adaptive):
         self._name_classifiers()
         self.train(backbone.training)
 
+    @classmethod
+    def beginning(
+        cls, other: Adaptive, blocks: Sequence[nn.Module], exits: Sequence[Exit], inside: tuple[str, str]
+    ) -> MultiExit:
+        """A chain of the first blocks of another model, with exits that each answer alone.
+
+        Args:
+            other: that model, which was described.
+            blocks: of this one alone.
+            exits: one per block.
+            inside: what begins the names of the first block's layers there, and what begins them here.
+        """
+        chain = object.__new__(cls)
+        nn.Module.__init__(chain)
+        chain.positions = tuple(range(len(exits)))
+        chain.levels, chain.exits = nn.ModuleList(blocks), nn.ModuleList(exits)
+        chain.embeddings, chain.weighting = nn.ModuleList(), None
+        chain._describe_as(other, inside)
+        chain._model_args.update(collaborate=False, weights=None, learn_weights=False)
+        chain._name_classifiers()
+        return chain.train(other.training)
+
     def _name_classifiers(self) -> None:
         """Tell timm which layers depend on the number of classes."""
         names = [
@@ -96,7 +118,7 @@ class MultiExit(Adaptive):
     def nesting(self) -> Nesting:
         """Depth b is exit b alone, or the weighted mean of the logits of exits 0 to b."""
         sizes = tuple(range(1, len(self.exits) + 1))
-        return Nesting(sizes, self.weights, alone=self.weighting is None)
+        return Nesting(sizes, self.weights, early=len(sizes) if self.weighting is None else 0)
 
     # --- the path of a batch ----------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from hierens.ensemble import HierarchicalEnsemble
 from hierens.exits import MultiExit
 from hierens.fusing import FusedEnsemble, fold
 from hierens.packing_rules import PackError
+from hierens.tree_exits import TreeWithExits
 
 _TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
 
@@ -52,6 +53,8 @@ def for_inference(model: Adaptive) -> Adaptive:
     plain.gradient_equilibrium = plain.grad_checkpointing = False
     if isinstance(plain, HierarchicalEnsemble) and not isinstance(plain, FusedEnsemble):
         plain = plain.fuse()
+    if isinstance(plain, TreeWithExits):
+        plain.networks = plain.networks.fuse()
     if isinstance(plain, MultiExit):
         plain.levels = nn.ModuleList(_folded(level) for level in plain.levels)
     return plain.requires_grad_(False)
@@ -75,11 +78,12 @@ def graph(model: Adaptive, depth: int, size: tuple[int, ...], apart: bool = Fals
             is nothing that quantisation knows.
     """
     part: Any = model.at_depth(depth)
-    if isinstance(part, HierarchicalEnsemble):
-        part.set_executor("grouped")
-        part.levels = nn.ModuleList(_taken_apart(level, apart) for level in part.levels)
+    tree = part.networks if isinstance(part, TreeWithExits) else part
+    if isinstance(tree, HierarchicalEnsemble):
+        tree.set_executor("grouped")
+        tree.levels = nn.ModuleList(_taken_apart(level, apart) for level in tree.levels)
         for last in ("head", "classifier"):
-            setattr(part, last, _taken_apart(getattr(part, last)))
+            setattr(tree, last, _taken_apart(getattr(tree, last)))
     images = torch.zeros(_TRACED_BATCH, *size)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about its own workings

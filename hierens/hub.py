@@ -31,7 +31,7 @@ from hierens.cards import About, draw_accuracy, model_card
 from hierens.errors import first_line
 from hierens.fetching import LoadError, explain, fetch
 from hierens.policies import Policy, save_policy
-from hierens.vetting import ARGUMENTS, check_arguments, check_fit, read_config, read_shapes, unbuildable
+from hierens.vetting import ARGUMENTS, TREES, check_arguments, check_fit, read_config, read_shapes, unbuildable
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 __all__ = ["LoadError", "SaveError", "from_pretrained", "model_card", "push_to_hub", "save_config", "save_pretrained"]
@@ -193,7 +193,7 @@ def from_pretrained(
     config_file, weights = fetch(name, (CONFIG, WEIGHTS), revision=revision, token=token, cache_dir=cache_dir)
     config, shapes = read_config(config_file), read_shapes(weights)
     # Which levels are looped is nothing to find out by computing, where there are no values to compare.
-    unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] == "hne" else {}
+    unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] in TREES else {}
     check_fit(lambda: _build(config, **unlooped), shapes, config_file, weights)
     try:
         model = _build(config)
@@ -234,7 +234,7 @@ def _check_remakable(model: Adaptive) -> None:
 
 def _build(config: dict[str, Any], **settled: Any) -> Adaptive:
     kind = config["architecture"]
-    settled |= {"init": "copy"} if kind == "hne" else {}
+    settled |= {"init": "copy"} if kind in TREES else {}
     model = timm.create_model(kind, **{**config["model_args"], **settled})
     assert isinstance(model, Adaptive)
     return model

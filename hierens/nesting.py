@@ -22,8 +22,9 @@ class Nesting:
 
     Attributes:
         sizes: leaves of every depth.
-        weights: positive, (leaves,); all the same by default.
-        alone: the last leaf of each depth answers by itself, as exits without an ensemble do.
+        weights: positive, one per leaf that is not early; all the same by default.
+        early: the first so many leaves answer by themselves, as exits without an ensemble do, and have no part in the
+            mean over the others.
 
     Examples:
         >>> leaf_logits = torch.tensor([[[0.0], [4.0], [8.0]]])  # one image, three leaves, one class
@@ -31,13 +32,15 @@ class Nesting:
         [0.0, 2.0, 4.0]
         >>> Nesting((1, 2, 3), torch.tensor([1.0, 1.0, 2.0]))(leaf_logits).flatten().tolist()
         [0.0, 2.0, 5.0]
-        >>> Nesting((1, 2, 3), alone=True)(leaf_logits).flatten().tolist()
+        >>> Nesting((1, 2, 3), early=3)(leaf_logits).flatten().tolist()
         [0.0, 4.0, 8.0]
+        >>> Nesting((1, 2, 3), early=1)(leaf_logits).flatten().tolist()
+        [0.0, 4.0, 6.0]
     """
 
     sizes: tuple[int, ...]
     weights: Tensor | None = None
-    alone: bool = False
+    early: int = 0
 
     def __call__(self, leaf_logits: Tensor) -> Tensor:
         """Nested predictions, (N, depths, classes).
@@ -52,13 +55,27 @@ class Nesting:
         if leaf_logits.shape[1] != self.sizes[-1]:
             raise ValueError(f"expected logits of {self.sizes[-1]} leaves, got {leaf_logits.shape[1]}.")
         logits = at_least_float32(leaf_logits)
-        sizes = torch.tensor(self.sizes, device=logits.device)
-        if self.alone:
-            return logits[:, sizes - 1]
+        by_themselves = [n - 1 for n in self.sizes if n <= self.early]
+        sizes = torch.tensor([n - self.early for n in self.sizes if n > self.early], device=logits.device)
+        if not len(sizes):
+            return logits[:, by_themselves]
+        together = logits[:, self.early :]
         if self.weights is None:
-            return logits.cumsum(1)[:, sizes - 1] / sizes[:, None]
-        weights = self.weights.to(logits)
-        return (logits * weights[:, None]).cumsum(1)[:, sizes - 1] / weights.cumsum(0)[sizes - 1, None]
+            nested = together.cumsum(1)[:, sizes - 1] / sizes[:, None]
+        else:
+            weights = self.weights.to(logits)
+            nested = (together * weights[:, None]).cumsum(1)[:, sizes - 1] / weights.cumsum(0)[sizes - 1, None]
+        return torch.cat([logits[:, by_themselves], nested], 1) if by_themselves else nested
+
+    @property
+    def alone(self) -> bool:
+        """Whether no two leaves ever answer together."""
+        return self.early >= self.sizes[-1]
+
+    @property
+    def places(self) -> list[int | None]:
+        """The leaf that is the prediction of each depth by itself, if one is: not to be computed twice."""
+        return [n - 1 if n <= self.early + 1 else None for n in self.sizes]
 
     def of_first(self, leaves: int) -> Nesting:
         """What the first so many leaves say, as a single prediction."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -292,9 +293,8 @@ def _fused(
     _check_temperature(temperature)
     nesting = nesting or Nesting(nested_sizes(leaf_logits.shape[1]))
     nested = nesting(leaf_logits)
-    # The first nested ensemble is the first leaf itself, and so is each where leaves answer alone: not computed twice.
-    others = nested[:, :0] if nesting.alone else nested[:, 1:]
-    predictions = torch.cat([at_least_float32(leaf_logits), others], dim=1)
+    others = [depth for depth, leaf in enumerate(nesting.places) if leaf is None]
+    predictions = torch.cat([at_least_float32(leaf_logits), nested[:, others]], dim=1)
     to_labels, to_teacher = _prediction_weights(nesting, weights, predictions)
     log_p = F.log_softmax(predictions, dim=-1)  # (N, predictions, classes)
     loss = log_p.new_zeros(())
@@ -325,8 +325,8 @@ def _prediction_weights(nesting: Nesting, weights: _Weights, predictions: Tensor
         raise ValueError(f"depth_weights needs {depths} values, one per depth of {leaves} leaves: {weights.depths}.")
     of_ensembles = like.new_tensor(weights.depths or (1.0,) * depths)
     to_labels, to_teacher = like.new_zeros(like.shape[1]), like.new_zeros(like.shape[1])
-    # where the prediction of each depth stands
-    of_depth = [n - 1 for n in nesting.sizes] if nesting.alone else [0, *range(leaves, leaves + depths - 1)]
+    ensembles = count(leaves)
+    of_depth = [next(ensembles) if leaf is None else leaf for leaf in nesting.places]  # where each prediction stands
     terms = weights.terms
     to_labels[:leaves] += terms.get("independent", 0.0)
     to_labels[of_depth] += terms.get("hierarchical", 0.0) * of_ensembles

@@ -35,9 +35,11 @@ from hierens.fetching import LoadError
 _SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
 ARGUMENTS = {
     "hne": _SHARED | {"branching", "leaves", "looped"},
+    "hne_exits": _SHARED | {"branching", "leaves", "looped", "head"},
     "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "kept"},
 }
 """what a saved config may say to each entry point"""
+TREES = ("hne", "hne_exits")
 
 # What timm's factory takes for itself: other weights, files on this machine, code to call, a bare list of features.
 _FACTORY_ONLY = {
@@ -84,7 +86,7 @@ def read_config(file: Path) -> dict[str, Any]:
     at = args.get("at")
     if not isinstance(at, list) or len(at) >= _MOST_EXITS or not all(isinstance(name, str) for name in at):
         raise LoadError(f"{file} has no usable list of cuts, `at` (got {_short(at)}).")
-    _check_tree(args, file) if kind == "hne" else _check_exits(args, file)
+    _check_tree(args, file) if kind in TREES else _check_exits(args, file)
     config["pretrained_cfg"] = _description(config.get("pretrained_cfg"), file)
     for key, kinds in (("label_names", (list, dict)), ("label_descriptions", (dict,))):
         if not isinstance(config.get(key, kinds[0]()), kinds):

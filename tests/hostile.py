@@ -33,13 +33,14 @@ _OFTEN += ["pretrained_cfg", "features_only", "kernel_size", "channel_multiplier
 
 
 def bases(folder):
-    """Saved models to start from: a tree, a multi-exit network, a transformer."""
+    """Saved models to start from: a tree, with exits and without, a multi-exit network, a transformer."""
     torch.manual_seed(0)
     small = timm.create_model("resnet8_cifar", channels=(4, 4, 8), in_chans=1)
     transformer = timm.create_model("test_vit", num_classes=3)
     models = {
         "tree": hierens.hierensify(small, 3),
         "exits": hierens.multi_exit(small, 3, weights="linear_rising"),
+        "tree with exits": hierens.tree_with_exits(small, 2),
         "transformer": hierens.hierensify(transformer, 2),
     }
     for name, model in models.items():

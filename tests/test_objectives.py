@@ -296,7 +296,7 @@ def test_weights_of_exits_make_up_the_ensembles_and_get_gradients():
 
 def test_exits_that_answer_alone_are_their_own_ensembles():
     logits, target = example(3, 3, 5)
-    nesting = Nesting((1, 2, 3), alone=True)
+    nesting = Nesting((1, 2, 3), early=3)
     summed = Objective("hierarchical", depth_weights=(1.0, 2.0, 4.0))(logits, target, nesting=nesting)
     expected = sum(w * objectives.independent(logits[:, i : i + 1], target) for i, w in enumerate((1.0, 2.0, 4.0)))
     assert_same(summed, expected, logits)

@@ -26,8 +26,8 @@ class ProfileSettings:
 
     model: tyro.conf.Positional[str]
     """a folder of save_pretrained, user/name on the Hub, or a timm model, which is converted with random weights"""
-    method: Literal["hne", "multi_exit"] = "hne"
-    """what a timm model becomes: a tree of networks, or one network with exits"""
+    method: Literal["hne", "multi_exit", "hne_exits"] = "hne"
+    """what a timm model becomes: a tree of networks, one network with exits, or a tree with exits"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
     exits: int = 4
@@ -66,6 +66,7 @@ def _made(settings: ProfileSettings) -> Adaptive:
     from hierens.ensemble import hierensify
     from hierens.exits import multi_exit
     from hierens.hub import from_pretrained
+    from hierens.tree_exits import tree_with_exits
 
     name = settings.model
     if Path(name).is_dir() or "/" in name:
@@ -76,11 +77,9 @@ def _made(settings: ProfileSettings) -> Adaptive:
     backbone = timm.create_model(name, **channels).eval()
     if isinstance(backbone, Adaptive):  # hne_...: a tree already
         return backbone
-    return (
-        multi_exit(backbone, settings.exits)
-        if settings.method == "multi_exit"
-        else hierensify(backbone, settings.blocks)
-    )
+    if settings.method == "multi_exit":
+        return multi_exit(backbone, settings.exits)
+    return (tree_with_exits if settings.method == "hne_exits" else hierensify)(backbone, settings.blocks)
 
 
 PROFILE = Command(

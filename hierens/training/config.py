@@ -213,8 +213,8 @@ class ModelConfig:
     """start from timm's pretrained weights, copied to every branch"""
     weights: str = ""
     """a file of pretrained weights under timm's names (.safetensors or .pth), in place of timm's own"""
-    method: Literal["hne", "multi_exit"] = "hne"
-    """a hierarchical ensemble, or one network that also answers on the way"""
+    method: Literal["hne", "multi_exit", "hne_exits"] = "hne"
+    """a hierarchical ensemble, one network that also answers on the way, or an ensemble whose first network does"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()
@@ -244,11 +244,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.weights and not Path(self.weights).is_file():
             raise ValueError(f"weights: there is no file {self.weights}.")
-        if self.method == "hne":
-            given = [n for n in ("collaborate", "exit_weights", "learn_weights") if getattr(self, n)]
-            given += ["head"] if self.head != "pool" else []
-        else:
-            given = [n for n in ("branching", "init") if getattr(self, n)]
+        only = (
+            ("branching", "init") if self.method == "multi_exit" else ("collaborate", "exit_weights", "learn_weights")
+        )
+        given = [name for name in only if getattr(self, name)]
+        given += ["head"] if self.method == "hne" and self.head != "pool" else []
         if given:
             raise ValueError(f"method {self.method!r} has no {' and no '.join(given)}: leave it out, or change method.")
         if self.warm and self.init == "reinit":

@@ -18,6 +18,7 @@ from hierens.training.config import Run, to_json
 from hierens.training.data import count_classes, create_loaders
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
+from hierens.tree_exits import tree_with_exits
 
 __all__ = ["Run", "create_ensemble", "create_teacher", "train"]
 
@@ -108,8 +109,14 @@ def _made(run: Run, num_classes: int) -> Adaptive:
     if config.method == "multi_exit":
         weighing: dict[str, Any] = {"weights": config.exit_weights or None, "learn_weights": config.learn_weights}
         return multi_exit(backbone, config.exits, head=config.head, collaborate=config.collaborate, **weighing)
-    init = config.init or ("copy" if config.warm else "reinit")
-    return hierensify(backbone, config.blocks, branching=config.branching or None, init=init, seed=run.train.seed)
+    tree: dict[str, Any] = {
+        "branching": config.branching or None,
+        "init": config.init or ("copy" if config.warm else "reinit"),
+        "seed": run.train.seed,
+    }
+    if config.method == "hne_exits":
+        return tree_with_exits(backbone, config.blocks, head=config.head, **tree)
+    return hierensify(backbone, config.blocks, **tree)
 
 
 def create_teacher(run: Run, num_classes: int) -> nn.Module | None:

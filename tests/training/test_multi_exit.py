@@ -18,6 +18,7 @@ from hierens.training.run import Run, train
 from hierens.training.trainer import Trainer
 
 DEMO = PRESETS["demo-exits"]
+WITH_EXITS = {"method": "hne_exits", "collaborate": False}
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,18 @@ def test_a_second_stage_goes_on_from_the_first(tmp_path):
         assert torch.allclose(parameter, named[name], atol=1e-5), name
 
 
+def test_a_tree_with_exits_learns_by_the_same_trainer(tmp_path):
+    tree = {**WITH_EXITS, "backbone_args": {"channels": [8, 16, 32]}, "blocks": 3, "head": "conv"}
+    objective = {"objective": "independent+hierarchical_codistillation", "alpha": 0.5, "gradient_equilibrium": False}
+    recipe = run(tmp_path, tree, **objective, epochs=5, ema_decay=0.95)
+    model, record = train(recipe)
+    assert isinstance(model, hierens.TreeWithExits) and not model.symmetric
+    assert len(record["accuracy"]) == len(record["ema_accuracy"]) == 5 and record["accuracy"][-1] > 60
+    saved = hierens.from_pretrained(tmp_path / "model")
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.allclose(saved(x, reduce=False), model(x, reduce=False), atol=1e-5)
+
+
 def test_flags_alone_train_a_multi_exit_network(tmp_path):
     flags = ["--method", "multi_exit", "--exits", "2", "--exit-weights", "uniform", "--objective", "ensemble"]
     out = io.StringIO()
@@ -100,6 +113,8 @@ def test_flags_alone_train_a_multi_exit_network(tmp_path):
         ({"learn_weights": True}, {}, "no gradient reaches the exits' weights by 'one_for_all'"),
         ({}, {"objective": "independent+ensemble"}, "exits that answer alone are no ensemble"),
         ({"method": "hne", "collaborate": False, "blocks": 2}, {}, "a tree's leaves are peers"),
+        ({**WITH_EXITS, "blocks": 2}, {"gradient_equilibrium": False}, "a tree's leaves are peers"),
+        ({**WITH_EXITS, "blocks": 2}, {"objective": "independent"}, "not for trees with exits"),
         ({"start": "/nowhere"}, {}, "no directory here"),
         ({}, {"freeze_levels": 4}, "freeze_levels is 4, but the model has 3 levels"),
         ({"backbone": "hne_resnet50_cifar", "backbone_args": {}}, {}, "made by the method 'hne'"),
@@ -115,6 +130,7 @@ def test_what_does_not_combine_is_refused_before_training(tmp_path, model, setti
     [
         ({"collaborate": True}, "method 'hne' has no collaborate"),
         ({"head": "conv", "exit_weights": "uniform"}, "has no exit_weights and no head"),
+        ({"method": "hne_exits", "learn_weights": True}, "method 'hne_exits' has no learn_weights"),
         ({"method": "multi_exit", "branching": (1, 2)}, "method 'multi_exit' has no branching"),
     ],
 )
