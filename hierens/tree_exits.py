@@ -71,7 +71,7 @@ class TreeWithExits(Adaptive):
         return Nesting((*range(1, early + 1), *(early + size for size in ensembles)), early=early)
 
     @property
-    def gradient_equilibrium(self) -> bool:  # type: ignore[override]
+    def gradient_equilibrium(self) -> bool:
         """Off: there is no equilibrium for trees with exits."""
         return False
 
@@ -84,7 +84,7 @@ class TreeWithExits(Adaptive):
             )
 
     @property
-    def symmetric(self) -> Any:  # type: ignore[override]
+    def symmetric(self) -> Any:
         """Whether any two networks have the same weights."""
         return self.networks.symmetric
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import lively
+from networks import lively
 from torch import nn
 
 import hierens

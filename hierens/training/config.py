@@ -214,7 +214,7 @@ class ModelConfig:
     weights: str = ""
     """a file of pretrained weights under timm's names (.safetensors or .pth), in place of timm's own"""
     method: Literal["hne", "multi_exit", "hne_exits"] = "hne"
-    """a hierarchical ensemble, one network that also answers on the way, or an ensemble whose first network does"""
+    """a tree of networks, one network with exits, or a tree with exits"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()

@@ -40,7 +40,7 @@ def complete(script, words):
         ("hierens ", set(cli.COMMANDS)),
         ("hierens train --pres", {"--preset"}),
         ("hierens train --preset paper", {"paper-cifar", "paper-imagenet"}),
-        ("hierens train --method ", {"hne", "multi_exit"}),
+        ("hierens train --method ", {"hne", "hne_exits", "multi_exit"}),
         ("hierens profile --bl", {"--blocks"}),
     ],
 )

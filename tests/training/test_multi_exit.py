@@ -86,7 +86,7 @@ def test_a_second_stage_goes_on_from_the_first(tmp_path):
 def test_a_tree_with_exits_learns_by_the_same_trainer(tmp_path):
     tree = {**WITH_EXITS, "backbone_args": {"channels": [8, 16, 32]}, "blocks": 3, "head": "conv"}
     objective = {"objective": "independent+hierarchical_codistillation", "alpha": 0.5, "gradient_equilibrium": False}
-    recipe = run(tmp_path, tree, **objective, epochs=5, ema_decay=0.95)
+    recipe = run(tmp_path, tree, **objective, optimizer="adamw", lr=0.01, warmup_epochs=0, epochs=4, ema_decay=0.95)
     model, record = train(recipe)
     assert isinstance(model, hierens.TreeWithExits) and not model.symmetric
     assert len(record["accuracy"]) == len(record["ema_accuracy"]) == 5 and record["accuracy"][-1] > 60
