@@ -232,7 +232,7 @@ class Adaptive(nn.Module, ABC):
         return push_to_hub(self, repo_id, **kwargs)
 
     def export(self, directory: str | Path, format: str = "onnx", **kwargs: Any) -> Path:
-        """Write a graph per depth for ONNX Runtime, OpenVINO or torch.export: see `hierens.export.export`."""
+        """Write a graph per depth for ONNX, OpenVINO, ExecuTorch or torch.export: see `hierens.export.export`."""
         from hierens.export import export
 
         return export(self, directory, format, **kwargs)

@@ -1,7 +1,7 @@
 """Models for other runtimes: a graph per depth, their weights stored once, and a manifest that says what they are.
 
-A folder that `export` wrote holds `depth_0.onnx`, `depth_1.onnx`, ... (`.xml` for OpenVINO, `.pt2` for torch.export),
-`weights.bin`, which all of them read, and `export.json`.
+A folder that `export` wrote holds `depth_0.onnx`, `depth_1.onnx`, ... (`.xml` for OpenVINO, `.pte` for ExecuTorch,
+`.pt2` for torch.export), with ONNX and OpenVINO `weights.bin`, which all of them read, and `export.json`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ TOLERANCE = 1e-4  # of the largest logit
 _ROUGH = 0.5  # what whole numbers may be off by: beyond it something is wrong, not coarse
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 _ELSEWHERE = {
-    "executorch": "hierens does not write it: export to 'torch-export' and lower each file by the executorch package, "
-    "to_edge_transform_and_lower(torch.export.load(file))",
     "plain": "a depth as a plain PyTorch model is model.at_depth(b).save_pretrained(directory)",
     "torchscript": "PyTorch has given it up: 'torch-export' is what came after it",
 }
@@ -63,7 +61,7 @@ def export(
     Args:
         model: in either mode, on any device; it is left as it is.
         directory: made if missing; what an earlier export left in it is removed.
-        format: `onnx`, `openvino` or `torch-export`.
+        format: `onnx`, `openvino`, `torch-export` or `executorch` (at most 8 images at a time).
         depths: which ones.
         size: of an image, (C, H, W); `pretrained_cfg`'s by default. Height and width are fixed by it.
         check: compare what every graph answers with what the model does, to 1e-4 of the largest logit. If the runtime
@@ -95,7 +93,7 @@ def export(
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as scratch:
-        made = _written(model, kind, Path(scratch), chosen, size, apart=quantize is not None)
+        made = _written(model, kind, Path(scratch), chosen, size, kind.apart or quantize is not None)
         differences = _checked(model, made, chosen, shown, TOLERANCE) if check else {}
         if quantize is not None:
             from hierens.quantizing import quantized
@@ -116,7 +114,8 @@ def _format(name: str) -> type[Format]:
         because = _ELSEWHERE.get(name, f"choose from {known}{did_you_mean(name, FORMATS)}")
         raise ExportError(f"there is no format {name!r}: {because}.")
     if missing := FORMATS[name].missing():
-        raise ExportError(f"exporting to {name} needs {' and '.join(missing)}: pip install 'hierens[export]'.")
+        extra = name if name == "executorch" else "export"
+        raise ExportError(f"exporting to {name} needs {' and '.join(missing)}: pip install 'hierens[{extra}]'.")
     return FORMATS[name]
 
 
@@ -162,7 +161,7 @@ def _written(
     plain = for_inference(model)
     for depth in reversed(depths):  # the weights of a small depth are found in those of a larger one
         try:
-            made.write(graph(plain, depth, size, apart), _name(kind, depth), size)
+            made.write(graph(plain, depth, size, apart, kind.largest_batch), _name(kind, depth), size)
         except Exception as error:
             raise ExportError(f"depth {depth} cannot be written as a graph: {_reason(error)}") from error
     made.finish()
@@ -247,6 +246,7 @@ def _manifest(
         "format": format,
         "quantize": quantize,
         "weights": kind.weights,
+        "largest_batch": kind.largest_batch,
         "input": {"name": INPUT, "shape": ["batch", *size], "dtype": "float32"},
         "output": {"name": OUTPUT, "shape": ["batch", model.num_classes], "dtype": "float32"},
         "preprocessing": {key: cfg[key] for key in _PREPROCESSING if key in cfg},

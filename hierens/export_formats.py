@@ -37,6 +37,10 @@ class Format(ABC):
     """the package that `runner` takes"""
     weights: ClassVar[str | None] = None
     """the file that all graphs read their weights from"""
+    largest_batch: ClassVar[int | None] = None
+    """images at a time that graphs take, where they must know beforehand"""
+    apart: ClassVar[bool] = False
+    """whether levels with token layers become a module per branch"""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -173,7 +177,40 @@ class TorchExport(Format):
         return lambda images: module(torch.from_numpy(images)).detach().numpy()
 
 
-FORMATS: dict[str, type[Format]] = {"onnx": Onnx, "openvino": OpenVino, "torch-export": TorchExport}
+class ExecuTorch(Format):
+    """Programs for phones and other small devices, each with its weights, lowered to XNNPACK."""
+
+    suffix = ".pte"
+    writes_with = ("executorch",)
+    runs_with = "executorch"
+    apart = True  # it takes views of all branches' tokens where torch copies them
+    largest_batch = 8  # the runtime plans its memory for that many; 16 or more became 15 (ExecuTorch 1.5)
+
+    def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
+        """Write the graph of one depth."""
+        with quiet():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            lowered.to_executorch().save(str(self.folder / name))
+
+    def runner(self, name: str) -> Run:
+        """A session on the CPU."""
+        with quiet():
+            from executorch.runtime import Runtime
+
+            program = Runtime.get().load_program(str(self.folder / name))
+            method = program.load_method("forward")
+        return lambda images: method.execute([torch.from_numpy(images).contiguous()])[0].numpy()
+
+
+FORMATS: dict[str, type[Format]] = {
+    "onnx": Onnx,
+    "openvino": OpenVino,
+    "torch-export": TorchExport,
+    "executorch": ExecuTorch,
+}
 
 
 @contextlib.contextmanager

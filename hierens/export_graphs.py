@@ -67,7 +67,9 @@ def _folded(block: nn.Module) -> nn.Module:
     return block
 
 
-def graph(model: Adaptive, depth: int, size: tuple[int, ...], apart: bool = False) -> ExportedProgram:
+def graph(
+    model: Adaptive, depth: int, size: tuple[int, ...], apart: bool = False, largest_batch: int | None = None
+) -> ExportedProgram:
     """The graph of one depth, from `images` (N, C, H, W) to logits (N, classes); N is free.
 
     Args:
@@ -76,6 +78,7 @@ def graph(model: Adaptive, depth: int, size: tuple[int, ...], apart: bool = Fals
         size: of an image, (C, H, W).
         apart: whether levels with token layers become a module per branch, since one product of all branches' matrices
             is nothing that quantisation knows.
+        largest_batch: the most images at a time, for runtimes that must know; they want plain layouts, too.
     """
     part: Any = model.at_depth(depth)
     tree = part.networks if isinstance(part, TreeWithExits) else part
@@ -84,13 +87,18 @@ def graph(model: Adaptive, depth: int, size: tuple[int, ...], apart: bool = Fals
         tree.levels = nn.ModuleList(_taken_apart(level, apart) for level in tree.levels)
         for last in ("head", "classifier"):
             setattr(tree, last, _taken_apart(getattr(tree, last)))
+    if largest_batch is not None:
+        part = part.to(memory_format=torch.contiguous_format)
     images = torch.zeros(_TRACED_BATCH, *size)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about its own workings
-        shapes = {"images": {0: Dim("batch")}}
+        shapes = {"images": {0: Dim("batch", max=largest_batch)}}
         program = torch.export.export(_Inputs(part), (images,), dynamic_shapes=shapes, strict=False)
-    for node in program.graph.nodes:
+    for node in list(program.graph.nodes):
         node.meta.pop("stack_trace", None)  # which names files of the machine that exports
+        if largest_batch is not None and node.target is torch.ops.aten.contiguous.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
     return program
 
 

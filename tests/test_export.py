@@ -45,6 +45,15 @@ def exits(**kwargs):
     return model.eval()
 
 
+def tree_with_exits():
+    torch.manual_seed(0)
+    backbone = lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=28)
+    model = hierens.tree_with_exits(backbone, 3, head="conv")
+    model.break_symmetry(0.3)
+    model.pretrained_cfg.update(input_size=(1, 28, 28))
+    return model.eval()
+
+
 def looped():
     """A level that has no grouped form."""
     model = tree(2)
@@ -53,7 +62,11 @@ def looped():
 
 
 MODELS = {"tree": tree, "mobile": mobile, "transformer": transformer, "looped": looped, "fused": lambda: tree().fuse()}
-MODELS |= {"exits": exits, "ensemble": lambda: exits(collaborate=True, weights="uniform")}
+MODELS |= {
+    "tree with exits": tree_with_exits,
+    "exits": exits,
+    "ensemble": lambda: exits(collaborate=True, weights="uniform"),
+}
 
 
 def onnx_run(folder, depth):
@@ -209,7 +222,7 @@ def test_what_cannot_be_exported_says_why(tmp_path):
     ("arguments", "said"),
     [
         ({"format": "onxx"}, "did you mean 'onnx'"),
-        ({"format": "executorch"}, "to_edge_transform_and_lower"),
+        ({"format": "torchscript"}, "has given it up"),
         ({"format": "plain"}, "save_pretrained"),
         ({"depths": [3]}, "some of 0 to 2"),
         ({"depths": []}, "some of 0 to 2"),

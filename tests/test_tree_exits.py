@@ -9,7 +9,6 @@ from networks import lively
 
 import hierens
 from hierens.calibration import calibrate, collect
-from hierens.export import export
 from hierens.hub import LoadError
 from hierens.metrics import evaluate_model
 from hierens.nesting import Nesting
@@ -166,16 +165,6 @@ def test_new_classifiers_for_all(model, small_images):
     assert model(small_images, reduce=False).shape[1:] == (6, 4)
     assert set(model.pretrained_cfg["classifier"]) <= {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     assert model.pretrained_cfg["first_conv"] in dict(model.named_modules())
-
-
-@torch.no_grad()
-def test_every_depth_is_exported(model, small_images, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    export(model, tmp_path)
-    for depth in range(5):
-        session = runtime.InferenceSession(tmp_path / f"depth_{depth}.onnx")
-        (found,) = session.run(None, {"images": small_images.numpy()})
-        assert found == pytest.approx(model(small_images, depth=depth).numpy(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class ExportSettings:
     directory: tyro.conf.Positional[str]
     """where the files go"""
     format: str = "onnx"
-    """of the files"""
+    """of the files: onnx, openvino, executorch or torch-export"""
     depths: tuple[str, ...] = ("all",)
     """`all`, or some of them by number: a file each"""
     size: tuple[int, int, int] | None = None
