@@ -96,6 +96,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "alpha from 0": {"objective": DISTILLED, "alpha_warmup_epochs": 3},
         "all three labelled": {"objective": ALL_THREE},
         "all three labelled, EMA teacher": {"objective": ALL_THREE, "ema_teacher": True},
+        "temperature from 2 to 1": {"objective": DISTILLED, "final_temperature": 1.0},
+        "all three labelled, temperature from 2 to 1": {"objective": ALL_THREE, "final_temperature": 1.0},
         "small depths weigh more": {"objective": DISTILLED, "depth_weights": (4.0, 2.0, 1.0, 0.5)},
         "SGD in place of AdamW": {"objective": DISTILLED, **SGD},
         "SGD with gradient equilibrium": {"objective": DISTILLED, **SGD, "gradient_equilibrium": True},
