@@ -113,15 +113,38 @@ class HierarchicalEnsemble(Adaptive):
         n = self.leaves_at(depth, leaves)
         return self._logits(self._features(x, n), reduce)
 
-    def climb(self, x: Tensor, leaves: int) -> Iterator[Activations]:
-        """What each level hands on to the next, for the first leaves; a level is run when it is asked for."""
+    def climb(self, x: Tensor, leaves: int, exits: int = 0) -> Iterator[Activations]:
+        """What each level hands on to the next, for the first leaves; a level is run when it is asked for.
+
+        Args:
+            x: images (N, C, H, W).
+            leaves: how many networks are wanted.
+            exits: how many levels have an exit on their first branch, for gradient equilibrium.
+        """
         activations = Activations([self._prepared(x)])
         for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, leaves))]
-            if self.gradient_equilibrium and self.tree.branching[index] > 1 and index > 0:
-                activations = activations.mapped(partial(scale_gradient, factor=1 / self.tree.branching[index]))
+            if self.gradient_equilibrium and index > 0:
+                activations, parents = self._evened(index, activations, parents, exits)
             activations = self._run(level, activations, parents)
             yield activations
+
+    def _evened(self, index: int, parents: Activations, of: list[int], exits: int) -> tuple[Activations, list[int]]:
+        """What a level reads, with gradients scaled so that every branch gets the mean over the answers behind it."""
+        siblings = self.tree.branching[index]
+        even = parents.mapped(partial(scale_gradient, factor=1 / siblings)) if siblings > 1 else parents
+        if not exits:
+            return even, of
+        # The first branch has exits behind it too, so that its children have different shares in it.
+        behind, first = self.answers_behind(index - 1, exits), parents.some([0])
+        shares = (self.answers_behind(index, exits) / behind, self.tree.span(index) / behind)
+        values = [first.mapped(partial(scale_gradient, factor=share)).listed()[0] for share in shares]
+        reads = [0 if branch == 0 else parent + 1 for branch, parent in enumerate(of)]
+        return Activations([*values, *even.listed()[1:]]), reads
+
+    def answers_behind(self, index: int, exits: int = 0) -> int:
+        """How many answers stand behind the first branch of a level: networks, and exits from that level on."""
+        return self.tree.span(index) + max(exits - index, 0)
 
     def _features(self, x: Tensor, leaves: int) -> Activations:
         *_, features = self.climb(x, leaves)

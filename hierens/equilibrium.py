@@ -3,7 +3,8 @@
 Where several losses share layers, the gradients of the shared ones add up, so the more losses there are behind a layer,
 the larger and the more variable its steps. In a tree of N leaves the first block gets the sum of N gradients and a
 leaf's own block a single one. Scaling the gradient by 1 / k wherever a branch forks into k leaves every branch with the
-mean over the leaves below it.
+mean over the leaves below it. Where a branch with n answers behind it hands on to an exit and to branches with some of
+them, each gets its share: 1 / n to the exit, m / n to a branch with m.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
         tensor([0.2500, 0.2500])
     """
     return _Scaled.apply(x, factor)
+
+
+def scaled(value: Any, factor: float) -> Any:
+    """What a block hands on, a tensor or several; the gradients of those that have any are multiplied by a factor."""
+    if isinstance(value, tuple):
+        return tuple(scaled(part, factor) for part in value)
+    return scale_gradient(value, factor) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class _Scaled(torch.autograd.Function):

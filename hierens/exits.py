@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hierens.adaptive import Adaptive, Step, rows, statistics_once
 from hierens.cutting import Cutting, cut
-from hierens.equilibrium import scale_gradient
+from hierens.equilibrium import scaled
 from hierens.exit_heads import Embedding, Exit, HeadKind, OwnExit, layouts, make_exit
 from hierens.exit_weights import ExitWeights, prior
 from hierens.nesting import Nesting
@@ -161,7 +161,7 @@ class MultiExit(Adaptive):
             value = self._run(level, value)
         seen = value
         if self.gradient_equilibrium and remaining > 1:
-            seen, value = _scaled(value, 1 / remaining), _scaled(value, (remaining - 1) / remaining)
+            seen, value = scaled(value, 1 / remaining), scaled(value, (remaining - 1) / remaining)
         logits = self.exits[index](seen)
         if before is not None and self.collaborate:
             logits = logits + self.embeddings[index - 1](before)
@@ -414,10 +414,3 @@ def multi_exit(
         weights=None if weights is None else list(prior(weights, len(heads))),
         learn_weights=learn_weights,
     )
-
-
-def _scaled(value: Any, factor: float) -> Any:
-    """What a block hands on, unchanged; the gradients of its tensors are multiplied by a factor."""
-    if isinstance(value, tuple):
-        return tuple(_scaled(part, factor) for part in value)
-    return scale_gradient(value, factor) if isinstance(value, Tensor) and value.is_floating_point() else value

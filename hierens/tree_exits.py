@@ -18,6 +18,7 @@ from hierens.adaptive import Adaptive, Step, rows
 from hierens.branching import Executor
 from hierens.cutting import cut
 from hierens.ensemble import HierarchicalEnsemble, hierensify
+from hierens.equilibrium import scaled
 from hierens.exit_heads import ConvExit, HeadKind, PooledExit, layouts, make_exit
 from hierens.exits import MultiExit
 from hierens.nesting import Nesting
@@ -72,16 +73,12 @@ class TreeWithExits(Adaptive):
 
     @property
     def gradient_equilibrium(self) -> bool:
-        """Off: there is no equilibrium for trees with exits."""
-        return False
+        """Whether every branch gets the mean, not the sum, of the gradients of the exits and networks behind it."""
+        return self.networks.gradient_equilibrium
 
     @gradient_equilibrium.setter
     def gradient_equilibrium(self, on: bool) -> None:
-        if on:
-            raise ValueError(
-                "gradient equilibrium is for trees or for exits, not for trees with exits, where the branches of a "
-                "level have different numbers of answers behind them: leave it off."
-            )
+        self.networks.gradient_equilibrium = on
 
     @property
     def symmetric(self) -> Any:
@@ -120,13 +117,19 @@ class TreeWithExits(Adaptive):
         """
         count = self.leaves_at(depth, leaves)
         early, networks = self._split(count)
-        climb = self.networks.climb(x, max(networks, 1))
-        answers = [exit(next(climb).listed()[0]) for exit in self.exits[:early]]
+        climb = self.networks.climb(x, max(networks, 1), len(self.exits))
+        answers = [self.exits[index](self._seen(index, next(climb).listed()[0])) for index in range(early)]
         if networks:
             answers += self.networks.leaf_logits(next(climb)).unbind(1)
         if reduce:
             return answers[-1] if networks < 2 else torch.stack(answers[early:], 1).mean(1)
         return torch.stack(answers, 1)
+
+    def _seen(self, index: int, value: Any) -> Any:
+        """What an exit reads."""
+        if not self.gradient_equilibrium:
+            return value
+        return scaled(value, 1 / self.networks.answers_behind(index, len(self.exits)))
 
     def _split(self, leaves: int) -> tuple[int, int]:
         """Of the first leaves, how many are exits, and how many networks."""

@@ -75,7 +75,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise LoadError(f"{file} has no model_args: it is not the config of a hierens model.")
     kind = config.get("architecture")
     if not isinstance(kind, str) or kind not in ARGUMENTS:
-        raise LoadError(f"{file} names the architecture {_short(kind)}; hierens loads {' and '.join(ARGUMENTS)} only.")
+        raise LoadError(f"{file} names the architecture {_short(kind)}; hierens loads {', '.join(ARGUMENTS)} only.")
     # timm writes the image size of a transformer beside the rest: the backbone takes it.
     if unknown := sorted(set(args) - {*ARGUMENTS[kind], "img_size"}):
         raise LoadError(f"{file} has model_args that hierens does not know: {_short(', '.join(unknown), plain=True)}.")

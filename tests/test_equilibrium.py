@@ -13,7 +13,7 @@ from hierens.objectives import Objective
 def gradients(model, images, labels, equilibrium):
     model.gradient_equilibrium = equilibrium
     model.zero_grad()
-    Objective()(model(images, reduce=False), labels).backward()
+    Objective()(model(images, reduce=False), labels, nesting=model.nesting).backward()
     return [{name: p.grad.clone() for name, p in level.named_parameters()} for level in model.all_levels()]
 
 
@@ -32,6 +32,33 @@ def test_a_levels_gradient_is_divided_by_the_leaves_below_a_branch(executor, bra
         below = model.tree.span(index) if index < model.tree.levels else 1
         for name in before:
             assert torch.allclose(after[name] * below, before[name], rtol=1e-9, atol=1e-12), (index, name)
+
+
+@pytest.mark.parametrize("executor", ["looped", "grouped"])
+@pytest.mark.parametrize("branching", [(1, 2, 2), (1, 4, 1), (2, 1, 3)])
+def test_exits_on_a_tree_have_their_share(executor, branching):
+    """A branch's gradient is the mean over the networks and exits behind it; the heads learn as before."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
+    model = hierens.tree_with_exits(backbone, branching=branching, init="reinit", looped={}).double().train()
+    model.set_executor(executor)
+    model.all_levels = model.networks.all_levels
+    images, labels = torch.randn(4, 1, 12, 12, dtype=torch.float64), torch.randint(10, (4,))
+    heads, found = [], []
+    for equilibrium in (False, True):
+        found.append(gradients(model, images, labels, equilibrium))
+        heads.append([p.grad.clone() for p in model.exits.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*heads, strict=True))
+    tree = model.networks.tree
+    for index, (before, after) in enumerate(zip(*found, strict=True)):
+        width = tree.width(index) if index < tree.levels else tree.leaves
+        below = tree.span(index) if index < tree.levels else 1
+        behind = torch.full((width,), float(below), dtype=torch.float64)
+        if index < tree.levels - 1:
+            behind[0] += tree.levels - 1 - index  # exits
+        for name in before:
+            old, new = (gradient.reshape(width, -1) for gradient in (before[name], after[name]))
+            assert torch.allclose(new * behind[:, None], old, rtol=1e-9, atol=1e-12), (index, name)
 
 
 def test_the_scaled_tensor_is_itself():

@@ -177,7 +177,6 @@ def test_new_classifiers_for_all(model, small_images):
         (lambda b: hierens.tree_with_exits(b, 3)(torch.zeros(1, 3, 32, 32)), r"expected images \(N, 1, H, W\)"),
         (lambda b: next(hierens.tree_with_exits(b, 3).anytime(torch.zeros(1, 3, 32, 32))), "expected images"),
         (lambda b: hierens.tree_with_exits(b, 3).reset_classifier(0), "exits need a class at least"),
-        (lambda b: setattr(hierens.tree_with_exits(b, 3), "gradient_equilibrium", True), "leave it off"),
     ],
 )
 def test_bad_requests_are_named(small_backbone, call, message):
