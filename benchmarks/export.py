@@ -23,6 +23,8 @@ import onnxruntime
 import openvino
 import torch
 import tyro
+from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+from executorch.runtime import Runtime
 
 import hierens
 from hierens.profiling import millions, table
@@ -54,7 +56,7 @@ def main(settings: Settings) -> None:
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
     (train, _), (test, labels) = (_read(settings.data_dir, training, mean, std) for training in (True, False))
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(scratch) / name for name in ("onnx", "openvino", "torch-export", "int8")}
+        folders = {name: Path(scratch) / name for name in ("onnx", "openvino", "executorch", "torch-export", "int8")}
         for name, folder in folders.items():
             extra: dict[str, Any] = {"quantize": "int8", "calibration": train[:CALIBRATION].split(64)}
             model.export(folder, "onnx" if name == "int8" else name, **(extra if name == "int8" else {}))
@@ -94,9 +96,18 @@ def _runs(model: Any, folders: dict[str, Path]) -> dict[str, list[Run]]:
     graphs = [core.read_model(folder / f"depth_{d}.xml", folder / "weights.bin") for d in depths]
     compiled = [core.compile_model(graph, "CPU", settings) for graph in graphs]
     found["openvino"] = [lambda x, c=c: torch.from_numpy(c(x.numpy())[0].copy()) for c in compiled]
+    _unsafe_reset_threadpool(1)
+    programs = [Runtime.get().load_program(str(folders["executorch"] / f"depth_{d}.pte")) for d in depths]
+    methods = [program.load_method("forward") for program in programs]
+    found["executorch"] = [lambda x, m=m: _in_parts(m, x) for m in methods]
     modules = [torch.export.load(folders["torch-export"] / f"depth_{d}.pt2").module() for d in depths]
     found["torch-export"] = list(modules)
     return found
+
+
+def _in_parts(method: Any, images: torch.Tensor) -> torch.Tensor:
+    """The answers of a program that takes few images at a time."""
+    return torch.cat([method.execute([part.contiguous()])[0].clone() for part in images.split(BATCHES[-1])])
 
 
 def _accuracy(run: Run, images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -130,7 +141,9 @@ def page(model: Any, settings: Settings, accuracy: Any, off: Any, times: Any, si
     def rows(values: dict[str, list[Any]], form: str = "") -> str:
         return table(header, [(name, *(format(v, form) for v in each)) for name, each in values.items()])
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime", "openvino"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime", "openvino", "executorch")
+    )
     latency = "\n\n".join(f"Batch {batch}:\n\n{rows(times[batch])}" for batch in BATCHES)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     bytes_ = [
@@ -163,8 +176,7 @@ On the 10,000 test images, %; `int8` was calibrated on {CALIBRATION} training im
 
 ## Latency
 
-Milliseconds, 10th percentile / median of {settings.rounds} rounds in which each way is run once, one thread. Other
-work kept the machine busy: where the median is some 10 ms above the percentile, it is the scheduler's.
+Milliseconds, 10th percentile / median of {settings.rounds} rounds in which each way is run once, one thread.
 `eager` is the model as trained, `fused` is `model.fuse()`, not tuned; `int8` is ONNX.
 
 {latency}

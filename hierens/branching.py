@@ -106,8 +106,6 @@ def _each(change: Callable[[Tensor], Tensor], value: Value) -> Value:
 def _siblings(parents: Sequence[int]) -> int:
     """How many successive branches read each input, if that is the same number for all; else 0."""
     first, siblings = parents[0], len(parents) // (parents[-1] - parents[0] + 1)
-    if not siblings:  # some of the inputs have no reader
-        return 0
     return siblings if list(parents) == [first + branch // siblings for branch in range(len(parents))] else 0
 
 

@@ -19,7 +19,7 @@ from hierens.adaptive import Adaptive, Step, classifier_maker, rows, statistics_
 from hierens.branching import Activations, Executor, Level
 from hierens.checking import self_check
 from hierens.cutting import CutError, Cutting, cut, example_input
-from hierens.equilibrium import scale_gradient
+from hierens.equilibrium import scale_gradient, scaled
 from hierens.modes import evaluating
 from hierens.nesting import Nesting
 from hierens.profiling import branch_macs
@@ -118,36 +118,41 @@ class HierarchicalEnsemble(Adaptive):
 
         Args:
             x: images (N, C, H, W).
-            leaves: how many networks are wanted.
-            exits: how many levels have an exit on their first branch, for gradient equilibrium.
+            leaves: how many networks will answer; none, if only the first branch of some levels is wanted.
+            exits: how many of those first branches answer by an exit, for gradient equilibrium.
         """
         activations = Activations([self._prepared(x)])
         for index, level in enumerate(self.levels):
-            parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, leaves))]
+            parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, max(leaves, 1)))]
             if self.gradient_equilibrium and index > 0:
-                activations, parents = self._evened(index, activations, parents, exits)
+                activations, parents = self._evened(index, activations, parents, (leaves, exits))
             activations = self._run(level, activations, parents)
             yield activations
 
-    def _evened(self, index: int, parents: Activations, of: list[int], exits: int) -> tuple[Activations, list[int]]:
+    def _evened(
+        self, index: int, above: Activations, parents: list[int], answering: tuple[int, int]
+    ) -> tuple[Activations, list[int]]:
         """What a level reads, with gradients scaled so that every branch gets the mean over the answers behind it."""
-        siblings = self.tree.branching[index]
-        even = parents.mapped(partial(scale_gradient, factor=1 / siblings)) if siblings > 1 else parents
-        if not exits:
-            return even, of
-        # The first branch has exits behind it too, so that its children have different shares in it.
-        behind, first = self.answers_behind(index - 1, exits), parents.some([0])
-        shares = (self.answers_behind(index, exits) / behind, self.tree.span(index) / behind)
-        values = [first.mapped(partial(scale_gradient, factor=share)).listed()[0] for share in shares]
-        reads = [0 if branch == 0 else parent + 1 for branch, parent in enumerate(of)]
-        return Activations([*values, *even.listed()[1:]]), reads
+        of_parents, of_own = (self.answers_behind(level, *answering) for level in (index - 1, index))
+        shares = [own / of_parents[parent] for own, parent in zip(of_own, parents, strict=True)]
+        if set(shares) == {1.0}:
+            return above, parents
+        if len(set(shares)) == 1:
+            return above.mapped(partial(scale_gradient, factor=shares[0])), parents
+        values = above.listed()
+        own = [scaled(values[parent], share) for parent, share in zip(parents, shares, strict=True)]
+        return Activations(own), list(range(len(own)))
 
-    def answers_behind(self, index: int, exits: int = 0) -> int:
-        """How many answers stand behind the first branch of a level: networks, and exits from that level on."""
-        return self.tree.span(index) + max(exits - index, 0)
+    def answers_behind(self, index: int, leaves: int, exits: int = 0) -> list[int]:
+        """How many answers stand behind each branch of a level: networks, and exits on the way to the first of them."""
+        span = self.tree.span(index)
+        counts = [min(leaves - branch * span, span) for branch in range(self.tree.width(index, max(leaves, 1)))]
+        counts[0] += max(exits - index, 0)
+        return counts
 
     def _features(self, x: Tensor, leaves: int) -> Activations:
-        *_, features = self.climb(x, leaves)
+        for activations in self.climb(x, leaves):
+            features = activations  # of the last level: those before are let go
         return features
 
     def leaf_logits(self, features: Activations) -> Tensor:

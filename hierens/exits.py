@@ -88,6 +88,9 @@ class MultiExit(Adaptive):
         chain.levels, chain.exits = nn.ModuleList(blocks), nn.ModuleList(exits)
         chain.embeddings, chain.weighting = nn.ModuleList(), None
         chain._describe_as(other, inside)
+        chain.gradient_equilibrium = other.gradient_equilibrium
+        own = {"kept", "branching", "leaves", "looped"}
+        chain._model_args = {key: value for key, value in chain._model_args.items() if key not in own}
         chain._model_args.update(collaborate=False, weights=None, learn_weights=False)
         chain._name_classifiers()
         return chain.train(other.training)
@@ -182,7 +185,6 @@ class MultiExit(Adaptive):
         """The ensemble's logits (N, classes) from those of the first exits, (N, exits, classes)."""
         return self.nesting.of_first(logits.shape[1])(logits)[:, 0]
 
-    @torch.no_grad()
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions exit by exit; every block is run once.
 
@@ -195,7 +197,11 @@ class MultiExit(Adaptive):
         Yields:
             After each exit what `forward(x, leaves=step.leaves)` returns.
         """
-        value: Any = self._prepared(x)
+        return self._walk(self._prepared(x))
+
+    @torch.no_grad()
+    def _walk(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
+        value: Any = x
         size = tuple(x.shape[1:])
         answers = x.new_empty(len(x), 0, self.num_classes)
         logits = None

@@ -50,11 +50,12 @@ class _Inputs(nn.Module):
 def for_inference(model: Adaptive) -> Adaptive:
     """A copy in single precision on the CPU, in evaluation mode, with the batch norms of its blocks folded."""
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    plain.gradient_equilibrium = plain.grad_checkpointing = False
+    plain.gradient_equilibrium = False
+    plain.set_grad_checkpointing(False)
     if isinstance(plain, HierarchicalEnsemble) and not isinstance(plain, FusedEnsemble):
         plain = plain.fuse()
     if isinstance(plain, TreeWithExits):
-        plain.networks = plain.networks.fuse()
+        plain.add_module("networks", plain.networks.fuse())
     if isinstance(plain, MultiExit):
         plain.levels = nn.ModuleList(_folded(level) for level in plain.levels)
     return plain.requires_grad_(False)

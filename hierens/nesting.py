@@ -36,6 +36,8 @@ class Nesting:
         [0.0, 4.0, 8.0]
         >>> Nesting((1, 2, 3), early=1)(leaf_logits).flatten().tolist()
         [0.0, 4.0, 6.0]
+        >>> Nesting((1, 2, 3), torch.tensor([1.0, 3.0]), early=1).of_first(3)(leaf_logits).flatten().tolist()
+        [7.0]
     """
 
     sizes: tuple[int, ...]
@@ -79,7 +81,8 @@ class Nesting:
 
     def of_first(self, leaves: int) -> Nesting:
         """What the first so many leaves say, as a single prediction."""
-        return replace(self, sizes=(leaves,), weights=None if self.weights is None else self.weights[:leaves])
+        weighed = max(leaves - self.early, 0)
+        return replace(self, sizes=(leaves,), weights=None if self.weights is None else self.weights[:weighed])
 
     def cpu(self) -> Nesting:
         """The same with weights on the CPU, without gradients."""

@@ -220,6 +220,15 @@ class Objective:
             return dict.fromkeys(self.terms, 1.0)
         return {term: self.alpha if term in DISTILLED else 1 - self.alpha for term in self.terms}
 
+    def check(self, nesting: Nesting) -> None:
+        """Raise a ValueError if the terms do not fit how leaves make up depths."""
+        if ONE_FOR_ALL in self.terms and nesting.weights is None and not nesting.alone:
+            raise ValueError(
+                "one_for_all has the last exit teach the others, and a tree's leaves are peers: codistillation."
+            )
+        if "ensemble" in self.terms and nesting.alone:
+            raise ValueError("exits that answer alone are no ensemble: give exit_weights, or an objective without it.")
+
     def __call__(
         self, leaf_logits: Logits, target: Target, teacher: Tensor | None = None, nesting: Nesting | None = None
     ) -> Scalar:
@@ -234,8 +243,10 @@ class Objective:
             nesting: how leaves make up the nested ensembles, as `model.nesting`; by default as in a tree.
 
         Raises:
-            ValueError: shapes that do not fit each other.
+            ValueError: shapes that do not fit each other, or leaves that the terms are not for.
         """
+        if nesting is not None:
+            self.check(nesting)
         terms = {term: weight for term, weight in self.weights.items() if term != ONE_FOR_ALL}
         weighed = _Weights(terms, self.depth_weights)
         loss = leaf_logits.new_zeros(())

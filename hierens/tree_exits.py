@@ -27,6 +27,8 @@ from hierens.tree import nested_sizes
 
 __all__ = ["TreeWithExits", "tree_with_exits"]
 
+_OWN = ("architecture", "first_conv", "classifier")  # of a model's description: names of its own layers
+
 
 class TreeWithExits(Adaptive):
     """A tree of networks with exits on the way to the first of them; made by `tree_with_exits`.
@@ -35,7 +37,6 @@ class TreeWithExits(Adaptive):
     after them come the nested ensembles of 1, 2, 4, ... networks, in whose mean the exits have no part.
 
     Attributes:
-        networks: the tree by itself, which is also a model: to fuse, to tune, to use without exits.
         exits: the heads, in order: exit l reads what the first branch of level l hands on.
     """
 
@@ -51,7 +52,8 @@ class TreeWithExits(Adaptive):
             head: their kind.
         """
         super().__init__()
-        self.networks, self.exits = networks, nn.ModuleList(exits)
+        self.add_module("networks", networks)
+        self.exits = nn.ModuleList(exits)
         self._describe_as(networks, ("levels.0.", "networks.levels.0."))
         self._model_args["head"] = head
         names = networks.pretrained_cfg["classifier"]
@@ -60,43 +62,60 @@ class TreeWithExits(Adaptive):
         self.train(networks.training)
 
     @property
+    def _tree(self) -> HierarchicalEnsemble:
+        """The tree, as it is run."""
+        tree = self._modules["networks"]
+        assert isinstance(tree, HierarchicalEnsemble)
+        return tree
+
+    @property
+    def networks(self) -> HierarchicalEnsemble:
+        """The tree by itself, which is also a model: to fuse, to tune, to save without exits.
+
+        What was said of this model's images and classes since it was made holds for the tree, too.
+        """
+        said = {key: value for key, value in self.pretrained_cfg.items() if key not in _OWN}
+        self._tree.pretrained_cfg.update(said)
+        return self._tree
+
+    @property
     def levels(self) -> nn.ModuleList:  # type: ignore[override]
         """The tree's levels."""
-        return self.networks.levels
+        return self._tree.levels
 
     @property
     def nesting(self) -> Nesting:
         """The exits one by one, then the mean of the first 1, 2, 4, ... networks."""
         early = len(self.exits)
-        ensembles = nested_sizes(self.networks.tree.leaves)
+        ensembles = nested_sizes(self._tree.tree.leaves)
         return Nesting((*range(1, early + 1), *(early + size for size in ensembles)), early=early)
 
     @property
     def gradient_equilibrium(self) -> bool:
         """Whether every branch gets the mean, not the sum, of the gradients of the exits and networks behind it."""
-        return self.networks.gradient_equilibrium
+        return self._tree.gradient_equilibrium
 
     @gradient_equilibrium.setter
     def gradient_equilibrium(self, on: bool) -> None:
-        self.networks.gradient_equilibrium = on
+        self._tree.gradient_equilibrium = on
 
     @property
     def symmetric(self) -> Any:
         """Whether any two networks have the same weights."""
-        return self.networks.symmetric
+        return self._tree.symmetric
 
     def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
         """Tell networks with equal weights apart: see `HierarchicalEnsemble.break_symmetry`."""
-        self.networks.break_symmetry(noise, seed)
+        self._tree.break_symmetry(noise, seed)
 
     def set_executor(self, executor: Executor) -> None:
         """How levels are run: see `HierarchicalEnsemble.set_executor`."""
-        self.networks.set_executor(executor)
+        self._tree.set_executor(executor)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each level's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
-        self.networks.set_grad_checkpointing(enable)
+        self._tree.set_grad_checkpointing(enable)
 
     # --- the path of a batch ----------------------------------------------------------------------------------------
 
@@ -117,26 +136,24 @@ class TreeWithExits(Adaptive):
         """
         count = self.leaves_at(depth, leaves)
         early, networks = self._split(count)
-        climb = self.networks.climb(x, max(networks, 1), len(self.exits))
-        answers = [self.exits[index](self._seen(index, next(climb).listed()[0])) for index in range(early)]
+        climb = self._tree.climb(x, networks, early)
+        answers = []
+        for index, exit in enumerate(self.exits[:early]):
+            value = next(climb).listed()[0]
+            if self.gradient_equilibrium:
+                value = scaled(value, 1 / self._tree.answers_behind(index, networks, early)[0])
+            answers.append(exit(value))
         if networks:
-            answers += self.networks.leaf_logits(next(climb)).unbind(1)
+            answers += self._tree.leaf_logits(next(climb)).unbind(1)
         if reduce:
             return answers[-1] if networks < 2 else torch.stack(answers[early:], 1).mean(1)
         return torch.stack(answers, 1)
-
-    def _seen(self, index: int, value: Any) -> Any:
-        """What an exit reads."""
-        if not self.gradient_equilibrium:
-            return value
-        return scaled(value, 1 / self.networks.answers_behind(index, len(self.exits)))
 
     def _split(self, leaves: int) -> tuple[int, int]:
         """Of the first leaves, how many are exits, and how many networks."""
         early = min(leaves, len(self.exits))
         return early, leaves - early
 
-    @torch.no_grad()
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions exit by exit, then network by network; every activation is computed once.
 
@@ -148,21 +165,24 @@ class TreeWithExits(Adaptive):
         Yields:
             After each exit or network what `forward(x, leaves=step.leaves)` returns.
         """
-        size, path = tuple(x.shape[1:]), [self._prepared(x)]
+        return self._walk([self._prepared(x)], tuple(x.shape[1:]))
+
+    @torch.no_grad()
+    def _walk(self, path: list[Any], size: tuple[int, ...]) -> Generator[Step, Tensor | None, None]:
         for index, exit in enumerate(self.exits):
             path.append(self._first_branch(index, path[-1]))
             logits = exit(path[-1])
             kept = yield Step(index + 1, logits, self.cost(index + 1, size), logits)
             if kept is not None:
                 path = [rows(value, kept, len(logits)) for value in path]
-        walk, kept = self.networks.walk(path, size), None
-        for _ in range(self.networks.leaves):
+        walk, kept = self._tree.walk(path, size), None
+        for _ in range(self._tree.leaves):
             step = walk.send(kept)
             leaves = len(self.exits) + step.leaves
             kept = yield Step(leaves, step.logits, self.cost(leaves, size), step.newest)
 
     def _first_branch(self, index: int, value: Any) -> Any:
-        return self.networks.level(index).run_branch(0, value)
+        return self._tree.level(index).run_branch(0, value)
 
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> TreeWithExits | MultiExit:
         """A model of its own with only what a depth needs: below one whole network, a chain that ends at an exit."""
@@ -170,7 +190,7 @@ class TreeWithExits(Adaptive):
         exits: Any = copy.deepcopy(self.exits[:early])
         if networks:
             return TreeWithExits(self.networks.at_depth(leaves=networks), exits, self._model_args["head"])
-        blocks = [self.networks.level(index).narrowed(1).block for index in range(early)]
+        blocks = [self._tree.level(index).narrowed(1).block for index in range(early)]
         return MultiExit.beginning(self, blocks, exits, ("networks.levels.0.block.", "levels.0."))
 
     # --- cost -------------------------------------------------------------------------------------------------------
@@ -190,31 +210,32 @@ class TreeWithExits(Adaptive):
 
     def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
         """Multiply-accumulates of the first exits and networks for one image (C, H, W)."""
+        size = tuple(size or self.pretrained_cfg["input_size"])
         early, networks = self._split(self.leaves if leaves is None else leaves)
-        way = self.networks.cost(networks, size) if networks else sum(self.networks.branch_macs(size)[:early])
+        way = self._tree.cost(networks, size) if networks else sum(self._tree.branch_macs(size)[:early])
         return way + sum(self.exit_macs(size)[:early])
 
     def parameter_counts(self) -> tuple[int, ...]:
         """Parameters that each depth reads."""
         of_exits = [sum(p.numel() for p in exit.parameters()) for exit in self.exits]
-        levels = [self.networks.level(index) for index in range(len(self.exits))]
+        levels = [self._tree.level(index) for index in range(len(self.exits))]
         of_levels = [sum(p.numel() for p in level.parameters()) // level.branches for level in levels]
         early = [sum(of_levels[:count]) + sum(of_exits[:count]) for count in range(1, len(of_exits) + 1)]
-        return (*early, *(count + sum(of_exits) for count in self.networks.parameter_counts()))
+        return (*early, *(count + sum(of_exits) for count in self._tree.parameter_counts()))
 
     # --- a timm model to timm's tools -------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Each network's features before pooling, (N, networks, ...); exits have no part in them."""
-        return self.networks.forward_features(x)
+        return self._tree.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """From `forward_features`'s result to the networks' mean logits, or with `pre_logits` to pooled features."""
-        return self.networks.forward_head(x, pre_logits)
+        return self._tree.forward_head(x, pre_logits)
 
     def get_classifier(self) -> Any:
         """The networks' classifier, its weights packed: see `HierarchicalEnsemble.get_classifier`."""
-        return self.networks.get_classifier()
+        return self._tree.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers for every exit and network.
@@ -224,7 +245,7 @@ class TreeWithExits(Adaptive):
         """
         if num_classes < 1:
             raise ValueError("exits need a class at least: take `model.networks` for features.")
-        self.networks.reset_classifier(num_classes, global_pool)
+        self._tree.reset_classifier(num_classes, global_pool)
         for exit in self.exits:
             assert isinstance(exit, (PooledExit, ConvExit))
             exit.reset(num_classes)
@@ -233,7 +254,7 @@ class TreeWithExits(Adaptive):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the backbone wants spared from weight decay."""
-        return {f"networks.{name}" for name in self.networks.no_weight_decay()}
+        return {f"networks.{name}" for name in self._tree.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Timm's layer groups, for layer-wise learning rates: a group per level, the heads last."""
@@ -243,11 +264,11 @@ class TreeWithExits(Adaptive):
 
     def arguments(self) -> dict[str, Any]:
         """What the entry point `hne_exits` needs to make the model again."""
-        return {**self.networks.arguments(), **super().arguments()}
+        return {**self._tree.arguments(), **super().arguments()}
 
     def backbone_parts(self) -> Iterator[tuple[nn.Module, int]]:
         """The levels' blocks, whose tensors hold as many copies as there are branches."""
-        return self.networks.backbone_parts()
+        return self._tree.backbone_parts()
 
 
 def tree_with_exits(
@@ -258,6 +279,7 @@ def tree_with_exits(
     at: Sequence[str] | None = None,
     branching: Sequence[int] | None = None,
     init: Literal["copy", "reinit"] = "copy",
+    seed: int | None = None,
     **arguments: Any,
 ) -> TreeWithExits:
     """Turn a timm model into a hierarchical ensemble with exits on the way to its first network.
@@ -269,7 +291,8 @@ def tree_with_exits(
         at: as for `hierens.hierensify`.
         branching: likewise.
         init: likewise.
-        arguments: likewise: `leaves`, `seed`, `looped`.
+        seed: of the exits, and of `init="reinit"`; drawn from torch's generator by default.
+        arguments: as for `hierensify`: `leaves`, `looped`.
 
     Raises:
         ValueError: a backbone that cannot be cut as asked (`CutError`), features that a head cannot read, or arguments
@@ -278,15 +301,18 @@ def tree_with_exits(
     Examples:
         >>> import timm, torch, hierens
         >>> model = hierens.tree_with_exits(timm.create_model("resnet10t", num_classes=10), blocks=3)
-        >>> model.depths, model.sizes  # two exits, then 1, 2 and 4 networks
+        >>> model.depths, model.sizes  # two exits, then the first 1, 2 and 4 networks
         (5, (1, 2, 3, 4, 6))
     """
     if at is None and branching is not None:
         blocks = len(branching)
-    if at is None and blocks < 2:
+    if (blocks if at is None else len(at) + 1) < 2:
         raise ValueError("an exit stands between two blocks: a tree with exits needs blocks=2 at least.")
     cutting = cut(backbone, blocks, at, single=True)
     classes, like = int(backbone.num_classes), next(backbone.parameters())  # type: ignore[arg-type]
-    exits = [make_exit(head, layout, classes, backbone) for layout in layouts(backbone, cutting.blocks)]
-    networks = hierensify(backbone, at=cutting.at, branching=branching, init=init, **arguments)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        exits = [make_exit(head, layout, classes, backbone) for layout in layouts(backbone, cutting.blocks)]
+    networks = hierensify(backbone, at=cutting.at, branching=branching, init=init, seed=seed, **arguments)
     return TreeWithExits(networks, [exit.to(like.device, like.dtype) for exit in exits], head)

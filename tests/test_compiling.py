@@ -49,6 +49,18 @@ def test_code_is_generated_for_a_fused_model():
     assert close(compiled(x, depth=1), fused(x, depth=1))
 
 
+def test_trees_with_exits_compile_as_depths_do():
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
+    model = hierens.tree_with_exits(backbone, 3).eval()
+    counter, x = CompileCounter(), torch.randn(4, 1, 16, 16)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for depth in (0, 2, 4, 0, 2):
+            assert close(compiled(x, depth=depth), model(x, depth=depth))
+    assert counter.frame_count == 3
+
+
 def test_exits_compile_as_depths_do():
     torch.manual_seed(0)
     backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)

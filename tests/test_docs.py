@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import hierens
 from hierens import cli
 from hierens.cli.command import UsageError
 
@@ -25,6 +26,8 @@ def commands(block):
     """The command lines of a block of bash, without comments, loops' keywords and what is piped on."""
     lines = block.replace("\\\n", " ").splitlines()
     for line in lines:
+        if re.match(r"[A-Z]+=\$\(|\[ ", line):  # the shell's own
+            continue
         line = re.sub(r"\$\w+", lambda name: {"$seed": "0", "$objective": "independent"}.get(name[0], name[0]), line)
         words = shlex.split(line.split(" | ")[0].split(" > ")[0], comments=True)
         while words and words[0] in ("do", "for", "done"):
@@ -36,7 +39,7 @@ def commands(block):
 COMMANDS = [
     pytest.param(words, id=f"{name_of(page)}: {' '.join(words)[:60]}")
     for page in PAGES
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    for block in re.findall(r"```bash[^\n]*\n(.*?)```", page.read_text(), re.DOTALL)
     for words in commands(block)
 ]
 
@@ -63,7 +66,7 @@ def test_commands_on_pages_are_understood(words, tmp_path, monkeypatch):
     """Programs, targets, files and flags that a page names are there; what they do is tested elsewhere."""
     monkeypatch.chdir(ROOT)
     words = [word for word in words if word != "..."]
-    while words[0].isupper() or re.match(r"[A-Z_]+=", words[0]):
+    while words[0] == "srun" or re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
     if words[0] == "accelerate" and words[1] == "launch":
         start = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
@@ -81,7 +84,8 @@ def test_commands_on_pages_are_understood(words, tmp_path, monkeypatch):
             understood(["train", *rest[rest.index(file) + 1 :]])
         else:
             for flag in (word for word in rest[rest.index(file) + 1 :] if word.startswith("--")):
-                assert flag.removeprefix("--no-").removeprefix("--").replace("-", "_") in text, f"{file} has no {flag}"
+                field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
+                assert re.search(rf'^    {field}: |"{flag}"', text, re.MULTILINE), f"{file} has no {flag}"
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert all(word in targets for word in rest if "=" not in word)
@@ -93,7 +97,7 @@ def test_commands_on_pages_are_understood(words, tmp_path, monkeypatch):
         assert program in KNOWN, f"{program} is nothing that a page of ours should need"
 
 
-KNOWN = ("accelerate", "curl", "ray", "hf", "cp", "mkdir", ".venv/bin/pre-commit", "srun", "sbatch")
+KNOWN = ("accelerate", "curl", "ray", "hf", "cp", "mkdir", ".venv/bin/pre-commit")
 
 
 def understood(words):
@@ -113,6 +117,11 @@ def understood(words):
         return command.parse(arguments)
     except (UsageError, SystemExit) as error:
         pytest.fail(f"hierens {shlex.join(words)}: {error}")
+
+
+def test_the_reference_lists_the_public_face():
+    listed = re.findall(r"^\| \[`(\w+)`\]", (ROOT / "docs/reference/index.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(hierens.__all__)
 
 
 def test_links_between_pages_lead_somewhere():

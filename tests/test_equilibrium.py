@@ -1,5 +1,7 @@
 """Gradient equilibrium: every branch or block gets the mean, not the sum, of what leaves or exits send."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -36,29 +38,40 @@ def test_a_levels_gradient_is_divided_by_the_leaves_below_a_branch(executor, bra
 
 @pytest.mark.parametrize("executor", ["looped", "grouped"])
 @pytest.mark.parametrize("branching", [(1, 2, 2), (1, 4, 1), (2, 1, 3)])
-def test_exits_on_a_tree_have_their_share(executor, branching):
-    """A branch's gradient is the mean over the networks and exits behind it; the heads learn as before."""
+@pytest.mark.parametrize("leaves", [1, 2, 4, None])
+@pytest.mark.parametrize("exits", [False, True], ids=["tree", "with exits"])
+def test_every_branch_gets_the_mean_over_the_answers_behind_it(executor, branching, leaves, exits):
+    """Those that are run, be they networks or exits; heads learn as without equilibrium."""
     torch.manual_seed(0)
     backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
-    model = hierens.tree_with_exits(backbone, branching=branching, init="reinit", looped={}).double().train()
-    model.set_executor(executor)
-    model.all_levels = model.networks.all_levels
+    make = hierens.tree_with_exits if exits else hierens.hierensify
+    model = make(backbone, branching=branching, init="reinit", looped={}).double().train()
+    networks = model.networks if exits else model
+    networks.set_executor(executor)
     images, labels = torch.randn(4, 1, 12, 12, dtype=torch.float64), torch.randint(10, (4,))
-    heads, found = [], []
-    for equilibrium in (False, True):
-        found.append(gradients(model, images, labels, equilibrium))
-        heads.append([p.grad.clone() for p in model.exits.parameters()])
-    assert all(torch.allclose(a, b) for a, b in zip(*heads, strict=True))
-    tree = model.networks.tree
-    for index, (before, after) in enumerate(zip(*found, strict=True)):
-        width = tree.width(index) if index < tree.levels else tree.leaves
-        below = tree.span(index) if index < tree.levels else 1
-        behind = torch.full((width,), float(below), dtype=torch.float64)
-        if index < tree.levels - 1:
-            behind[0] += tree.levels - 1 - index  # exits
-        for name in before:
-            old, new = (gradient.reshape(width, -1) for gradient in (before[name], after[name]))
-            assert torch.allclose(new * behind[:, None], old, rtol=1e-9, atol=1e-12), (index, name)
+
+    def gradients_of(which, equilibrium):
+        model.gradient_equilibrium = equilibrium
+        model.zero_grad()
+        losses = [F.cross_entropy(y, labels) for y in model(images, leaves=leaves, reduce=False).unbind(1)]
+        sum(losses[i] for i in which(len(losses))).backward()
+        zeros = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        }
+        return len(losses), zeros
+
+    count, even = gradients_of(range, True)
+    each = [gradients_of(lambda n, i=i: [i], False)[1] for i in range(count)]
+    for name in even:
+        stacked = torch.stack([gradients[name] for gradients in each])  # (answers, branches * ..., ...)
+        level = re.search(r"levels\.(\d+)\.", name)
+        if not level:
+            assert torch.allclose(even[name], stacked.sum(0), rtol=1e-9, atol=1e-12), name
+            continue
+        width = networks.tree.width(int(level[1]))
+        for got, of in zip(even[name].chunk(width), stacked.chunk(width, 1), strict=True):
+            behind = sum(bool(answer.abs().sum() > 0) for answer in of)
+            assert torch.allclose(got * max(behind, 1), of.sum(0), rtol=1e-9, atol=1e-12), name
 
 
 def test_the_scaled_tensor_is_itself():

@@ -1,5 +1,6 @@
 """Trees with exits: a backbone's own answer at every network, exits before it, the same by every way."""
 
+import copy
 import json
 
 import pytest
@@ -115,6 +116,36 @@ def test_policies_calibration_and_metrics_take_it(model):
     assert "exits and networks" in str(model.profile())
 
 
+@torch.no_grad()
+def test_what_is_said_of_its_images_holds_for_all_its_parts(model, small_images, tmp_path):
+    model.pretrained_cfg.update(input_size=(1, 28, 28), mean=(0.25,), label_names=list("abcdefghij"))
+    assert model.macs() == model.macs((1, 28, 28)) != model.macs((1, 32, 32))
+    assert model.macs()[-1] == model.networks.macs()[-1] + sum(model.exit_macs())
+    for depth in (0, 3):
+        part = model.at_depth(depth)
+        assert part.macs() == model.macs()[: depth + 1] and part.pretrained_cfg["mean"] == (0.25,)
+        part.save_pretrained(tmp_path)
+        assert hierens.from_pretrained(tmp_path).pretrained_cfg["label_names"] == list("abcdefghij")
+    tree = model.networks
+    assert tree.pretrained_cfg["mean"] == (0.25,) and tree.pretrained_cfg["architecture"] == "hne"
+    tree.save_pretrained(tmp_path)
+    loaded = hierens.from_pretrained(tmp_path)
+    assert isinstance(loaded, hierens.HierarchicalEnsemble) and loaded.macs() == loaded.macs((1, 28, 28))
+    assert torch.allclose(loaded(small_images), model(small_images), atol=1e-5)
+
+
+@torch.no_grad()
+def test_some_of_its_networks_may_be_left_out(small_backbone, small_images):
+    model = hierens.tree_with_exits(small_backbone, 3, leaves=3, seed=5).eval()
+    again = hierens.tree_with_exits(small_backbone, 3, leaves=3, seed=5).eval()
+    assert model.sizes == (1, 2, 3, 4, 5)
+    assert torch.equal(model(small_images, reduce=False), again(small_images, reduce=False)), "the seed's heads"
+    copied = copy.deepcopy(model).to(torch.bfloat16)
+    assert copied(small_images.bfloat16(), depth=4).shape == (len(small_images), 10)
+    made = timm.create_model("multi_exit", **model.at_depth(1).arguments())
+    assert made.sizes == (1, 2), "arguments() make the model again"
+
+
 def test_losses_take_its_nesting(model, small_images):
     """Every exit and network learns the labels; every depth below the last learns from all networks."""
     answers, labels = model(small_images, reduce=False).double().detach(), torch.arange(len(small_images))
@@ -175,7 +206,16 @@ def test_new_classifiers_for_all(model, small_images):
         (lambda b: hierens.tree_with_exits(b, 3, head="mlp"), "head must be 'pool' or 'conv'"),
         (lambda b: hierens.tree_with_exits(b, 3)(torch.zeros(1, 1, 32, 32), depth=5), "depth must be from 0 to 4"),
         (lambda b: hierens.tree_with_exits(b, 3)(torch.zeros(1, 3, 32, 32)), r"expected images \(N, 1, H, W\)"),
-        (lambda b: next(hierens.tree_with_exits(b, 3).anytime(torch.zeros(1, 3, 32, 32))), "expected images"),
+        (lambda b: hierens.tree_with_exits(b, 3).anytime(torch.zeros(1, 3, 32, 32)), "expected images"),
+        (lambda b: hierens.multi_exit(b, 3).anytime(torch.zeros(1, 3, 32, 32)), "expected images"),
+        (lambda b: hierens.hierensify(b, 3).anytime(torch.zeros(1, 3, 32, 32)), "expected images"),
+        (lambda b: hierens.tree_with_exits(b, at=[]), "needs blocks=2 at least"),
+        (
+            lambda b: Objective("one_for_all")(
+                torch.zeros(1, 6, 10), torch.tensor([1]), nesting=hierens.tree_with_exits(b, 3).nesting
+            ),
+            "a tree's leaves are peers",
+        ),
         (lambda b: hierens.tree_with_exits(b, 3).reset_classifier(0), "exits need a class at least"),
     ],
 )

@@ -401,12 +401,7 @@ def _check_nesting(model: Adaptive, objective: Objective, sharded: bool) -> None
         )
     if learned and sharded:
         raise ValueError("FSDP spreads weights that the loss needs as a whole: leave learn_weights out, or FSDP.")
-    if nesting.weights is None and not nesting.alone and "one_for_all" in objective.terms:
-        raise ValueError(
-            "one_for_all has the last exit teach the others, and a tree's leaves are peers: codistillation."
-        )
-    if nesting.alone and "ensemble" in objective.terms:
-        raise ValueError("exits that answer alone are no ensemble: give exit_weights, or an objective without it.")
+    objective.check(nesting)
 
 
 def _shown(record: dict[str, Any], prefix: str) -> dict[str, list[float]]:
