@@ -58,11 +58,13 @@ AEP: dict[str, dict[str, Any]] = {
     "learned": EXITS | BOTH | {"exit_weights": "uniform", "learn_weights": True},
     "hybrid": EXITS | BOTH | {"exit_weights": "geometric_rising", "learn_weights": True},
 }
-# Its exits are those of BASE but the last, which is the first of its networks.
-WITH_EXITS = {
-    "tree with exits, L_I + L_HD": {"method": "hne_exits", "head": "conv", "objective": paper.DISTILLED},
+ON_TREE = "tree with exits, L_I + L_HD"
+# By the studies of benchmarks/paper.py. The exits on the tree are those of BASE but the last.
+TREES = {
+    "tree, L_I": ("table1", "L_I"),
+    "tree, L_I + L_HD": ("table1", "L_I + L_HD"),
+    ON_TREE: ("better", paper.WITH_EXITS),
 }
-TREES = {"tree, L_I": "L_I", "tree, L_I + L_HD": "L_I + L_HD"}
 TOLERANCE = 0.1
 
 
@@ -86,7 +88,7 @@ def main(settings: Settings) -> None:
     """Train what is missing, then write the page."""
     torch.set_num_threads(settings.threads)
     if settings.train:
-        runs = [configured(settings, c, seed) for seed in settings.seeds for c in (IMTA | AEP | WITH_EXITS).values()]
+        runs = [configured(settings, c, seed) for seed in settings.seeds for c in (IMTA | AEP).values()]
         paper.train_missing(runs, settings.share)
     (RESULTS / "exits.md").write_text(page(settings))
     print(f"wrote {RESULTS / 'exits.md'}")
@@ -125,8 +127,9 @@ def finished(settings: Settings, study: dict[str, dict[str, Any]]) -> dict[str, 
 def trees(settings: Settings) -> dict[str, Group]:
     """The trees of the paper's comparisons."""
     of_paper = paper.Settings(data_dir=settings.data_dir, seeds=settings.seeds)
-    found = paper.finished(of_paper, "table1")
-    return {name: dataclasses.replace(found[row], name=name) for name, row in TREES.items() if row in found}
+    studies = {study: paper.trained(of_paper, study) for study, _ in TREES.values()}
+    found = {name: studies[study].get(row) for name, (study, row) in TREES.items()}
+    return {name: dataclasses.replace(group, name=name) for name, group in found.items() if group}
 
 
 def model_of(settings: Settings, changes: dict[str, Any], seed: int) -> Any:
@@ -140,10 +143,11 @@ def latencies(settings: Settings, names: list[str]) -> dict[str, list[float]]:
     models = {}
     for name in names:
         if name in TREES:
-            run = paper.configured(of_paper, paper.STUDIES["table1"][TREES[name]], settings.seeds[0])
+            study, row = TREES[name]
+            run = paper.configured(of_paper, paper.STUDIES[study][row], settings.seeds[0])
             models[name] = hierens.from_pretrained(Path(run.train.output_dir) / "model")
         else:
-            models[name] = model_of(settings, (IMTA | AEP | WITH_EXITS)[name], settings.seeds[0])
+            models[name] = model_of(settings, (IMTA | AEP)[name], settings.seeds[0])
     image = torch.randn(1, 1, 28, 28)
     rounds = [
         {n: [latency(m, image, depth, 0.1) for depth in range(m.depths)] for n, m in models.items()} for _ in range(5)
@@ -253,7 +257,7 @@ def draw(groups: list[Group], times: dict[str, list[float]], file: Path) -> None
 def page(settings: Settings) -> str:
     """The results page with its pictures."""
     imta, aep, of_trees = finished(settings, IMTA), finished(settings, AEP), trees(settings)
-    shown = [*imta.values(), *of_trees.values(), *finished(settings, WITH_EXITS).values()]
+    shown = [*imta.values(), *of_trees.values()]
     times = latencies(settings, [group.name for group in [*shown, *aep.values()]])
     draw(shown, times, RESULTS / "exits.png")
     if aep:
@@ -262,6 +266,8 @@ def page(settings: Settings) -> str:
         (group.name, *(f"{millions(macs)} / {ms:.2f}" for macs, ms in zip(group.macs, times[group.name], strict=True)))
         for group in shown
     ]
+    widest = max(len(row) - 1 for row in costs)
+    costs = [(*row, *[""] * (widest + 1 - len(row))) for row in costs]
     seeds = {group.name: len(group.records) for group in [*shown, *aep.values()]}
     fewer = ", ".join(f"{name}: {count}" for name, count in seeds.items() if count < len(settings.seeds))
     fewer = f" ({fewer})" if fewer else ""
@@ -277,13 +283,20 @@ def page(settings: Settings) -> str:
 
 GE: gradient equilibrium. ISC: inline subnetwork collaboration. OFA: one-for-all distillation (gamma 0.9, T 3, after one
 epoch of labels). Depths of a network with exits are its exits; those of a tree 1, 2, 4 and 8 networks. Its depth 0 is a
-whole network, and its blocks are the same four.
+whole network, and its blocks are the same four. A tree with exits has three of them first, then its networks.
 
 Multiply-accumulates per image, and milliseconds for one (one thread, medians of five rounds in turn):
 
-{table(("", *(f"depth {depth}" for depth in range(4))), [(*row, *[""] * (5 - len(row))) for row in costs])}
+{table(("", *(f"depth {depth}" for depth in range(widest))), costs)}
 
 {claims(imta)}
+
+## Exits on a tree
+
+The same tree with three exits on the way to its first network, beside the exits without a tree and the tree without
+exits: differences in points, paired by seed.
+
+{on_a_tree(imta, of_trees)}
 
 ## Gradient equilibrium
 
@@ -309,7 +322,7 @@ each seed; the last three columns say how much was saved.
 ## How to repeat it
 
 ```bash
-python benchmarks/paper.py --data-dir DIR --only table1   # the trees
+python benchmarks/paper.py --data-dir DIR --only table1 better   # the trees
 python benchmarks/exits.py --data-dir DIR
 ```
 
@@ -338,6 +351,28 @@ def claims(groups: dict[str, Group]) -> str:
         text = "early exits cost the last one (MSDNet; IMTA's motive)"
         rows.append((text, "", "", "", f"{statistics.mean(gaps):+.2f} ± {spread:.2f}"))
     return table(("what the papers say: gain in points, seen here", *(f"exit {i}" for i in range(1, 5))), rows)
+
+
+def on_a_tree(imta: dict[str, Group], of_trees: dict[str, Group]) -> str:
+    """What exits and networks give each other, where they share a trunk."""
+    both, early, of_tree = of_trees.get(ON_TREE), EXITS["exits"] - 1, "tree, L_I + L_HD"
+    if both is None:
+        return "not run."
+    beside = (
+        (f"exits 1 to {early}, over {BASE}", imta.get(BASE), slice(0, early), slice(0, early)),
+        (f"1, 2, 4, 8 networks, over {of_tree}", of_trees.get(of_tree), slice(early, None), slice(None)),
+    )
+    rows = []
+    for text, other, mine, theirs in beside:
+        pairs = zip(both.records, other.records, strict=False) if other else ()
+        gaps = [[a - b for a, b in zip(p["accuracy"][mine], q["accuracy"][theirs], strict=True)] for p, q in pairs]
+        cells = [f"{statistics.mean(of):+.2f}{_spread(of)}" for of in zip(*gaps, strict=True)]
+        rows.append((text, *cells, *[""] * (4 - len(cells))))
+    return table((ON_TREE, *[""] * 4), rows)
+
+
+def _spread(values: tuple[float, ...]) -> str:
+    return f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -68,6 +68,7 @@ FASHION_MNIST = Run(
 )
 LABELS, DISTILLED = "independent", "independent+hierarchical_codistillation"
 ALL_THREE = "independent+hierarchical+hierarchical_codistillation"
+WITH_EXITS = "trained with exits, run without"
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4}
 # By study and name: what is changed in the recipe.
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -99,6 +100,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "temperature from 2 to 1": {"objective": DISTILLED, "final_temperature": 1.0},
         "all three labelled, temperature from 2 to 1": {"objective": ALL_THREE, "final_temperature": 1.0},
         "small depths weigh more": {"objective": DISTILLED, "depth_weights": (4.0, 2.0, 1.0, 0.5)},
+        WITH_EXITS: {"method": "hne_exits", "head": "conv", "objective": DISTILLED},
         "SGD in place of AdamW": {"objective": DISTILLED, **SGD},
         "SGD with gradient equilibrium": {"objective": DISTILLED, **SGD, "gradient_equilibrium": True},
     },
@@ -202,8 +204,9 @@ def configured(settings: Settings, changes: dict[str, Any], seed: int) -> Run:
     run = recipe(settings)
     named = "-".join(f"{key}={value}" for key, value in sorted(changes.items())).replace(" ", "")
     folder = f"runs/paper/{settings.name}/{named}/{seed}"
-    of_model = {key: value for key, value in changes.items() if key == "branching"}
-    of_training = {key: value for key, value in changes.items() if key != "branching"}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    of_model = {key: value for key, value in changes.items() if key in fields}
+    of_training = {key: value for key, value in changes.items() if key not in fields}
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, **of_model),
@@ -227,18 +230,26 @@ def _runs(settings: Settings) -> Iterator[Run]:
 
 
 def finished(settings: Settings, study: str) -> dict[str, Group]:
-    """The rows of a study that have runs, with a further one for what can be had without training."""
+    """The rows of a study that have runs, with further ones for what can be had without training."""
+    groups = trained(settings, study)
+    if study == "better":
+        if WITH_EXITS in groups:
+            groups[WITH_EXITS] = without_exits(settings, groups[WITH_EXITS])
+        for group in list(groups.values()):
+            if group.name in ("the paper's L_I + L_HD", "L_I alone", "EMA teacher"):
+                groups[f"{group.name}, averaged weights"] = averaged(group)
+                groups[f"{group.name}, reordered"] = reordered(settings, group)
+    return groups
+
+
+def trained(settings: Settings, study: str) -> dict[str, Group]:
+    """The rows of a study that have runs, as they are."""
     groups: dict[str, Group] = {}
     for name, changes in STUDIES[study].items():
         runs = [Path(configured(settings, changes, seed).train.output_dir) for seed in settings.seeds]
         done = [run for run in runs if (run / "results.json").is_file()]
         if done:
             groups[name] = read_runs(done, [name] * len(done))[0]
-    if study == "better":
-        for group in list(groups.values()):
-            if group.name in ("the paper's L_I + L_HD", "L_I alone", "EMA teacher"):
-                groups[f"{group.name}, averaged weights"] = averaged(group)
-                groups[f"{group.name}, reordered"] = reordered(settings, group)
     return groups
 
 
@@ -253,23 +264,43 @@ def averaged(group: Group) -> Group:
 
 def reordered(settings: Settings, base: Group) -> Group:
     """The same runs with siblings permuted by one half of the test images, judged on the other, both ways."""
+
+    def judged(model: Any, images: Any) -> dict[str, list[float]]:
+        halves = [DataLoader(Subset(images, range(start, len(images), 2)), 500) for start in (0, 1)]
+        metrics = []
+        for chosen, others in (halves, halves[::-1]):
+            model.reorder(chosen)
+            metrics.append(as_record(evaluate_model(model, others)))
+        return {key: [sum(two) / 2 for two in zip(*(m[key] for m in metrics), strict=True)] for key in metrics[0]}
+
+    return Group(f"{base.name}, reordered", base.macs, judged_again(settings, base, "reordered", judged))
+
+
+def without_exits(settings: Settings, base: Group) -> Group:
+    """The same runs, judged by their networks alone: their exits have taught them, and are left away."""
+
+    def judged(model: Any, images: Any) -> dict[str, list[float]]:
+        networks = model.networks
+        record = as_record(evaluate_model(networks, DataLoader(images, 500)))
+        return {**record, "macs": list(networks.macs()), "leaves": list(networks.sizes)}
+
+    records = judged_again(settings, base, "networks", judged)
+    return Group(base.name, records[0]["macs"], records)
+
+
+def judged_again(
+    settings: Settings, base: Group, way: str, judged: Callable[[Any, Any], dict[str, list[float]]]
+) -> list[dict[str, Any]]:
+    """What another way to use the trained models gives on the test images, per seed; remembered beside the run."""
     _, images = create_datasets(recipe(settings).data)
-    halves = [Subset(images, range(start, len(images), 2)) for start in (0, 1)]
-    loaders = [DataLoader(half, 500) for half in halves]
     records = []
     for seed in settings.seeds[: len(base.records)]:
         folder = Path(configured(settings, STUDIES["better"][base.name], seed).train.output_dir)
-        cache = folder / "reordered.json"
+        cache = folder / f"{way}.json"
         if not cache.is_file():
-            model = hierens.from_pretrained(folder / "model")
-            metrics = []
-            for chosen, judged in (loaders, loaders[::-1]):
-                model.reorder(chosen)
-                metrics.append(as_record(evaluate_model(model, judged)))
-            both = {key: [sum(two) / 2 for two in zip(*(m[key] for m in metrics), strict=True)] for key in metrics[0]}
-            cache.write_text(json.dumps(both))
+            cache.write_text(json.dumps(judged(hierens.from_pretrained(folder / "model"), images)))
         records.append(json.loads(cache.read_text()))
-    return Group(f"{base.name}, reordered", base.macs, records)
+    return records
 
 
 def difference(more: Group, less: Group, field: str) -> list[tuple[float, float, int]]:
@@ -314,8 +345,9 @@ def better(groups: dict[str, Group]) -> str:
         found = difference(groups[name], base, "accuracy")
         seeds = found[0][2]
         verdict = "at every depth" if all(gap > 0 for gap, _, _ in found) else ""
-        if verdict and all(gap > 2 * spread / seeds**0.5 for gap, spread, _ in found):
-            verdict += ", clearly"
+        if verdict and seeds > 1:
+            clear = all(gap > 2 * spread / seeds**0.5 for gap, spread, _ in found)
+            verdict += ", clearly" if clear else ", within the noise"
         rows.append((name, *(f"{gap:+.2f} ± {spread:.2f}" for gap, spread, _ in found), f"{seeds}", verdict))
     sizes = map(str, nested_sizes(len(base.records[0]["leaf_accuracy"])))
     return table(("gain over it (points)", *sizes, "seeds", "better"), rows)
@@ -393,9 +425,11 @@ Everything tried on the same budget of epochs, losers included; the paper's obje
 
 ![Accuracy and diversity of the candidates]({stem}_better.png)
 
-*Reordered*: the same runs, siblings permuted by one half of the test images and judged on the other, and the other way
-round. *Averaged weights* are those of the same runs, too. With small depths weighing more, depths 0 to 3 count 4, 2, 1
-and a half.
+*Trained with exits, run without*: a [tree with exits](../explanation/exits.md) on the way to its first network, trained
+by L_I + L_HD over exits and networks; its networks alone are judged here, at the cost of the tree. A step of training
+takes the exits' work on top. *Reordered*: the same runs, siblings permuted by one half of the test images and judged on
+the other, and the other way round. *Averaged weights* are those of the same runs, too. With small depths weighing more,
+depths 0 to 3 count 4, 2, 1 and a half.
 
 ## How to repeat it
 

@@ -99,12 +99,12 @@ class LeafMetrics:
         truth = F.one_hot(targets, p.shape[-1])[:, None]
         self._add("brier", (p - truth).square().sum(-1).sum(0))
         self._add("leaf", (of_leaf == targets[:, None]).sum(0))
-        sizes = nesting.sizes
+        sizes = [nesting.together(size) for size in nesting.sizes]
         logits = leaf_logits.float()
-        self._add("std", torch.stack([logits[:, :n].std(1, correction=0).mean(-1).sum() for n in sizes]))
-        self._add("information", torch.stack([mutual_information(logits[:, :n]).sum() for n in sizes]))
-        self._add("variance", torch.stack([variance(logits[:, :n]).sum() for n in sizes]))
-        self._add("same", torch.stack([_agreeing(of_leaf[:, :n], leaf_logits.shape[2]).sum() for n in sizes]))
+        self._add("std", torch.stack([logits[:, n].std(1, correction=0).mean(-1).sum() for n in sizes]))
+        self._add("information", torch.stack([mutual_information(logits[:, n]).sum() for n in sizes]))
+        self._add("variance", torch.stack([variance(logits[:, n]).sum() for n in sizes]))
+        self._add("same", torch.stack([_agreeing(of_leaf[:, n], leaf_logits.shape[2]).sum() for n in sizes]))
 
     @classmethod
     def merged(cls, parts: Sequence[LeafMetrics]) -> LeafMetrics:

@@ -79,6 +79,10 @@ class Nesting:
         """The leaf that is the prediction of each depth by itself, if one is: not to be computed twice."""
         return [n - 1 if n <= self.early + 1 else None for n in self.sizes]
 
+    def together(self, size: int) -> slice:
+        """The leaves whose answers the prediction of the first so many is made of, or is beside where it is one's."""
+        return slice(self.early if size > self.early else 0, size)
+
     def of_first(self, leaves: int) -> Nesting:
         """What the first so many leaves say, as a single prediction."""
         weighed = max(leaves - self.early, 0)
