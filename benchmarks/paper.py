@@ -338,19 +338,20 @@ def verdicts(studies: dict[str, dict[str, Group]], claims: Sequence[Claim] = CLA
 
 
 def better(groups: dict[str, Group]) -> str:
-    """What each candidate gains over the paper's objective, paired by seed."""
+    """What each candidate gains over the paper's objective, paired by seed, and which of them are ahead throughout."""
     names = list(groups)
-    base, rows = groups[names[0]], []
+    base, rows, ahead = groups[names[0]], [], []
     for name in names[1:]:
         found = difference(groups[name], base, "accuracy")
-        seeds = found[0][2]
-        verdict = "at every depth" if all(gap > 0 for gap, _, _ in found) else ""
-        if verdict and seeds > 1:
-            clear = all(gap > 2 * spread / seeds**0.5 for gap, spread, _ in found)
-            verdict += ", clearly" if clear else ", within the noise"
+        seeds, verdict = found[0][2], ""
+        if all(gap > 0 for gap, _, _ in found):
+            clear = seeds > 1 and all(gap > 2 * spread / seeds**0.5 for gap, spread, _ in found)
+            verdict = "clearly" if clear else "within the noise" if seeds > 1 else "one seed"
+            ahead.append(f"*{name}* ({verdict})")
         rows.append((name, *(f"{gap:+.2f} ± {spread:.2f}" for gap, spread, _ in found), f"{seeds}", verdict))
     sizes = map(str, nested_sizes(len(base.records[0]["leaf_accuracy"])))
-    return table(("gain over it (points)", *sizes, "seeds", "better"), rows)
+    said = f"Ahead at every depth in the mean: {', '.join(ahead)}." if ahead else "Nothing is ahead at every depth."
+    return f"{said}\n\n{table(('gain over it (points)', *sizes, 'seeds', 'ahead at every depth'), rows)}"
 
 
 def page(settings: Settings, stem: str) -> str:
