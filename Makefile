@@ -23,9 +23,12 @@ demo: $(VENV)/.installed ## train a small ensemble on scikit-learn's digits, on 
 	$(BIN)/python examples/train_imagenet.py
 
 # Training apart: it forks and sends signals, which the libraries that other tests have loaded do not always survive.
+# Should one of these end a worker all the same, its test is run again, by another. A test that fails is not repeated.
+PYTEST := $(RUN) -m pytest --numprocesses 2 --reruns 1 --only-rerun 'never: only what ended a worker'
+
 test: $(VENV)/.installed ## run the tests
-	$(RUN) -m pytest --numprocesses 2 --ignore tests/training
-	$(RUN) -m pytest --numprocesses 2 tests/training
+	$(PYTEST) --ignore tests/training
+	$(PYTEST) tests/training
 
 test-slow: $(VENV)/.installed ## run the long tests too
 	$(RUN) -m pytest --numprocesses 2 -m "slow or not slow"

@@ -22,6 +22,7 @@ import timm
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
@@ -246,6 +247,9 @@ def draw(groups: list[Group], times: dict[str, list[float]], file: Path) -> None
                 label=group.name,
             )
         axes.set(xlabel=label, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy (%)")
     figure.legend(
@@ -260,6 +264,7 @@ def page(settings: Settings) -> str:
     shown = [*imta.values(), *of_trees.values()]
     times = latencies(settings, [group.name for group in [*shown, *aep.values()]])
     draw(shown, times, RESULTS / "exits.png")
+    ensembles = [dataclasses.replace(group, name=f"ensemble of exits, {group.name}") for group in aep.values()]
     if aep:
         draw(list(aep.values()), times, RESULTS / "exits_weights.png")
     costs = [
@@ -278,6 +283,11 @@ def page(settings: Settings) -> str:
 {len(settings.seeds)} seeds{fewer}. Cells: mean ± standard deviation over seeds. Early exits have convolutional heads.
 
 ![Accuracy against multiply-accumulates and against time](exits.png)
+
+What a given cost is best spent on: of all networks and depths on this page, those that nothing cheaper reaches in mean
+accuracy. Neighbours of the list are often within a standard deviation of each other.
+
+{front([*shown, *ensembles])}
 
 {comparison(shown)}
 
@@ -351,6 +361,21 @@ def claims(groups: dict[str, Group]) -> str:
         text = "early exits cost the last one (MSDNet; IMTA's motive)"
         rows.append((text, "", "", "", f"{statistics.mean(gaps):+.2f} ± {spread:.2f}"))
     return table(("what the papers say: gain in points, seen here", *(f"exit {i}" for i in range(1, 5))), rows)
+
+
+def front(groups: list[Group]) -> str:
+    """The depths whose accuracy nothing cheaper reaches, in order of cost."""
+    points = sorted(
+        (macs, -accuracy, group.name, depth)
+        for group in groups
+        for depth, (macs, accuracy) in enumerate(zip(group.macs, group.mean("accuracy"), strict=True))
+    )
+    rows, best = [], 0.0
+    for macs, accuracy, name, depth in points:
+        if -accuracy > best:
+            best = -accuracy
+            rows.append((millions(macs), f"{best:.2f}", name, f"{depth}"))
+    return table(("MACs", "accuracy (%)", "network", "depth"), rows)
 
 
 def on_a_tree(imta: dict[str, Group], of_trees: dict[str, Group]) -> str:

@@ -31,7 +31,8 @@ TOLERANCE = 1e-4  # of the largest logit
 _ROUGH = 0.5  # what whole numbers may be off by: beyond it something is wrong, not coarse
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 _ELSEWHERE = {
-    "plain": "a depth as a plain PyTorch model is model.at_depth(b).save_pretrained(directory)",
+    "plain": "'torch-export' writes plain PyTorch modules that load without hierens; a depth to train on is "
+    "model.at_depth(b).save_pretrained(directory)",
     "torchscript": "PyTorch has given it up: 'torch-export' is what came after it",
 }
 

@@ -220,7 +220,7 @@ class ModelConfig:
     branching: tuple[int, ...] = ()
     """children per branch and level in place of a binary tree, as `1 1 1 8`; sets `blocks`"""
     exits: int = 4
-    """exits of a multi-exit network, the last one counted (a tree with exits has one less than blocks)"""
+    """exits of a multi-exit network, the last one counted"""
     head: Literal["pool", "conv"] = "pool"
     """heads of early exits: global pooling and a linear layer, or two convolutions before that"""
     collaborate: bool = False
