@@ -354,12 +354,20 @@ def better(groups: dict[str, Group]) -> str:
     return f"{said}\n\n{table(('gain over it (points)', *sizes, 'seeds', 'ahead at every depth'), rows)}"
 
 
+def drawn(groups: list[Group]) -> list[Group]:
+    """What a picture can show: of many rows, those trained for themselves on several seeds."""
+    several = [
+        group for group in groups if len(group.records) > 1 and not group.name.endswith(("weights", "reordered"))
+    ]
+    return several if len(groups) > 10 and several else groups
+
+
 def page(settings: Settings, stem: str) -> str:
     """The results page with its pictures."""
     studies = {study: finished(settings, study) for study in STUDIES}
     for study, groups in studies.items():
         if groups:
-            plot_comparison(list(groups.values()), RESULTS / f"{stem}_{study}.png")
+            plot_comparison(drawn(list(groups.values())), RESULTS / f"{stem}_{study}.png")
     if studies["figure4"]:
         plot_leaves(list(studies["figure4"].values()), RESULTS / f"{stem}_leaves.png")
     run = recipe(settings)
@@ -425,6 +433,8 @@ Everything tried on the same budget of epochs, losers included; the paper's obje
 {better(studies["better"]) if studies["better"] else ""}
 
 ![Accuracy and diversity of the candidates]({stem}_better.png)
+
+The picture has those with several seeds.
 
 *Trained with exits, run without*: a [tree with exits](../explanation/exits.md) on the way to its first network, trained
 by L_I + L_HD over exits and networks; its networks alone are judged here, at the cost of the tree. A step of training
