@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader, Subset
 import hierens
 from hierens.metrics import evaluate_model
 from hierens.profiling import latency, millions, table
-from hierens.reporting import Group, comparison, read_runs
-from hierens.training.config import ModelConfig
+from hierens.reporting import Group, comparison
 from hierens.training.data import create_datasets
 from hierens.training.run import Run, create_ensemble
 
@@ -99,16 +98,8 @@ def configured(settings: Settings, changes: dict[str, Any], seed: int) -> Run:
     """The recipe of the paper's comparisons with another model and objective."""
     run = paper.recipe(paper.Settings(data_dir=settings.data_dir))
     named = "-".join(f"{key}={value}" for key, value in sorted(changes.items()) if key != "method")
-    of_model = {
-        key: value for key, value in changes.items() if key in {f.name for f in dataclasses.fields(ModelConfig)}
-    }
-    of_training = {"objective": "independent"} | {k: v for k, v in changes.items() if k not in of_model}
     folder = f"runs/exits/fashion_mnist/{named}/{seed}"
-    return dataclasses.replace(
-        run,
-        model=dataclasses.replace(run.model, **of_model),
-        train=dataclasses.replace(run.train, **of_training, seed=seed, output_dir=folder),
-    )
+    return paper.changed(run, {"objective": "independent"} | changes, seed, folder)
 
 
 # --- what came of it ------------------------------------------------------------------------------------------------
@@ -116,13 +107,9 @@ def configured(settings: Settings, changes: dict[str, Any], seed: int) -> Run:
 
 def finished(settings: Settings, study: dict[str, dict[str, Any]]) -> dict[str, Group]:
     """The rows of a study that have runs."""
-    groups = {}
-    for name, changes in study.items():
-        folders = [Path(configured(settings, changes, seed).train.output_dir) for seed in settings.seeds]
-        done = [folder for folder in folders if (folder / "results.json").is_file()]
-        if done:
-            groups[name] = read_runs(done, [name] * len(done))[0]
-    return groups
+    return paper.read_finished(
+        {name: [configured(settings, changes, seed) for seed in settings.seeds] for name, changes in study.items()}
+    )
 
 
 def trees(settings: Settings) -> dict[str, Group]:

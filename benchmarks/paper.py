@@ -201,9 +201,13 @@ def recipe(settings: Settings) -> Run:
 
 def configured(settings: Settings, changes: dict[str, Any], seed: int) -> Run:
     """The recipe with a study's changes; its folder is named after them, so that studies share runs."""
-    run = recipe(settings)
     named = "-".join(f"{key}={value}" for key, value in sorted(changes.items())).replace(" ", "")
     folder = f"runs/paper/{settings.name}/{named}/{seed}"
+    return changed(recipe(settings), changes, seed, folder)
+
+
+def changed(run: Run, changes: dict[str, Any], seed: int, folder: str) -> Run:
+    """A run with other values for fields of its model or of its training, and a folder of its own."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     of_model = {key: value for key, value in changes.items() if key in fields}
     of_training = {key: value for key, value in changes.items() if key not in fields}
@@ -244,10 +248,17 @@ def finished(settings: Settings, study: str) -> dict[str, Group]:
 
 def trained(settings: Settings, study: str) -> dict[str, Group]:
     """The rows of a study that have runs, as they are."""
+    return read_finished(
+        {name: [configured(settings, c, seed) for seed in settings.seeds] for name, c in STUDIES[study].items()}
+    )
+
+
+def read_finished(runs: dict[str, list[Run]]) -> dict[str, Group]:
+    """Those of each name's runs that are finished, as a group; no group where none is."""
     groups: dict[str, Group] = {}
-    for name, changes in STUDIES[study].items():
-        runs = [Path(configured(settings, changes, seed).train.output_dir) for seed in settings.seeds]
-        done = [run for run in runs if (run / "results.json").is_file()]
+    for name, of_name in runs.items():
+        folders = [Path(run.train.output_dir) for run in of_name]
+        done = [folder for folder in folders if (folder / "results.json").is_file()]
         if done:
             groups[name] = read_runs(done, [name] * len(done))[0]
     return groups

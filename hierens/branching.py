@@ -67,8 +67,8 @@ class Activations:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Activations:
         """Every tensor changed by a function that keeps its shape."""
         if self.packed is not None:
-            return Activations(packed=_each(change, self.packed), count=self.count)
-        return Activations([_each(change, value) for value in self.values])
+            return Activations(packed=each(change, self.packed), count=self.count)
+        return Activations([each(change, value) for value in self.values])
 
     def stacked(self) -> Value:
         """All branches' tensors along a new dim 1: (N, branches, ...)."""
@@ -96,10 +96,10 @@ def _across(combine: Callable[[list[Any]], Any], values: Sequence[Value]) -> Val
     return tuple(combine(list(parts)) for parts in zip(*values, strict=True))
 
 
-def _each(change: Callable[[Tensor], Tensor], value: Value) -> Value:
+def each(change: Callable[[Tensor], Tensor], value: Value) -> Value:
     """Change a tensor, or each of the tensors that cross."""
     if isinstance(value, tuple):
-        return tuple(_each(change, part) for part in value)
+        return tuple(each(change, part) for part in value)
     return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

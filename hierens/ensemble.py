@@ -427,6 +427,18 @@ def hierensify(
         >>> model(torch.randn(1, 3, 64, 64), depth=1).shape
         torch.Size([1, 10])
     """
+    tree = planned(blocks, at, branching, leaves, init)
+    return grown_from(backbone, cut(backbone, tree.levels, at), tree, init, seed, looped)
+
+
+def planned(
+    blocks: int, at: Sequence[str] | None, branching: Sequence[int] | None, leaves: int | None, init: str
+) -> Tree:
+    """The tree that the arguments of `hierensify` ask for.
+
+    Raises:
+        ValueError: arguments out of range, or that contradict each other.
+    """
     if init not in ("copy", "reinit"):
         raise ValueError(f"init must be 'copy' or 'reinit', got {init!r}.")
     if at is not None:
@@ -436,9 +448,13 @@ def hierensify(
     tree = Tree.binary(blocks) if branching is None else Tree(tuple(branching))
     if tree.levels != blocks:
         raise ValueError(f"branching has {tree.levels} levels, but `at` makes {blocks} blocks.")
-    if leaves is not None:
-        tree = tree.prefix(leaves)
-    cutting = cut(backbone, blocks, at)
+    return tree if leaves is None else tree.prefix(leaves)
+
+
+def grown_from(
+    backbone: nn.Module, cutting: Cutting, tree: Tree, init: str, seed: int | None, looped: Mapping[str, str] | None
+) -> HierarchicalEnsemble:
+    """The ensemble of a backbone that was cut, which takes the pieces over; the rest is as for `hierensify`."""
     drawn = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
     reasons = reasons_to_loop(cutting, backbone) if looped is None else looped
     ensemble = HierarchicalEnsemble(backbone, cutting, tree, drawn)

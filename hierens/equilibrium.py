@@ -9,10 +9,13 @@ them, each gets its share: 1 / n to the exit, m / n to a branch with m.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hierens.branching import each
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
@@ -29,9 +32,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def scaled(value: Any, factor: float) -> Any:
     """What a block hands on, a tensor or several; the gradients of those that have any are multiplied by a factor."""
-    if isinstance(value, tuple):
-        return tuple(scaled(part, factor) for part in value)
-    return scale_gradient(value, factor) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return each(partial(scale_gradient, factor=factor), value)
 
 
 class _Scaled(torch.autograd.Function):

@@ -265,6 +265,17 @@ class Embedding(nn.Module):
         return added
 
 
+def early_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[PooledExit | ConvExit]:
+    """A head for what every block but the last hands on, on the backbone's device and in its type.
+
+    Raises:
+        ValueError: another kind, features that it does not suit, or in which channels and positions look alike.
+    """
+    classes, like = int(backbone.num_classes), next(backbone.parameters())  # type: ignore[arg-type]
+    made = [make_exit(kind, layout, classes, backbone) for layout in layouts(backbone, blocks)]
+    return [exit.to(like.device, like.dtype) for exit in made]
+
+
 def make_exit(kind: HeadKind, layout: Layout, num_classes: int, backbone: nn.Module) -> PooledExit | ConvExit:
     """The head of an early exit.
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hierens.adaptive import Adaptive, Step, rows, statistics_once
 from hierens.cutting import Cutting, cut
 from hierens.equilibrium import scaled
-from hierens.exit_heads import Embedding, Exit, HeadKind, OwnExit, layouts, make_exit
+from hierens.exit_heads import Embedding, Exit, HeadKind, OwnExit, early_exits
 from hierens.exit_weights import ExitWeights, prior
 from hierens.nesting import Nesting
 from hierens.profiling import counted_run
@@ -404,11 +404,10 @@ def multi_exit(
         reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
         reset(num_classes)
     cutting = cut(backbone, exits, at, single=True)
-    classes, like = int(backbone.num_classes), next(backbone.parameters())  # type: ignore[arg-type]
-    early = [make_exit(head, layout, classes, backbone) for layout in layouts(backbone, cutting.blocks)]
+    early = early_exits(head, backbone, cutting.blocks)
     features = int(getattr(backbone, "head_hidden_size", backbone.num_features))  # type: ignore[arg-type]
     own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
-    heads: list[Exit] = [*(exit.to(like.device, like.dtype) for exit in early), own]
+    heads: list[Exit] = [*early, own]
     if learn_weights and weights is None:
         weights = "uniform"
     return MultiExit(

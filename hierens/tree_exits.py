@@ -7,7 +7,7 @@ is met by the first of them, as in a multi-exit network; a larger one by the net
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hierens.adaptive import Adaptive, Step, rows
 from hierens.branching import Executor
 from hierens.cutting import cut
-from hierens.ensemble import HierarchicalEnsemble, hierensify
+from hierens.ensemble import HierarchicalEnsemble, grown_from, planned
 from hierens.equilibrium import scaled
-from hierens.exit_heads import ConvExit, HeadKind, PooledExit, layouts, make_exit
+from hierens.exit_heads import ConvExit, HeadKind, PooledExit, early_exits
 from hierens.exits import MultiExit
 from hierens.nesting import Nesting
 from hierens.profiling import counted_run
@@ -279,8 +279,9 @@ def tree_with_exits(
     at: Sequence[str] | None = None,
     branching: Sequence[int] | None = None,
     init: Literal["copy", "reinit"] = "copy",
+    leaves: int | None = None,
     seed: int | None = None,
-    **arguments: Any,
+    looped: Mapping[str, str] | None = None,
 ) -> TreeWithExits:
     """Turn a timm model into a hierarchical ensemble with exits on the way to its first network.
 
@@ -291,8 +292,9 @@ def tree_with_exits(
         at: as for `hierens.hierensify`.
         branching: likewise.
         init: likewise.
+        leaves: likewise.
         seed: of the exits, and of `init="reinit"`; drawn from torch's generator by default.
-        arguments: as for `hierensify`: `leaves`, `looped`.
+        looped: as for `hierens.hierensify`.
 
     Raises:
         ValueError: a backbone that cannot be cut as asked (`CutError`), features that a head cannot read, or arguments
@@ -304,15 +306,12 @@ def tree_with_exits(
         >>> model.depths, model.sizes  # two exits, then the first 1, 2 and 4 networks
         (5, (1, 2, 3, 4, 6))
     """
-    if at is None and branching is not None:
-        blocks = len(branching)
-    if (blocks if at is None else len(at) + 1) < 2:
+    tree = planned(blocks, at, branching, leaves, init)
+    if tree.levels < 2:
         raise ValueError("an exit stands between two blocks: a tree with exits needs blocks=2 at least.")
-    cutting = cut(backbone, blocks, at, single=True)
-    classes, like = int(backbone.num_classes), next(backbone.parameters())  # type: ignore[arg-type]
+    cutting = cut(backbone, tree.levels, at, single=True)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        exits = [make_exit(head, layout, classes, backbone) for layout in layouts(backbone, cutting.blocks)]
-    networks = hierensify(backbone, at=cutting.at, branching=branching, init=init, seed=seed, **arguments)
-    return TreeWithExits(networks, [exit.to(like.device, like.dtype) for exit in exits], head)
+        exits = early_exits(head, backbone, cutting.blocks)
+    return TreeWithExits(grown_from(backbone, cutting, tree, init, seed, looped), exits, head)
