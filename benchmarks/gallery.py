@@ -22,13 +22,12 @@ from torch.utils.data import DataLoader, Subset
 
 import hierens
 from hierens.adaptive import Adaptive
-from hierens.cards import PICTURE
+from hierens.cards import COLUMNS, PICTURE
 from hierens.policies import Confidence
 from hierens.profiling import millions, table
 from hierens.training.data import create_datasets
 from hierens.training.presets import load_run
 
-COLUMNS = {"accuracy": "accuracy (%)", "nll": "NLL", "ece": "ECE"}
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 

@@ -13,6 +13,8 @@ from hierens.plotting import plot_accuracy
 from hierens.profiling import millions, table
 
 ACCURACY, PICTURE = "accuracy (%)", "accuracy.png"
+COLUMNS = {"accuracy": ACCURACY, "nll": "NLL", "ece": "ECE"}
+"""what a card's table shows of an evaluation, by its fields"""
 
 _KINDS = {  # titles of model cards, and how their first sentence begins
     "hne": (

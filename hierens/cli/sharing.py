@@ -14,8 +14,6 @@ from hierens.cli.command import Command, UsageError
 from hierens.cli.output import machine_readable
 from hierens.errors import first_line
 
-_COLUMNS = {"accuracy": "accuracy (%)", "nll": "NLL", "ece": "ECE"}  # of a run's results, in a model card
-
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -124,12 +122,14 @@ def card_results(file: str, depths: int) -> dict[str, list[float]]:
     Raises:
         ValueError: no such file, or none with results of so many depths.
     """
+    from hierens.cards import COLUMNS
+
     try:
         found = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as results: {first_line(error)}.") from error
     values = found if isinstance(found, dict) else {}
-    columns = {title: values[name] for name, title in _COLUMNS.items() if isinstance(values.get(name), list)}
+    columns = {title: values[name] for name, title in COLUMNS.items() if isinstance(values.get(name), list)}
     if not columns or any(len(column) != depths for column in columns.values()):
         raise ValueError(
             f"{file} holds no results of {depths} depths: it should be the results.json that a run leaves."

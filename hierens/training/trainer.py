@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
 from hierens.adaptive import Adaptive
+from hierens.cards import COLUMNS
 from hierens.errors import first_line
 from hierens.objectives import Objective
 from hierens.training.batchnorm import SyncedBatchNorm
@@ -406,8 +407,7 @@ def _check_nesting(model: Adaptive, objective: Objective, sharded: bool) -> None
 
 def _shown(record: dict[str, Any], prefix: str) -> dict[str, list[float]]:
     """What a model card says of each depth."""
-    names = {"accuracy": "accuracy (%)", "nll": "NLL", "ece": "ECE"}
-    return {title: record[prefix + name] for name, title in names.items()}
+    return {title: record[prefix + name] for name, title in COLUMNS.items()}
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
