@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := OMP_NUM_THREADS=1 $(BIN)/python
+RUN := OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format types docs docs-serve bench clean
@@ -22,13 +22,8 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed ## train a small ensemble on scikit-learn's digits, on a CPU, in about a minute
 	$(BIN)/python examples/train_imagenet.py
 
-# Training apart: it forks and sends signals, which the libraries that other tests have loaded do not always survive.
-# Should one of these end a worker all the same, its test is run again, by another. A test that fails is not repeated.
-PYTEST := $(RUN) -m pytest --numprocesses 2 --reruns 1 --only-rerun 'never: only what ended a worker'
-
 test: $(VENV)/.installed ## run the tests
-	$(PYTEST) --ignore tests/training
-	$(PYTEST) tests/training
+	$(RUN) -m pytest --numprocesses 2
 
 test-slow: $(VENV)/.installed ## run the long tests too
 	$(RUN) -m pytest --numprocesses 2 -m "slow or not slow"

@@ -36,6 +36,7 @@ from hierens.training.checkpoint import (
     save_checkpoint,
 )
 from hierens.training.config import TeacherConfig, TrainConfig, to_json
+from hierens.training.convolutions import subsampled_convolutions
 from hierens.training.data import check_division, data_signature
 from hierens.training.evaluation import evaluate
 from hierens.training.log import JsonLines
@@ -163,7 +164,7 @@ class Trainer:
             ValueError: the checkpoint to go on from is damaged or of another model, or no model could be written.
         """
         config = self.config
-        with self._signals, self._synced():
+        with self._signals, self._synced(), subsampled_convolutions(self.ensemble):
             self._resume()
             self.accelerator.init_trackers("hierens", config=_flat(to_json(config)))
             try:

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+import hierens.training.run
 from hierens.training.presets import PRESETS
 from hierens.training.run import Run, train
 
@@ -15,6 +16,7 @@ def main(output_dir, settings):
     data = {key: settings.pop(key) for key in ("augment", "workers") if key in settings}
     demo = PRESETS["demo"]
     blocks = settings.pop("blocks", demo.model.blocks)
+    executor = settings.pop("executor", "auto")
     backbone_args = demo.model.backbone_args | settings.pop("backbone_args", {})
     short = {"epochs": 2, "batch_size": 32, "checkpoint_steps": 7, "log_steps": 1, "output_dir": output_dir}
     run = Run(
@@ -22,7 +24,22 @@ def main(output_dir, settings):
         dataclasses.replace(demo.model, blocks=blocks, backbone_args=backbone_args),
         dataclasses.replace(demo.train, **short | settings),
     )
+    if executor != "auto":
+        run_as(executor)
     train(run)
+
+
+def run_as(executor):
+    """Every level of the trees made from now on runs this way."""
+    create = hierens.training.run.create_ensemble
+
+    def created(*args):
+        model = create(*args)
+        for level in model.all_levels():
+            level.executor = executor
+        return model
+
+    hierens.training.run.create_ensemble = created
 
 
 if __name__ == "__main__":
