@@ -1,0 +1,182 @@
+"""What is compared, on which data, by which recipe.
+
+Every row of a table is the recipe of a data set with some fields changed. Families, epochs, optimiser, augmentation and
+images seen are the same for all rows of a data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig
+
+LABELS, DISTILLED = "independent", "independent+hierarchical_codistillation"
+BASE_WIDTH = 24
+SINGLE_WIDTHS = (BASE_WIDTH, 28, 36, 50)  # their MACs are about those of the tree at its four depths
+WIDE_EXITS = 40  # a network whose exits span the tree's MACs
+ENSEMBLE_SEEDS = tuple(range(8))
+
+# SGD with the sum of eight losses needs hundreds of epochs to get as far as AdamW does in ten. float32, because
+# bfloat16 is 1.3 times as fast on CPUs with its instructions and 10 times slower on those with AVX2 only: records of
+# different machines are of one precision.
+_TRAINING = TrainConfig(
+    epochs=16,
+    optimizer="adamw",
+    lr=4e-3,
+    weight_decay=0.02,
+    warmup_epochs=1,
+    val_batch_size=500,
+    val_epochs=16,
+    cpu=True,
+)
+
+
+def _network(width: int) -> dict[str, Any]:
+    return {"channels": [width, 2 * width, 4 * width], "stem_stride": 2}
+
+
+_MODEL = ModelConfig(backbone="resnet8_cifar", backbone_args=_network(BASE_WIDTH), blocks=4)
+RECIPES = {
+    "cifar100": Run(
+        DataConfig(
+            val_split="test",
+            input_size=(3, 32, 32),
+            augment="crop_flip",
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+            crop_pct=1.0,
+            workers=0,
+        ),
+        _MODEL,
+        _TRAINING,
+    ),
+    "cifar10": Run(
+        DataConfig(
+            val_split="test",
+            input_size=(3, 32, 32),
+            augment="crop_flip",
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.247, 0.2435, 0.2616),
+            crop_pct=1.0,
+            workers=0,
+        ),
+        _MODEL,
+        _TRAINING,
+    ),
+    "fashion_mnist": Run(
+        DataConfig(
+            dataset="fashion_mnist",
+            input_size=(1, 28, 28),
+            augment="crop_flip",
+            pad=0,
+            mean=(0.286,),
+            std=(0.353,),
+            crop_pct=1.0,
+            workers=0,
+        ),
+        _MODEL,
+        dataclasses.replace(_TRAINING, epochs=6, val_epochs=6, warmup_epochs=0),
+    ),
+}
+"""by the name of the data set"""
+
+_EXITS: dict[str, Any] = {"method": "multi_exit", "exits": 4, "head": "conv"}
+_ENSEMBLE_OF_EXITS: dict[str, Any] = {
+    "objective": "independent+ensemble",
+    "exit_weights": "uniform",
+    "learn_weights": True,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that is compared.
+
+    Attributes:
+        title: what tables call it.
+        changes: fields of the recipe's model, training or data configuration that differ.
+        seeds: what it is trained with.
+    """
+
+    title: str
+    changes: dict[str, Any]
+    seeds: tuple[int, ...] = field(default=(0, 1, 2))
+
+
+def _single(width: int) -> Row:
+    changes = {"branching": (1, 1, 1, 1), "objective": LABELS, "backbone_args": _network(width)}
+    seeds = ENSEMBLE_SEEDS if width == BASE_WIDTH else (0, 1, 2)
+    return Row(f"single network, {width} channels", changes, seeds)
+
+
+ROWS: dict[str, Row] = {
+    # Table 1 of the HNE paper
+    "tree-labels": Row("tree, L_I", {"objective": LABELS}),
+    "tree-hierarchical": Row("tree, L_H", {"objective": "hierarchical"}),
+    "tree-both-labelled": Row("tree, L_I + L_H", {"objective": "independent+hierarchical"}),
+    "tree-distilled": Row("tree, L_I + L_HD", {"objective": DISTILLED}),
+    # what a user would pick instead
+    **{f"single-{width}": _single(width) for width in SINGLE_WIDTHS},
+    "multi-branch": Row("multi-branch, L_I + L_HD", {"objective": DISTILLED, "branching": (1, 1, 8, 1)}),
+    "tree-plain-distillation": Row("tree, L_I + L_D", {"objective": "independent+codistillation"}),
+    "exits": Row("exits", {**_EXITS, "objective": LABELS}),
+    "exits-equilibrium": Row("exits, equilibrium", {**_EXITS, "objective": LABELS, "gradient_equilibrium": True}),
+    "exits-ensemble": Row("ensemble of exits", {**_EXITS, **_ENSEMBLE_OF_EXITS}),
+    "exits-wide": Row(
+        f"exits, {WIDE_EXITS} channels", {**_EXITS, "objective": LABELS, "backbone_args": _network(WIDE_EXITS)}
+    ),
+    "tree-with-exits": Row("tree with exits", {"method": "hne_exits", "head": "conv", "objective": DISTILLED}),
+    "independent": Row("independent networks, L_I + L_HD", {"objective": DISTILLED, "branching": (8, 1, 1, 1)}, (0,)),
+    "tree-plain-distillation-small-alpha": Row(
+        "tree, L_I + L_D, alpha 0.1", {"objective": "independent+codistillation", "alpha": 0.1}
+    ),
+    # candidates for a better objective
+    "tempered-students": Row("students tempered", {"objective": DISTILLED, "temper_students": True}),
+    "tempered-students-alpha-0.25": Row(
+        "students tempered, alpha 0.25", {"objective": DISTILLED, "temper_students": True, "alpha": 0.25}
+    ),
+    "label-smoothing": Row("label smoothing of L_I", {"objective": DISTILLED, "label_smoothing": 0.1}),
+    "averaged-teacher": Row(
+        "teacher of averaged weights", {"objective": DISTILLED, "ema_teacher": True, "ema_decay": 0.998}
+    ),
+    "all-three-labelled": Row(
+        "L_I + L_H + L_HD", {"objective": "independent+hierarchical+hierarchical_codistillation"}
+    ),
+}
+"""by the name of their folder under docs/results/runs"""
+
+
+def configured(data: str, row: str, seed: int, data_dir: str, output_dir: str) -> Run:
+    """A run of hierens: the data set's recipe with a row's changes."""
+    run, changes = RECIPES[data], ROWS[row].changes
+    of_model = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
+    training = {key: value for key, value in changes.items() if key not in of_model}
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, data_dir=data_dir),
+        model=dataclasses.replace(run.model, **{key: changes[key] for key in of_model}),
+        train=dataclasses.replace(run.train, **training, seed=seed, output_dir=output_dir),
+    )
+
+
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("tree-labels", "tree-distilled", "tree-hierarchical", "tree-both-labelled"),
+    tuple(f"single-{width}" for width in SINGLE_WIDTHS),
+    ("multi-branch", "tree-plain-distillation"),
+    ("exits", "exits-equilibrium", "exits-ensemble", "exits-wide", "tree-with-exits"),
+    ("tempered-students-alpha-0.25", "tempered-students", "label-smoothing", "averaged-teacher", "all-three-labelled"),
+    ("independent", "tree-plain-distillation-small-alpha"),
+)
+"""rows in the order of training: within a group all rows on the first seed, then on the next"""
+
+
+def queue(only: Collection[str] = ()) -> Iterator[tuple[str, int]]:
+    """Rows and seeds in the order of training, all of them or some rows only."""
+    for group in GROUPS:
+        for seed in ENSEMBLE_SEEDS:
+            for row in group:
+                if seed in ROWS[row].seeds and (not only or row in only):
+                    yield row, seed

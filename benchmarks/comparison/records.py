@@ -1,0 +1,193 @@
+"""A finished run as a small JSON file, so that pages need neither its weights nor the machine that trained it.
+
+A record lies at docs/results/runs/DATA/ROW/SEED.json. It holds the configuration, what every depth gave on the test
+images, what calibrated thresholds give, costs, speed of training and the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import hierens
+from comparison.recipes import BASE_WIDTH, ENSEMBLE_SEEDS, ROWS
+from hierens.calibration import Answers, calibrate, collect, exits
+from hierens.metrics import LeafMetrics, as_record
+from hierens.nesting import Nesting
+from hierens.reporting import Group
+from hierens.training.config import Run, to_json
+from hierens.training.data import create_datasets
+from hierens.tuning import _processor
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "docs" / "results" / "runs"
+DEEP_ENSEMBLE = "deep-ensemble"
+LOGITS = "logits.npy"
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # of the way from the first depth's cost to the full one's
+
+
+def record_file(data: str, row: str, seed: int) -> Path:
+    """Where a record lies."""
+    return RECORDS / data / row / f"{seed}.json"
+
+
+def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path:
+    """Evaluate a run that has just finished, and write its record.
+
+    Args:
+        run: what was trained; its folder holds `log.jsonl`.
+        model: the trained network.
+        data: name of the recipe.
+        row: name of the row.
+        images: the test set.
+    """
+    answers = collect(model, DataLoader(images, 500))
+    results = json.loads((Path(run.train.output_dir) / "results.json").read_text())
+    lines = [json.loads(line) for line in (Path(run.train.output_dir) / "log.jsonl").read_text().splitlines()]
+    rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
+    record = {
+        "title": ROWS[row].title,
+        "seed": run.train.seed,
+        "test_images": len(answers.labels),
+        **results,
+        "parameters": list(model.parameter_counts()),
+        "thresholds": thresholds(answers) if model.depths > 1 else {},
+        "images_per_s": statistics.median(rates) if rates else None,
+        "machine": machine(),
+        "config": _shared(run),
+    }
+    if row == f"single-{BASE_WIDTH}":
+        np.save(Path(run.train.output_dir) / LOGITS, answers.logits[:, 0].half().numpy())
+    return _write(record_file(data, row, run.train.seed), record)
+
+
+def thresholds(answers: Answers) -> dict[str, list[float]]:
+    """Mean MACs and accuracy (%) with thresholds chosen for budgets on the other half of the test images."""
+    halves = [_part(answers, start) for start in (0, 1)]
+    least, most = answers.macs[0], answers.macs[-1]
+    found: dict[str, list[float]] = {"macs": [], "accuracy": []}
+    for budget in (least + share * (most - least) for share in SHARES):
+        macs, accuracies = zip(*(_judged(a, b, budget) for a, b in (halves, halves[::-1])), strict=True)
+        found["macs"].append(statistics.mean(macs))
+        found["accuracy"].append(statistics.mean(accuracies))
+    return found
+
+
+def write_deep_ensemble(data: str, folders: dict[int, Path], images: Any) -> Path | None:
+    """The record of independently trained networks whose logits are averaged, once all of them have been trained.
+
+    Depth b is an ensemble of 2^b networks; its figures are means over the disjoint groups of so many.
+
+    Args:
+        data: name of the recipe.
+        folders: of the runs, by seed.
+        images: the test set, which gives the labels.
+    """
+    files = [folders[seed] / LOGITS for seed in ENSEMBLE_SEEDS]
+    if not all(file.is_file() for file in files):
+        return None
+    logits = torch.stack([torch.from_numpy(np.load(file)).float() for file in files], 1)  # (N, 8, classes)
+    labels = torch.tensor([images[index][1] for index in range(len(images))])
+    sizes = (1, 2, 4, 8)
+    by_size = {size: [_together(group, labels) for group in logits.split(size, 1)] for size in sizes}
+    fields = by_size[1][0].keys()
+    single = json.loads(record_file(data, f"single-{BASE_WIDTH}", 0).read_text())
+    record = {
+        "title": "deep ensemble",
+        "seed": 0,
+        "test_images": len(labels),
+        "macs": [size * single["macs"][0] for size in sizes],
+        "leaves": list(sizes),
+        **{name: [statistics.mean(of[name] for of in by_size[size]) for size in sizes] for name in fields},
+        "groups": {str(size): [of["accuracy"] for of in by_size[size]] for size in sizes},
+        "parameters": [size * single["parameters"][0] for size in sizes],
+        "machine": machine(),
+        "config": single["config"],
+    }
+    return _write(record_file(data, DEEP_ENSEMBLE, 0), record)
+
+
+def read_records(data: str) -> dict[str, Group]:
+    """The records of a data set by row, each group's in the order of their seeds."""
+    groups: dict[str, Group] = {}
+    for row in (*ROWS, DEEP_ENSEMBLE):
+        files = sorted((RECORDS / data / row).glob("*.json"), key=lambda file: int(file.stem))
+        records = [json.loads(file.read_text()) for file in files]
+        if records:
+            groups[row] = Group(records[0]["title"], records[0]["macs"], records)
+    return groups
+
+
+def test_images(run: Run) -> Any:
+    """The test set of a run's data, with the evaluation transform."""
+    return create_datasets(run.data)[1]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, beside the configuration."""
+    return {
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "hierens": hierens.__version__,
+    }
+
+
+def _judged(held_out: Answers, judged: Answers, budget: float) -> tuple[float, float]:
+    policy = calibrate(held_out, held_out, budget)
+    leave = exits(judged.certainties(policy.measure), policy.thresholds)
+    right = judged.logits[torch.arange(len(leave)), leave].argmax(-1) == judged.labels
+    macs = torch.tensor(judged.macs, dtype=torch.float64)[leave]
+    return float(macs.mean()), 100 * float(right.double().mean())
+
+
+def _part(answers: Answers, start: int) -> Answers:
+    """Every other image."""
+    rows = slice(start, None, 2)
+    return Answers(answers.logits[rows], answers.votes[rows], answers.labels[rows], answers.macs, answers.sizes)
+
+
+def _together(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """What networks give together, (N, networks, classes): the last depth of an evaluation."""
+    metrics = LeafMetrics(Nesting((logits.shape[1],)))
+    metrics.update(logits, labels)
+    return {name: values[-1] for name, values in as_record(metrics.compute()).items() if name != "leaf_accuracy"}
+
+
+def _shared(run: Run) -> dict[str, Any]:
+    """The configuration without places on a machine."""
+    config = to_json(run)
+    config["data"]["data_dir"] = "DIR"
+    config["train"]["output_dir"] = "DIR"
+    return config
+
+
+def _write(file: Path, record: dict[str, Any]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+    partial.replace(file)
+    return file
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: more than the images can tell, and half the bytes."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
