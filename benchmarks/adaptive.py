@@ -1,6 +1,6 @@
 """What policies buy: accuracy against mean cost, deadlines held on a busy machine, and answers that know their worth.
 
-python benchmarks/paper.py --data-dir DIR --only table1        trains the models
+python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-labels tree-distilled    trains the models
 python benchmarks/adaptive.py --data-dir DIR                   writes docs/results/adaptive.md and its pictures
 python benchmarks/adaptive.py --data-dir DIR --only deadline   one part anew, the others as kept
 
@@ -25,11 +25,12 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-import paper
 import timm
 import torch
 import torch.nn.functional as F
 import tyro
+from comparison.recipes import configured
+from comparison.records import test_images
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -40,7 +41,6 @@ from hierens.calibration import Answers, calibrate, collect, exits, fit_predicti
 from hierens.metrics import as_record, evaluate_model, ood_auroc
 from hierens.policies import Deadline, FixedDepth, Prediction
 from hierens.profiling import millions, table
-from hierens.training.data import create_datasets
 from hierens.uncertainty import MEASURES, Measure, mutual_information
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,8 @@ RESULTS = ROOT / "docs" / "results"
 KEPT = ROOT / "runs" / "adaptive"
 PARTS = ("curve", "uncertainty", "deadline")
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)  # of what full depth costs beyond depth 0
-OBJECTIVES = ("L_I", "L_I + L_HD")
+DATA = "fashion_mnist"
+OBJECTIVES = {"L_I": "tree-labels", "L_I + L_HD": "tree-distilled"}  # rows of benchmarks/comparison/recipes.py
 MISS_RATE = 0.05
 
 
@@ -88,18 +89,15 @@ def main(settings: Settings) -> None:
 
 def models(settings: Settings, objective: str) -> list[Any]:
     """The trained models of an objective, one per seed."""
-    recipe = paper.Settings(data_dir=settings.data_dir)
-    changes = paper.STUDIES["table1"][objective]
-    folders = [Path(paper.configured(recipe, changes, seed).train.output_dir) / "model" for seed in settings.seeds]
+    folders = [Path("runs/comparison", DATA, OBJECTIVES[objective], f"{seed}", "model") for seed in settings.seeds]
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ValueError(f"{missing[0]} is not there: train it by benchmarks/paper.py --only table1.")
+        raise ValueError(f"{missing[0]} is not there: train it by benchmarks/paper.py --data fashion_mnist.")
     return [hierens.from_pretrained(folder).eval() for folder in folders]
 
 
 def test_loader(settings: Settings) -> DataLoader[Any]:
     """The images that no model was trained on."""
-    data = paper.recipe(paper.Settings(data_dir=settings.data_dir)).data
-    return DataLoader(create_datasets(data)[1], 500)
+    return DataLoader(test_images(configured(DATA, "tree-labels", 0, settings.data_dir, "")), 500)
 
 
 def halves(answers: Answers) -> list[Answers]:
@@ -307,7 +305,7 @@ chosen on held-out images is chosen on one half of the 10,000 test images, judge
 ## How to repeat it
 
 ```bash
-python benchmarks/paper.py --data-dir DIR --only table1
+python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-labels tree-distilled
 python benchmarks/adaptive.py --data-dir DIR
 ```
 

@@ -1,7 +1,7 @@
 """Trained models that travel: finished runs into models/, in the Hub's layout, with cards; writes docs/gallery.md.
 
 hierens train --preset demo
-python benchmarks/paper.py --data-dir DIR --only table1 --seeds 0
+python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-distilled
 python benchmarks/gallery.py --digits runs/demo --fashion-mnist RUN --data-dir DIR
 """
 
@@ -158,9 +158,9 @@ model.pretrained_cfg["label_names"]
 {chr(10).join(sections)}
 ```bash
 hierens train --preset demo
-python benchmarks/paper.py --data-dir DIR --only table1 --seeds 0
+python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-distilled
 python benchmarks/gallery.py --digits runs/demo --data-dir DIR \\
-    --fashion-mnist "runs/paper/fashion_mnist/objective=independent+hierarchical_codistillation/0"
+    --fashion-mnist runs/comparison/fashion_mnist/tree-distilled/0
 ```
 """
 

@@ -83,12 +83,18 @@ RECIPES = {
 }
 """by the name of the data set"""
 
-_EXITS: dict[str, Any] = {"method": "multi_exit", "exits": 4, "head": "conv"}
-_ENSEMBLE_OF_EXITS: dict[str, Any] = {
-    "objective": "independent+ensemble",
-    "exit_weights": "uniform",
-    "learn_weights": True,
+_EXITS: dict[str, Any] = {"method": "multi_exit", "exits": 4, "head": "conv", "objective": LABELS}
+_EQUILIBRIUM: dict[str, Any] = {"gradient_equilibrium": True}
+_COLLABORATION: dict[str, Any] = {"collaborate": True}
+# The first epoch's teacher knows nothing yet: labels begin.
+_ONE_FOR_ALL: dict[str, Any] = {
+    "objective": "one_for_all",
+    "alpha": 0.9,
+    "temperature": 3.0,
+    "alpha_warmup_epochs": 1,
 }
+_ENSEMBLE_OF_EXITS: dict[str, Any] = {**_EXITS, "objective": "independent+ensemble"}
+_LEARNED: dict[str, Any] = {"learn_weights": True}
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,10 @@ def _single(width: int) -> Row:
     return Row(f"single network, {width} channels", changes, seeds)
 
 
+def _weighted(weights: str, **changes: Any) -> dict[str, Any]:
+    return {**_ENSEMBLE_OF_EXITS, "exit_weights": weights, **changes}
+
+
 ROWS: dict[str, Row] = {
     # Table 1 of the HNE paper
     "tree-labels": Row("tree, L_I", {"objective": LABELS}),
@@ -122,12 +132,10 @@ ROWS: dict[str, Row] = {
     **{f"single-{width}": _single(width) for width in SINGLE_WIDTHS},
     "multi-branch": Row("multi-branch, L_I + L_HD", {"objective": DISTILLED, "branching": (1, 1, 8, 1)}),
     "tree-plain-distillation": Row("tree, L_I + L_D", {"objective": "independent+codistillation"}),
-    "exits": Row("exits", {**_EXITS, "objective": LABELS}),
-    "exits-equilibrium": Row("exits, equilibrium", {**_EXITS, "objective": LABELS, "gradient_equilibrium": True}),
-    "exits-ensemble": Row("ensemble of exits", {**_EXITS, **_ENSEMBLE_OF_EXITS}),
-    "exits-wide": Row(
-        f"exits, {WIDE_EXITS} channels", {**_EXITS, "objective": LABELS, "backbone_args": _network(WIDE_EXITS)}
-    ),
+    "exits": Row("exits", _EXITS),
+    "exits-equilibrium": Row("exits, equilibrium", {**_EXITS, **_EQUILIBRIUM}),
+    "exits-ensemble": Row("ensemble of exits, learned weights", _weighted("uniform", **_LEARNED)),
+    "exits-wide": Row(f"exits, {WIDE_EXITS} channels", {**_EXITS, "backbone_args": _network(WIDE_EXITS)}),
     "tree-with-exits": Row("tree with exits", {"method": "hne_exits", "head": "conv", "objective": DISTILLED}),
     "independent": Row("independent networks, L_I + L_HD", {"objective": DISTILLED, "branching": (8, 1, 1, 1)}, (0,)),
     "tree-plain-distillation-small-alpha": Row(
@@ -145,6 +153,15 @@ ROWS: dict[str, Row] = {
     "all-three-labelled": Row(
         "L_I + L_H + L_HD", {"objective": "independent+hierarchical+hierarchical_codistillation"}
     ),
+    # further ways to train exits (IMTA), and to weigh their ensemble (AEP)
+    "exits-collaboration": Row("exits, collaboration", {**_EXITS, **_COLLABORATION}),
+    "exits-one-for-all": Row("exits, one-for-all", {**_EXITS, **_ONE_FOR_ALL}),
+    "exits-imta": Row("exits, all three of IMTA", {**_EXITS, **_EQUILIBRIUM, **_COLLABORATION, **_ONE_FOR_ALL}),
+    "exits-uniform": Row("ensemble of exits, uniform", _weighted("uniform")),
+    "exits-linear-rising": Row("ensemble of exits, linear, rising", _weighted("linear_rising")),
+    "exits-geometric-rising": Row("ensemble of exits, geometric, rising", _weighted("geometric_rising")),
+    "exits-geometric-falling": Row("ensemble of exits, geometric, falling", _weighted("geometric_falling")),
+    "exits-hybrid": Row("ensemble of exits, hybrid", _weighted("geometric_rising", **_LEARNED)),
 }
 """by the name of their folder under docs/results/runs"""
 
@@ -169,6 +186,8 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("exits", "exits-equilibrium", "exits-ensemble", "exits-wide", "tree-with-exits"),
     ("tempered-students-alpha-0.25", "tempered-students", "label-smoothing", "averaged-teacher", "all-three-labelled"),
     ("independent", "tree-plain-distillation-small-alpha"),
+    ("exits-collaboration", "exits-one-for-all", "exits-imta"),
+    ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),
 )
 """rows in the order of training: within a group all rows on the first seed, then on the next"""
 

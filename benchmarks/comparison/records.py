@@ -17,12 +17,12 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import hierens
 from comparison.recipes import BASE_WIDTH, ENSEMBLE_SEEDS, ROWS
 from hierens.calibration import Answers, calibrate, collect, exits
-from hierens.metrics import LeafMetrics, as_record
+from hierens.metrics import LeafMetrics, as_record, evaluate_model
 from hierens.nesting import Nesting
 from hierens.reporting import Group
 from hierens.training.config import Run, to_json
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "results" / "runs"
 DEEP_ENSEMBLE = "deep-ensemble"
 LOGITS = "logits.npy"
+TOLERANCE = 0.1  # of pruning: exits with a smaller share of the weights go
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # of the way from the first depth's cost to the full one's
 
 
@@ -66,6 +67,8 @@ def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path
         "machine": machine(),
         "config": _shared(run),
     }
+    if getattr(model, "weighting", None) is not None:
+        record["pruning"] = pruning(model, images)
     if row == f"single-{BASE_WIDTH}":
         np.save(Path(run.train.output_dir) / LOGITS, answers.logits[:, 0].half().numpy())
     return _write(record_file(data, row, run.train.seed), record)
@@ -81,6 +84,20 @@ def thresholds(answers: Answers) -> dict[str, list[float]]:
         found["macs"].append(statistics.mean(macs))
         found["accuracy"].append(statistics.mean(accuracies))
     return found
+
+
+def pruning(model: Any, images: Any) -> dict[str, Any]:
+    """What an ensemble of exits keeps after `prune`, chosen on one half of the test images and judged on the other."""
+    chosen, judged = (DataLoader(Subset(images, range(start, len(images), 2)), 500) for start in (0, 1))
+    pruned = model.prune(TOLERANCE, chosen)
+    costs = ("parameters", "macs", "latency_ms")
+    return {
+        "weights": model.weights.tolist(),
+        "kept": list(pruned.kept),
+        "before": evaluate_model(model, judged).accuracy[-1],
+        "after": evaluate_model(pruned.model, judged).accuracy[-1],
+        "saved": {name: 1 - getattr(pruned.after, name) / getattr(pruned.before, name) for name in costs},
+    }
 
 
 def write_deep_ensemble(data: str, folders: dict[int, Path], images: Any) -> Path | None:

@@ -1,0 +1,92 @@
+"""What rows cost in MACs, in milliseconds and in megabytes, as points of accuracy against cost."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comparison.differences import Point
+from comparison.recipes import BASE_WIDTH, RECIPES, ROWS, configured
+from comparison.records import DEEP_ENSEMBLE, RECORDS, machine
+from hierens.profiling import latency
+from hierens.reporting import Group
+from hierens.training.run import create_ensemble
+
+UNITS = {
+    "macs": "million MACs per image",
+    "ms": "milliseconds for one image",
+    "mb": "megabytes of weights that the depth reads",
+}
+_ROUNDS = 7
+
+
+def points(groups: Mapping[str, Group], unit: str, times: Mapping[str, Sequence[float]]) -> dict[str, list[Point]]:
+    """Of every row, accuracy at each depth against a cost.
+
+    Args:
+        groups: the records.
+        unit: a key of `UNITS`.
+        times: milliseconds per row and depth, where they were measured.
+    """
+    found = {}
+    for row, group in groups.items():
+        costs = {
+            "macs": [macs / 1e6 for macs in group.macs],
+            "mb": [count * 4 / 1e6 for count in group.records[0]["parameters"]],
+            "ms": list(times.get(row, ())),
+        }[unit]
+        sizes = [f"{depth}" if len(costs) > 1 else "" for depth in range(len(costs))]
+        found[row] = [
+            Point(group.name, depth, cost, accuracy)
+            for depth, cost, accuracy in zip(sizes, costs, group.mean("accuracy"), strict=False)
+        ]
+    return found
+
+
+def threshold_points(group: Group) -> list[Point]:
+    """Mean MACs and accuracy with calibrated thresholds."""
+    macs, accuracy = (
+        [statistics.mean(values) for values in zip(*(r["thresholds"][field] for r in group.records), strict=True)]
+        for field in ("macs", "accuracy")
+    )
+    return [Point(f"{group.name}, thresholds", "per image", m / 1e6, a) for m, a in zip(macs, accuracy, strict=True)]
+
+
+def read_times(data: str) -> dict[str, Any]:
+    """What `measure` wrote; empty if it has not."""
+    file = _times_file(data)
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def measure(data: str) -> Path:
+    """Measure one image at every depth of every row, in turn, on one thread; weights do not matter to it.
+
+    Returns:
+        The file: medians of rounds in milliseconds, and the machine.
+    """
+    torch.set_num_threads(1)
+    models = {}
+    for row in ROWS:
+        run = configured(data, row, 0, "", "")
+        classes = 100 if data == "cifar100" else 10
+        models[row] = create_ensemble(run, classes).eval()
+    image = torch.randn(1, *RECIPES[data].data.input_size)
+    rounds = [
+        {row: [latency(model, image, depth, 0.1) for depth in range(model.depths)] for row, model in models.items()}
+        for _ in range(_ROUNDS)
+    ]
+    times = {row: [statistics.median(of) for of in zip(*(r[row] for r in rounds), strict=True)] for row in models}
+    times[DEEP_ENSEMBLE] = [size * times[f"single-{BASE_WIDTH}"][0] for size in (1, 2, 4, 8)]
+    file = _times_file(data)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"milliseconds": times, "machine": machine()}, indent=1) + "\n")
+    return file
+
+
+def _times_file(data: str) -> Path:
+    return RECORDS / data / "latency.json"

@@ -1,0 +1,138 @@
+"""What records say: differences paired by seed with their standard errors, the paper's orderings, fronts of cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Literal
+
+from hierens.profiling import table
+from hierens.reporting import Group
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over the seeds that two rows have in common.
+
+    Attributes:
+        mean: in the field's unit.
+        error: its standard error; 0 for a single seed, which tells nothing.
+        seeds: how many seeds it is a mean of.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is more than twice its standard error, over two seeds at least."""
+        return self.seeds > 1 and abs(self.mean) > 2 * self.error
+
+    def __str__(self) -> str:
+        """Such as `+0.42 ± 0.10`, or `+0.42` of one seed."""
+        digits = 2 if abs(self.mean) >= 0.095 or self.error >= 0.0095 else 3
+        return f"{self.mean:+.{digits}f}" + (f" ± {self.error:.{digits}f}" if self.seeds > 1 else "")
+
+
+def difference(more: Group, less: Group, field: str = "accuracy") -> list[Difference]:
+    """Per depth, `more` minus `less`, paired by seed; empty if no seed is in both."""
+    of_less = {record["seed"]: record[field] for record in less.records}
+    pairs = [(record[field], of_less[record["seed"]]) for record in more.records if record["seed"] in of_less]
+    columns = zip(*([a - b for a, b in zip(p, q, strict=False)] for p, q in pairs), strict=True)
+    return [
+        Difference(mean(column), stdev(column) / len(column) ** 0.5 if len(column) > 1 else 0.0, len(column))
+        for column in columns
+    ]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of two rows.
+
+    Attributes:
+        text: in words.
+        more: the row that should have more of the field.
+        less: the row that should have less.
+        at: where: the `first` depth, the `last`, or `every` depth.
+        field: of the records.
+    """
+
+    text: str
+    more: str
+    less: str
+    at: Literal["first", "last", "every"] = "last"
+    field: str = "accuracy"
+
+
+def verdict(found: Sequence[Difference]) -> str:
+    """Whether an ordering holds, beyond twice the standard error or within it."""
+    if not found:
+        return "not run"
+    if found[0].seeds == 1:
+        return "one seed"
+    if all(one.mean > 0 and one.clear for one in found):
+        return "yes"
+    if all(one.mean < 0 and one.clear for one in found):
+        return "no, the reverse"
+    if len({one.mean > 0 for one in found}) > 1:
+        return "not at every depth"
+    return "within the noise"
+
+
+def verdicts(groups: Mapping[str, Group], claims: Sequence[Claim]) -> str:
+    """A table of claims: the difference at each depth they speak of, and whether they hold."""
+    rows = []
+    for claim in claims:
+        found: list[Difference] = []
+        if claim.more in groups and claim.less in groups:
+            found = difference(groups[claim.more], groups[claim.less], claim.field)
+            found = {"first": found[:1], "last": found[-1:], "every": found}[claim.at]
+        rows.append((claim.text, claim.at, ", ".join(map(str, found)), verdict(found)))
+    return table(("claim", "depths", "difference here", "holds"), rows)
+
+
+def gains(groups: Mapping[str, Group], base: str, names: Sequence[str]) -> str:
+    """A table of what rows gain over a base at each depth, and whether they are ahead at every one."""
+    rows = []
+    for name in names:
+        if name in groups and base in groups and (found := difference(groups[name], groups[base])):
+            ahead = verdict(found)
+            rows.append((groups[name].name, *map(str, found), f"{found[0].seeds}", ahead))
+    if not rows:
+        return "Not run yet."
+    depths = [f"depth {depth}" for depth in range(len(rows[0]) - 3)]
+    return table((f"gain over {groups[base].name}", *depths, "seeds", "ahead at every depth"), rows)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A depth of a row, or a mean cost that thresholds keep.
+
+    Attributes:
+        row: the row's title.
+        depth: in words.
+        cost: in the unit asked for.
+        accuracy: in percent, mean over seeds.
+    """
+
+    row: str
+    depth: str
+    cost: float
+    accuracy: float
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that nothing cheaper reaches in mean accuracy, in order of cost."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, -p.accuracy)):
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return kept
+
+
+def front_table(points: Sequence[Point], unit: str) -> str:
+    """The front as a table."""
+    rows = [(f"{p.cost:.2f}", f"{p.accuracy:.2f}", p.row, p.depth) for p in front(points)]
+    return table((unit, "accuracy (%)", "network", "depth"), rows)

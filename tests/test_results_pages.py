@@ -1,0 +1,109 @@
+"""The results pages: what they say of differences, and that records alone are enough to write them."""
+
+import exits
+import paper
+import pytest
+from comparison import recipes, records
+from comparison.differences import Claim, Difference, Point, difference, front, gains, verdict, verdicts
+
+from hierens.reporting import Group
+
+FIELDS = ("nll", "ece", "std", "agreement")
+
+
+def record(accuracy, seed=0, **more):
+    return {
+        "seed": seed,
+        "accuracy": list(accuracy),
+        "leaves": [2**depth for depth in range(len(accuracy))],
+        "leaf_accuracy": [accuracy[0]] * 2 ** (len(accuracy) - 1),
+        "parameters": [1000 * (depth + 1) for depth in range(len(accuracy))],
+        "test_images": 100,
+        "thresholds": {"macs": [1.2e6, 1.6e6], "accuracy": [accuracy[0], accuracy[-1]]} if len(accuracy) > 1 else {},
+        "machine": {"processor": "some", "torch": "2"},
+        "config": {"train": {"epochs": 3}},
+        **{name: [value / 100 for value in accuracy] for name in FIELDS},
+        **more,
+    }
+
+
+def group(name, *of_seeds):
+    """Runs with the accuracies given, a tuple per seed."""
+    records_ = [record(accuracy, seed) for seed, accuracy in enumerate(of_seeds)]
+    return Group(name, [1e6 * (depth + 1) for depth in range(len(of_seeds[0]))], records_)
+
+
+def test_differences_are_paired_by_seed():
+    a, b = group("a", (92, 93), (94, 94)), group("b", (91, 93), (92, 93), (0, 0))
+    found = difference(a, b)
+    assert [one.mean for one in found] == [1.5, 0.5] and {one.seeds for one in found} == {2}
+    assert [one.error for one in found] == pytest.approx([0.5, 0.5])
+    later = Group("c", a.macs, [record((50, 50), 7)])
+    assert difference(a, later) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "expected"),
+    [
+        (((92, 93), (92.1, 93.1)), ((91, 92), (91.1, 92.1)), "yes"),
+        (((91, 92), (91.1, 92.1)), ((92, 93), (92.1, 93.1)), "no, the reverse"),
+        (((92, 93), (90, 93)), ((91, 92), (89.9, 92.9)), "within the noise"),
+        (((92, 91), (92, 91)), ((91, 92), (91, 92)), "not at every depth"),
+        (((92, 93),), ((91, 92),), "one seed"),
+    ],
+)
+def test_verdicts_separate_effects_from_noise(more, less, expected):
+    assert verdict(difference(group("a", *more), group("b", *less))) == expected
+
+
+def test_a_claim_is_judged_at_its_depths():
+    groups = {"a": group("a", (92, 91), (92.1, 91.1)), "b": group("b", (91, 92), (91.1, 92.1))}
+    said = verdicts(groups, [Claim("x", "a", "b", "first"), Claim("y", "a", "b", "last"), Claim("z", "a", "missing")])
+    assert [row.split("|")[-2].strip() for row in said.splitlines()[2:]] == ["yes", "no, the reverse", "not run"]
+
+
+def test_differences_are_written_with_their_error():
+    assert str(Difference(0.5, 0.1, 3)) == "+0.50 ± 0.10" and str(Difference(-0.5, 0.0, 1)) == "-0.50"
+    assert not Difference(5.0, 0.0, 1).clear
+
+
+def test_losers_are_listed():
+    groups = {"base": group("base", (92, 93)), "worse": group("worse", (91, 92))}
+    assert "-1.00" in gains(groups, "base", ["worse", "not trained"])
+
+
+def test_the_front_is_what_nothing_cheaper_reaches():
+    kept = front([Point("a", "0", 1, 50), Point("b", "0", 2, 49), Point("c", "1", 2, 51), Point("d", "", 3, 51)])
+    assert [point.row for point in kept] == ["a", "c"]
+
+
+@pytest.mark.parametrize("claim", [*paper.CLAIMS, *exits.CLAIMS], ids=lambda claim: claim.text)
+def test_every_claim_names_rows_that_exist(claim):
+    assert {claim.more, claim.less} <= {*recipes.ROWS, records.DEEP_ENSEMBLE}
+
+
+def test_every_row_that_a_page_shows_exists():
+    shown = {*paper.TABLE1, *paper.FIGURE4, *paper.FIGURE5, *paper.CANDIDATES, *paper.RIVALS, *exits.IMTA, *exits.AEP}
+    assert shown <= {*recipes.ROWS, records.DEEP_ENSEMBLE}
+
+
+@pytest.mark.parametrize("rows", [("tree-distilled",), tuple(recipes.ROWS)], ids=["first run", "all"])
+def test_pages_are_made_of_records_alone(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RECORDS", tmp_path)
+    for row in rows:
+        for seed in (0, 1):
+            depths = 1 if row.startswith("single") else 7 if row == "tree-with-exits" else 4
+            made = record([50.0 + depth + 0.1 * seed for depth in range(depths)], seed)
+            made |= {"title": recipes.ROWS[row].title, "macs": [2e6 * (depth + 1) for depth in range(depths)]}
+            file = records.record_file("cifar100", row, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            records._write(file, made)
+    page = paper.page("cifar100", tmp_path)
+    assert "tree, L_I + L_HD" in page and "100 test images" in page
+    assert all((tmp_path / name).is_file() for name in ("cifar100_costs.png", "cifar100_table1.png"))
+    if len(rows) > 1:
+        assert "not run" not in page.lower()
+        assert "exits, equilibrium" in exits.page("cifar100", tmp_path)
+    else:
+        with pytest.raises(ValueError, match="train them first"):
+            exits.page("cifar100", tmp_path)
