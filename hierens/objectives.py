@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     Scalar = Float[Tensor, ""]
 
 SUPERVISED = ("independent", "hierarchical", "ensemble")
-DISTILLED = ("codistillation", "hierarchical_codistillation")
+DISTILLED = ("codistillation", "hierarchical_codistillation", "stepwise_codistillation")
 TERMS = SUPERVISED + DISTILLED
-ONE_FOR_ALL = "one_for_all"
+ONE_FOR_ALL, STEPWISE = "one_for_all", "stepwise_codistillation"
 _WITH_ONE_FOR_ALL = ("hierarchical", "ensemble")
 
 
@@ -146,6 +146,37 @@ def hierarchical_codistillation(
     return _fused(leaf_logits, target, _Weights({"hierarchical_codistillation": 1.0}), temperature)
 
 
+def stepwise_codistillation(
+    leaf_logits: Logits,
+    target: Target | None = None,
+    temperature: float = 2.0,
+    temper_students: bool = False,
+    standardize: bool = False,
+    nesting: Nesting | None = None,
+) -> Scalar:
+    """sum_{b < B} l(y^b, softmax(y^{b+1} / T)): every nested ensemble learns from the next larger one.
+
+    As eq. 12 of arXiv 2003.01474 with a teacher that is nearer, as teacher assistants are (arXiv 1902.03393).
+
+    Args:
+        leaf_logits: (N, leaves, classes); for one leaf the sum is empty and the loss 0.
+        target: has no part in the loss; taken so that all losses are called alike.
+        temperature: T, of the teachers.
+        temper_students: as for `Objective`.
+        standardize: as `Objective.standardize_logits`.
+        nesting: how leaves make up the nested ensembles; by default as in a tree.
+
+    Returns:
+        The sum over the nested ensembles below the full one, mean over the batch.
+    """
+    check_logits(leaf_logits)
+    _check_temperature(temperature)
+    nested = (nesting or Nesting(nested_sizes(leaf_logits.shape[1])))(leaf_logits)  # (N, depths, classes)
+    soft = _soft_labels(nested[:, 1:], temperature, standardize)
+    log_p, factor = _students(nested[:, :-1], temperature, temper_students, standardize)
+    return -factor * (soft * log_p).sum((1, 2)).mean()
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss by name: terms joined by `+`.
@@ -156,14 +187,17 @@ class Objective:
 
     Args:
         name: terms out of `independent` (eq. 9), `hierarchical` (10), `ensemble` (the full one alone), `codistillation`
-            (11) and `hierarchical_codistillation` (12), at least one of the first three; or `one_for_all` (IMTA), alone
-            or with `hierarchical` or `ensemble`.
+            (11), `hierarchical_codistillation` (12) and `stepwise_codistillation`, at least one of the first three; or
+            `one_for_all` (IMTA), alone or with `hierarchical` or `ensemble`.
         alpha: weight of distillation, from 0 to 1; gamma of `one_for_all`, for which its authors take 0.9.
         temperature: the teacher is softmax(y^E / temperature), detached; the student is not tempered. `one_for_all`
             tempers both; its authors take 3.
         temper_students: divide the students' logits by the temperature as well, and multiply the distilled terms by
             its square, as Hinton et al. (arXiv 1503.02531, section 2) do.
         depth_weights: of the nested ensembles y^0, y^1, ... in the two hierarchical terms; all 1 by default.
+        standardize_logits: in the distilled terms, bring the logits of teacher and students to mean 0 and standard
+            deviation 1 over classes before they are tempered (Sun et al., CVPR 2024, arXiv 2403.01427); it needs
+            `temper_students`, for students that are standardised and not tempered could not be sure of anything.
 
     Raises:
         ValueError: an unknown or repeated term, distillation alone, alpha, temperature or a weight out of range.
@@ -180,6 +214,7 @@ class Objective:
     temperature: float = 2.0
     temper_students: bool = False
     depth_weights: tuple[float, ...] = ()
+    standardize_logits: bool = False
 
     def __post_init__(self) -> None:
         terms = self.terms
@@ -200,6 +235,8 @@ class Objective:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}.")
         _check_temperature(self.temperature)
+        if self.standardize_logits and not self.temper_students:
+            raise ValueError("standardize_logits tempers teacher and students alike: say temper_students=True as well.")
         if any(not weight >= 0 for weight in self.depth_weights):
             raise ValueError(f"depth_weights must not be negative, got {self.depth_weights}.")
 
@@ -211,7 +248,7 @@ class Objective:
     @property
     def weighs_leaves(self) -> bool:
         """Whether gradients reach the weights of the leaves in an ensemble, if those are learned."""
-        return bool(set(self.terms) & {"hierarchical", "ensemble", "hierarchical_codistillation"})
+        return bool(set(self.terms) & {"hierarchical", "ensemble", *DISTILLED[1:]})
 
     @property
     def weights(self) -> dict[str, float]:
@@ -247,11 +284,15 @@ class Objective:
         """
         if nesting is not None:
             self.check(nesting)
-        terms = {term: weight for term, weight in self.weights.items() if term != ONE_FOR_ALL}
+        terms = {term: weight for term, weight in self.weights.items() if term not in (ONE_FOR_ALL, STEPWISE)}
         weighed = _Weights(terms, self.depth_weights)
         loss = leaf_logits.new_zeros(())
         if terms:
-            loss = _fused(leaf_logits, target, weighed, self.temperature, self.temper_students, teacher, nesting)
+            how = (self.temperature, self.temper_students, teacher, nesting, self.standardize_logits)
+            loss = _fused(leaf_logits, target, weighed, *how)
+        if STEPWISE in self.terms:
+            given = (self.temperature, self.temper_students, self.standardize_logits, nesting)
+            loss = loss + self.alpha * stepwise_codistillation(leaf_logits, None, *given)
         if ONE_FOR_ALL in self.terms:
             loss = loss + one_for_all(leaf_logits, target, self.alpha, self.temperature, teacher)
         return loss
@@ -297,6 +338,7 @@ def _fused(
     temper_students: bool = False,
     teacher: Tensor | None = None,
     nesting: Nesting | None = None,
+    standardize: bool = False,
 ) -> Tensor:
     """The weighted sum of the named terms in one pass over the predictions."""
     check_logits(leaf_logits)
@@ -315,11 +357,30 @@ def _fused(
         if teacher is None:
             teacher = nested[:, -1]
         _check_teacher(leaf_logits, teacher)
-        soft = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=-1)
+        soft = _soft_labels(at_least_float32(teacher), temperature, standardize)
         if temper_students:
-            log_p, to_teacher = F.log_softmax(predictions / temperature, dim=-1), to_teacher * temperature**2
+            log_p, factor = _students(predictions, temperature, True, standardize)
+            to_teacher = to_teacher * factor
         loss = loss + _cross_entropy(log_p, to_teacher, soft)
     return loss
+
+
+def _soft_labels(teacher: Tensor, temperature: float, standardize: bool) -> Tensor:
+    """softmax(t / T), detached; over standardised logits if asked for."""
+    logits = teacher.detach()
+    return F.softmax((_standardized(logits) if standardize else logits) / temperature, dim=-1)
+
+
+def _students(logits: Tensor, temperature: float, tempered: bool, standardize: bool) -> tuple[Tensor, float]:
+    """The students' log-probabilities and the factor of their loss: T^2 if they are tempered (arXiv 1503.02531)."""
+    if not tempered:
+        return F.log_softmax(logits, dim=-1), 1.0
+    return F.log_softmax((_standardized(logits) if standardize else logits) / temperature, dim=-1), temperature**2
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over classes."""
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True, correction=0) + 1e-7)
 
 
 def _cross_entropy(log_p: Tensor, weights: Tensor, probabilities: Tensor) -> Tensor:

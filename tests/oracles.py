@@ -1,5 +1,6 @@
 """The paper's equations written out plainly, one loop per sum, in float64: the measure of the library."""
 
+import itertools
 import math
 
 import torch
@@ -46,6 +47,10 @@ def per_image(term, logits, probabilities, temperature):
     teacher = soft_labels(logits, temperature)
     if term == "codistillation":  # eq. (11)
         return sum(cross_entropy(logits[n], teacher) for n in range(leaves))
+    if term == "stepwise_codistillation":
+        steps = [nested(logits, size) for size in sizes(leaves)]
+        teachers = [(y, soft_labels([larger], temperature)) for y, larger in itertools.pairwise(steps)]
+        return 0 * logits[0, 0] + sum(cross_entropy(y, teacher) for y, teacher in teachers)
     # eq. (12): b < B, all nested ensembles but the full one; the zero keeps one leaf's empty sum in the graph
     smaller = [nested(logits, size) for size in sizes(leaves)[:-1]]
     return 0 * logits[0, 0] + sum(cross_entropy(y, teacher) for y in smaller)

@@ -70,6 +70,7 @@ def test_terms_are_equations_9_to_12(case, temperature):
             "+codistillation",
             "+hierarchical_codistillation",
             "+codistillation+hierarchical_codistillation",
+            "+hierarchical_codistillation+stepwise_codistillation",
         ]
     ),
 )
@@ -124,13 +125,14 @@ def test_one_network_has_nothing_to_distil_to_but_stays_differentiable():
 def test_only_the_nested_losses_depend_on_the_order_of_leaves():
     logits, target = example(6, 8, 5)
     mixed = logits[:, torch.tensor([5, 2, 7, 0, 1, 3, 6, 4])]
+    nested = ("hierarchical", "hierarchical_codistillation", "stepwise_codistillation")
     for term in TERMS:
         objective = Objective(term if term == "independent" else f"independent+{term}")
         same = torch.allclose(objective(logits, target), objective(mixed, target))
-        assert same == ("hierarchical" not in term), term
+        assert same == (term not in nested), term
 
 
-def test_any_mixture_takes_one_log_softmax_and_one_softmax():
+def test_any_mixture_of_one_teacher_takes_one_log_softmax_and_one_softmax():
     class Counter(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -143,7 +145,7 @@ def test_any_mixture_takes_one_log_softmax_and_one_softmax():
 
     logits, target = example(3, 6, 5)
     with Counter() as counter:
-        Objective("+".join(TERMS))(logits, target)
+        Objective("+".join(term for term in TERMS if term != objectives.STEPWISE))(logits, target)
     # 6 leaves, and the ensembles of 2, 4 and 6: that of 1 is the first leaf
     assert counter.calls == [("aten._log_softmax", (3, 9, 5)), ("aten._softmax", (3, 5))]
 
@@ -175,6 +177,26 @@ def test_tempered_students_are_hintons():
     expected = sum(-(teacher * student.log_softmax(-1)).sum(-1).mean() for student in students) * temperature**2
     objective = Objective(alpha=1.0, temperature=temperature, temper_students=True)
     assert_same(objective(logits, target), expected, logits)
+
+
+def test_standardised_logits_have_no_scale():
+    """Teacher and students are brought to mean 0 and deviation 1 (arXiv 2403.01427), in both distilled terms."""
+    logits, target = example(3, 4, 5)
+    temperature = 2.0
+
+    def standardised(y):
+        return (y - y.mean(-1, keepdim=True)) / y.std(-1, keepdim=True, correction=0) / temperature
+
+    nested = [standardised(logits[:, :size].mean(1)) for size in (1, 2, 4)]
+    soft = [y.detach().softmax(-1) for y in nested]
+    for term, teachers in (("hierarchical_codistillation", [soft[2]] * 2), ("stepwise_codistillation", soft[1:])):
+        expected = sum(
+            -(teacher * y.log_softmax(-1)).sum(-1).mean() for teacher, y in zip(teachers, nested, strict=False)
+        )
+        objective = Objective(f"independent+{term}", 1.0, temperature, True, standardize_logits=True)
+        assert abs((objective(logits, target) - expected * temperature**2).item()) < 1e-4
+    with pytest.raises(ValueError, match="temper_students"):
+        Objective(standardize_logits=True)
 
 
 def test_depths_weigh_what_they_are_told_to():

@@ -153,6 +153,13 @@ ROWS: dict[str, Row] = {
     "all-three-labelled": Row(
         "L_I + L_H + L_HD", {"objective": "independent+hierarchical+hierarchical_codistillation"}
     ),
+    "stepwise-too": Row("L_I + L_HD + stepwise", {"objective": f"{DISTILLED}+stepwise_codistillation", "alpha": 0.25}),
+    "stepwise-too-alpha-0.5": Row(
+        "L_I + L_HD + stepwise, alpha 0.5", {"objective": f"{DISTILLED}+stepwise_codistillation"}
+    ),
+    "standardised-logits": Row(
+        "logits standardised", {"objective": DISTILLED, "temper_students": True, "standardize_logits": True}
+    ),
     # further ways to train exits (IMTA), and to weigh their ensemble (AEP)
     "exits-collaboration": Row("exits, collaboration", {**_EXITS, **_COLLABORATION}),
     "exits-one-for-all": Row("exits, one-for-all", {**_EXITS, **_ONE_FOR_ALL}),
@@ -184,7 +191,10 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     tuple(f"single-{width}" for width in SINGLE_WIDTHS),
     ("multi-branch", "tree-plain-distillation"),
     ("exits", "exits-equilibrium", "exits-ensemble", "exits-wide", "tree-with-exits"),
-    ("tempered-students-alpha-0.25", "tempered-students", "label-smoothing", "averaged-teacher", "all-three-labelled"),
+    (
+        *("tempered-students-alpha-0.25", "tempered-students", "stepwise-too", "standardised-logits"),
+        *("label-smoothing", "averaged-teacher", "all-three-labelled", "stepwise-too-alpha-0.5"),
+    ),
     ("independent", "tree-plain-distillation-small-alpha"),
     ("exits-collaboration", "exits-one-for-all", "exits-imta"),
     ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),

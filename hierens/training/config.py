@@ -73,6 +73,8 @@ class TrainConfig:
     """softens the full ensemble's prediction into the teacher's"""
     temper_students: bool = False
     """temper the students of co-distillation as well, as Hinton et al. do; the paper does not"""
+    standardize_logits: bool = False
+    """standardise the logits of teacher and students before they are tempered (arXiv 2403.01427)"""
     depth_weights: tuple[float, ...] = ()
     """what each depth's ensemble counts in the hierarchical terms; all the same by default"""
     alpha_warmup_epochs: int = 0
@@ -174,6 +176,8 @@ class TrainConfig:
             )
         if self.ema_teacher and self.ema_decay is None:
             raise ValueError("ema_teacher needs an average of the weights: give ema_decay, such as 0.999.")
+        if self.standardize_logits and not self.temper_students:
+            raise ValueError("standardize_logits tempers teacher and students alike: set temper_students as well.")
         for name in ("mixup", "cutmix", "label_smoothing", "freeze_levels", "alpha_warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")

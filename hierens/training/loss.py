@@ -40,7 +40,12 @@ class TrainingLoss:
     ) -> None:
         self.config, self.average, self.teacher = config, average, teacher
         self.objective = Objective(
-            config.objective, config.alpha, config.temperature, config.temper_students, config.depth_weights
+            config.objective,
+            config.alpha,
+            config.temperature,
+            config.temper_students,
+            config.depth_weights,
+            config.standardize_logits,
         )
         self.total_steps, self.warmup = total_steps, config.alpha_warmup_epochs * steps_per_epoch
         self.teacher_config = teacher_config or TeacherConfig()
