@@ -50,7 +50,7 @@ class DataConfig:
     max_unreadable: float = 0.1
     """largest share of images that may be unreadable before the run stops; up to it they are skipped and reported"""
     max_pixels: int = 89_478_485
-    """height times width beyond which an image counts as unreadable, before it is decoded; Pillow opens twice as many"""
+    """height times width above which an image is unreadable, by its header; Pillow itself opens twice the default"""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:

@@ -1,4 +1,4 @@
-"""From a file to pixels: the one way in which training, evaluation, predictions, the page and the server read images."""
+"""From a file to pixels: the one way in which training, evaluation, predictions, page and server read images."""
 
 from __future__ import annotations
 
