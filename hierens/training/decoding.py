@@ -105,14 +105,16 @@ def _decoded(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
     image.load()
     deep = image.mode == "F" or image.mode.startswith("I")
     converted = (_eight_bits(image) if deep else image).convert(mode)
+    if image.info.keys().isdisjoint(_TELLING):  # Pillow turns TIFFs upright by itself
+        return converted
+    for name in _TELLING:  # whoever reads the image again must not turn it again
+        converted.info.pop(name, None)
     turn = _TURNS.get(_orientation(image))
     return converted if turn is None else converted.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
     """As EXIF (or XMP) has it, from 1 to 8; 1 if it has none, or says something else."""
-    if image.info.keys().isdisjoint(_TELLING):  # Pillow turns TIFFs upright by itself
-        return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's parser meets more than it has names for

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,8 +212,10 @@ def test_data_sets_give_the_pixels(place, mode, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("given", [bytes, io.BytesIO, lambda data: Image.open(io.BytesIO(data))])
-def test_a_file_its_bytes_and_an_opened_image_are_read_alike(given, mode):
+@pytest.mark.parametrize(
+    "given", [bytes, io.BytesIO, lambda data: Image.open(io.BytesIO(data)), partial(decode, mode="RGB")]
+)
+def test_a_file_its_bytes_an_opened_and_a_decoded_image_are_read_alike(given, mode):
     found = [decode(given(data), mode) for data, _ in CASES.values()]
     same = [np.array_equal(*pair) for pair in zip(found, expected(mode), strict=True)]
     assert {image.mode for image in found} == {mode}
@@ -266,7 +269,7 @@ def twins(tmp_path, model):
 def assert_alike(answers):
     """Answers to the odd ones, then to the plain ones."""
     count = len(CASES)
-    assert len(answers) == 2 * count and len(set(answers[count:])) > count / 2, "answers tell images apart"
+    assert len(answers) == 2 * count and len(set(answers[count:])) > 9, "answers tell images apart"
     pairs = zip(CASES, answers[:count], answers[count:], strict=True)
     assert [name for name, odd, plain in pairs if odd != pytest.approx(plain, abs=1e-5)] == []
 
