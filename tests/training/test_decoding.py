@@ -56,6 +56,10 @@ def saved(image, kind, **options):
     return file.getvalue()
 
 
+def opened(data):
+    return Image.open(io.BytesIO(data))
+
+
 def oriented(orientation, kind="JPEG", damage=lambda exif: exif):
     exif = Image.Exif()
     exif[0x0112], exif[0x0131] = orientation, "a camera"
@@ -73,7 +77,7 @@ def paletted():
 def cases():
     """Name -> the file, and the image in 8 bits, upright, of one frame."""
     grey, colour, others = Image.fromarray(GREYS), Image.fromarray(COLOURS), [Image.fromarray(255 - COLOURS)] * 2
-    jpeg = np.asarray(Image.open(io.BytesIO(saved(colour, "JPEG"))))
+    jpeg = np.asarray(opened(saved(colour, "JPEG")))
     pale, coloured = paletted()
     cmyk = saved(Image.fromarray(RANDOM.integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8), "CMYK"), "JPEG")
     wide = GREYS.astype(np.uint16) * 257
@@ -98,7 +102,7 @@ def cases():
         "F TIFF, to 1": (saved(GREYS.astype(np.float32) / 255, "TIFF"), grey),
         "F TIFF, to 255": (saved(GREYS.astype(np.float32), "TIFF"), grey),
         "F TIFF, to 65535": (saved(wide.astype(np.float32), "TIFF"), grey),
-        "CMYK JPEG": (cmyk, Image.open(io.BytesIO(cmyk)).convert("RGB")),
+        "CMYK JPEG": (cmyk, opened(cmyk).convert("RGB")),
         "palette": (saved(pale, "PNG"), coloured),
         "palette, a transparent colour": (saved(pale, "GIF", transparency=3), coloured),
         "palette, transparent colours": (saved(pale, "PNG", transparency=bytes(range(0, 160, 10))), coloured),
@@ -228,7 +232,7 @@ def test_the_server_reads_the_same_pixels(mode):
     from service.uploads import FORMATS, RefusedError, read_image
 
     for (name, (data, _)), pixels in zip(CASES.items(), expected(mode), strict=True):
-        if Image.open(io.BytesIO(data)).format in FORMATS:
+        if opened(data).format in FORMATS:
             assert np.array_equal(read_image(data, mode, 10_000), pixels), name
         else:
             with pytest.raises(RefusedError, match="no image of PNG"):
@@ -374,7 +378,7 @@ def test_the_limit_is_a_setting(tmp_path):
 
 def test_pixels_are_counted_before_anything_is_decoded(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
-    for given in (io.BytesIO, lambda data: Image.open(io.BytesIO(data))):
+    for given in (io.BytesIO, opened):
         with pytest.raises(DecodingError, match="more than 99") as raised:
             decode(given(saved(GREYS, "PNG")), "L", max_pixels=99)
         assert raised.value.too_large
