@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ import hierens
 from hierens.training.builtin import digits, fashion_mnist
 from hierens.training.config import DataConfig
 from hierens.training.data import create_transform
+from hierens.training.decoding import DecodingError, create_decoder, decode
 from hierens.training.preprocessing import data_config, label_names
 
 try:
@@ -87,7 +88,7 @@ class Demo:
         self.model.to(self.device)
         config = data_config(self.model, settings.model)
         self.size, self.mode = config.input_size, "L" if config.input_size[0] == 1 else "RGB"
-        self.transform = create_transform(config, training=False)
+        self.decode, self.transform = create_decoder(config), create_transform(config, training=False)
         self.full_macs = self.model.macs(self.size)[-1]
         self._lock = threading.Lock()  # visitors take turns: looped levels put weights in place while they run
         blank = Image.new(self.mode, self.size[:0:-1])
@@ -146,7 +147,7 @@ class Demo:
         return int((whole - first).argmax())
 
     def _prepared(self, image: Image.Image) -> torch.Tensor:
-        return self.transform(image.convert(self.mode))[None].to(self.device)
+        return self.transform(self.decode(image))[None].to(self.device)
 
 
 def example_images(settings: Settings, demo: Demo) -> list[Image.Image]:
@@ -170,8 +171,8 @@ def example_images(settings: Settings, demo: Demo) -> list[Image.Image]:
     found = []
     for file in files:
         try:
-            found.append(Image.open(file).convert("RGB"))
-        except OSError as error:
+            found.append(decode(file, "RGB"))
+        except DecodingError as error:
             raise ValueError(f"the example {file} cannot be read: {error}.") from error
     return found
 
@@ -207,7 +208,7 @@ def build(demo: Demo, examples: list[Image.Image], folder: Path) -> gr.Blocks:
                     elem_id="image",
                     buttons=[],
                 )
-                image.preprocess = readable(image.preprocess)
+                image.preprocess = uploaded(demo.decode)
                 depth = gr.Slider(
                     0,
                     max(tree.depths - 1, 1),
@@ -260,15 +261,17 @@ def main() -> None:
         )
 
 
-def readable(preprocess: Any) -> Any:
-    """Gradio's reading of an image, with a sentence for what is none."""
+def uploaded(decode: Callable[[str], Image.Image]) -> Callable[[Any], Image.Image | None]:
+    """What reads an upload in Gradio's place, which has a way of its own with bits and orientation."""
 
-    def read(payload: Any) -> Any:
+    def read(payload: Any) -> Image.Image | None:
+        if payload is None:
+            return None
         try:
-            return preprocess(payload)
-        except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
-            name = getattr(payload, "orig_name", None) or "This file"
-            sentence = f"{name} is not an image that can be read: try a PNG or a JPEG."
+            return decode(payload.path)
+        except DecodingError as error:
+            name = payload.orig_name or "This file"
+            sentence = f"{name} cannot be read: {error}. Try a PNG or a JPEG."
             raise gr.Error(sentence, print_exception=False) from error
 
     return read

@@ -170,7 +170,7 @@ def describe(
         weights.update(f"{name} {tuple(tensor.shape)}".encode())
         weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     prepared = asdict(config)
-    fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation")
+    fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation", "max_pixels")
     found = {"dataset": settings.dataset, "split": settings.split, "found": inputs.fingerprint()}
     described = {
         "model": weights.hexdigest(),

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hierens.training.config import DataConfig
 from hierens.training.data import BUILT_IN, create_datasets, create_transform
+from hierens.training.decoding import Source, create_decoder
+from hierens.training.streams import hugging_face_bytes
 from hierens.training.unreadable import UnreadableImageError
 
 
@@ -69,7 +71,7 @@ class Folder:
 
     def __init__(self, config: DataConfig) -> None:
         root = config.data_dir
-        self.root, self.config, self.transform = Path(root), config, create_transform(config, training=False)
+        self.root, self.read = Path(root), _reader(config)
         if not root or not self.root.is_dir():
             raise ValueError(f"the folder {root!r} does not exist: give --input the folder that holds the images.")
         kinds, found = get_img_extensions(as_set=True), []
@@ -90,8 +92,7 @@ class Folder:
         return self.files
 
     def load(self, file: str) -> Loaded:
-        image = _decoded(self.root / file, self.config, self.transform)
-        return Loaded(_text(file), self.classes.get(Path(file).parent.name), image)
+        return Loaded(_text(file), self.classes.get(Path(file).parent.name), self.read(self.root / file))
 
     def fingerprint(self) -> list[Any]:
         return [(_text(file), os.stat(self.root / file).st_size) for file in self.files]
@@ -128,7 +129,7 @@ class Stream:
     """WebDataset shards or a Hugging Face stream, in stored order; what another process predicts is not decoded."""
 
     def __init__(self, reader: Any, config: DataConfig) -> None:
-        self.reader, self.config, self.transform = reader, config, create_transform(config, training=False)
+        self.reader, self.read = reader, _reader(config)
         self.names: list[str] = []
 
     def workers(self, wanted: int) -> int:
@@ -140,8 +141,7 @@ class Stream:
 
     def load(self, item: tuple[str | None, int | None, Any]) -> Loaded:
         path, label, content = item
-        image = content if isinstance(content, str) else _decoded(content, self.config, self.transform)
-        return Loaded(path, label, image)
+        return Loaded(path, label, content if isinstance(content, str) else self.read(content))
 
     def fingerprint(self) -> list[Any]:
         if hasattr(self.reader, "builder"):
@@ -176,8 +176,7 @@ class Stream:
         for sample in samples.cast_column(self.reader.input_key, ImageFeature(decode=False)):
             stored = sample[self.reader.input_key]
             label = sample.get(self.reader.target_key)
-            content = stored["bytes"] if stored.get("bytes") is not None else Path(stored["path"])
-            yield stored.get("path"), None if label is None or label < 0 else int(label), content
+            yield stored.get("path"), None if label is None or label < 0 else int(label), stored
 
 
 class Batches(IterableDataset[Batch]):
@@ -232,13 +231,19 @@ class Batches(IterableDataset[Batch]):
         )
 
 
-def _decoded(
-    content: bytes | Path, config: DataConfig, transform: Callable[[Image.Image], torch.Tensor]
+def _reader(config: DataConfig) -> Callable[[Source | dict[str, Any]], torch.Tensor | str]:
+    """What prepares an image, or says why not; of a Hugging Face data set's row, after fetching it."""
+    return partial(_prepared, create_decoder(config), create_transform(config, training=False))
+
+
+def _prepared(
+    decode: Callable[[Source], Image.Image],
+    transform: Callable[[Image.Image], torch.Tensor],
+    content: Source | dict[str, Any],
 ) -> torch.Tensor | str:
     try:
-        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
-            return transform(image.convert("L" if config.input_size[0] == 1 else "RGB"))
-    except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
+        return transform(decode(hugging_face_bytes(content) if isinstance(content, dict) else content))
+    except Exception as error:  # files, connections and transforms fail in more ways than images
         return _reason(error)
 
 

@@ -127,7 +127,7 @@ def test_in_a_browser(model_dir, tmp_path):
         shown.locator("#image button[aria-label*='emove'], #image button[aria-label*='lear']").first.click()
         expect(networks=0)
         shown.set_input_files("#image input[type=file]", tmp_path / "broken.jpg")
-        shown.get_by_text("broken.jpg is not an image that can be read").wait_for()
+        shown.get_by_text("broken.jpg cannot be read: it is no image").wait_for()
         shown.locator("#examples button.gallery-item").first.click()
         expect(networks=1)
         assert outside and all(url.startswith((address, "data:", "blob:")) for url in outside), "nobody is told"

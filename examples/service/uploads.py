@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import warnings
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
+from hierens.training.decoding import DecodingError, decode
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_HEADER_BYTES = 16_384
 _SMALL = 1024  # bytes of a form's other fields
-
-# Pillow warns of images from 89 megapixels on; those that are too large are refused here.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class RefusedError(Exception):
@@ -93,7 +89,7 @@ async def read_upload(request: Request, max_bytes: int, max_images: int, seconds
 
 
 def read_image(data: bytes, mode: Literal["L", "RGB"], max_pixels: int) -> Image.Image:
-    """Decode an image: upright, the first frame if there are several, in 8 bits per channel.
+    """Decode an image, as in training.
 
     Args:
         data: the file.
@@ -106,26 +102,6 @@ def read_image(data: bytes, mode: Literal["L", "RGB"], max_pixels: int) -> Image
     if not data:
         raise RefusedError(400, "The image is empty.")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise RefusedError(413, f"The image has more than {max_pixels} pixels.") from None
-    except UnidentifiedImageError:
-        raise RefusedError(400, f"The file is no image of {', '.join(FORMATS)}.") from None
-    except Exception as error:  # damaged headers: Pillow's decoders raise whatever they stumble upon
-        raise RefusedError(400, "The image is damaged.") from error
-    if image.width * image.height > max_pixels:
-        raise RefusedError(413, f"The image has {image.width} x {image.height} pixels, more than {max_pixels}.")
-    try:
-        image.load()
-        return ImageOps.exif_transpose(_eight_bits(image)).convert(mode)
-    except Exception as error:
-        raise RefusedError(400, "The image is damaged or cut short.") from error
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Sixteen bits of grey as eight; Pillow alone would clip what is above 255."""
-    if not image.mode.startswith("I"):
-        return image
-    shallow = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    shallow.info = image.info
-    return shallow
+        return decode(data, mode, max_pixels, FORMATS)
+    except DecodingError as error:
+        raise RefusedError(413 if error.too_large else 400, f"The image is refused: {error}.") from error

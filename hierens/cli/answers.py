@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ def predict(arguments: Sequence[str]) -> None:
 
     from hierens.hub import from_pretrained
     from hierens.training.data import create_transform
+    from hierens.training.decoding import create_decoder
     from hierens.training.preprocessing import data_config, label_names
 
     answers: list[dict[str, Any]] = []
@@ -59,10 +60,11 @@ def predict(arguments: Sequence[str]) -> None:
     with machine_readable(settings.json) as give:
         model = from_pretrained(settings.model)
         policy, names = _policy(settings, model), label_names(model)
-        transform = create_transform(data_config(model, settings.model), training=False)
+        data = data_config(model, settings.model)
+        decode, transform = create_decoder(data), create_transform(data, training=False)
         for file in watched(settings.images, len(settings.images), "predicting"):
             try:
-                image = _read(file, "L" if model.in_chans == 1 else "RGB", transform)
+                image = _read(file, decode, transform)
             except ValueError as error:
                 failed.append({"image": file, "error": str(error)})
                 complain(f"error: {file}: {error}")
@@ -86,24 +88,20 @@ def _policy(settings: PredictSettings, model: Adaptive) -> Policy:
     return load_policy(settings.policy) if settings.policy else load_policy(settings.model, FixedDepth())
 
 
-def _read(file: str, mode: str, transform: Any) -> Tensor:
+def _read(file: str, decode: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Tensor:
     """An image as the model takes it, (1, C, H, W).
 
     Raises:
         ValueError: it cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from hierens.training.decoding import DecodingError
 
     try:
-        with Image.open(file) as image:
-            pixels: Tensor = transform(image.convert(mode))
-    except FileNotFoundError as error:
-        raise ValueError("there is no such file.") from error
-    except UnidentifiedImageError as error:
-        raise ValueError("it is no image, or one of an unknown kind.") from error
-    except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
-        raise ValueError(f"it cannot be read ({first_line(error)}).") from error
-    return pixels[None]
+        return transform(decode(file))[None]
+    except DecodingError as error:
+        raise ValueError(f"{error}.") from error
+    except Exception as error:  # sizes that no transform can deal with
+        raise ValueError(f"it cannot be prepared ({first_line(error)}).") from error
 
 
 def _answer(model: Adaptive, policy: Policy, image: Tensor, top: int, names: list[str] | None) -> dict[str, Any]:

@@ -49,6 +49,12 @@ class DataConfig:
     """samples per epoch of a stream (`wds/`, `hfids/`) that does not say how many it has"""
     max_unreadable: float = 0.1
     """largest share of images that may be unreadable before the run stops; up to it they are skipped and reported"""
+    max_pixels: int = 89_478_485
+    """height times width above which an image is unreadable, by its header; Pillow itself opens twice the default"""
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}.")
 
 
 @dataclass(frozen=True)

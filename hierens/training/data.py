@@ -21,6 +21,7 @@ from torchvision import transforms as T
 
 from hierens.training.builtin import digits, fashion_mnist
 from hierens.training.config import DataConfig
+from hierens.training.decoding import create_decoder
 from hierens.training.images import ArrayImages, HeldOutDataset, SeededDataset, StoredImages
 from hierens.training.streams import Stream, TrainStream
 from hierens.training.unreadable import Unreadable
@@ -83,7 +84,7 @@ def create_datasets(config: DataConfig) -> tuple[Any, Any]:
         dataset = _timm_dataset(config, split, training, mode)
         dataset.transform = transform
         streamed = config.dataset.startswith(_STREAMED)
-        pair.append(dataset if streamed else StoredImages(dataset, mode, transform))
+        pair.append(dataset if streamed else StoredImages(dataset, create_decoder(config), transform))
     return pair[0], pair[1]
 
 
@@ -177,10 +178,11 @@ def _stream_loaders(
     check_division(batch_size, val_batch_size, processes)
     train, val = create_datasets(config)
     _check_size(train.reader.num_samples, batch_size)
+    decode = create_decoder(config)
     train_stream = TrainStream(
-        train.reader, train.transform, config.workers, seed, _counter(config), batch_size // processes
+        train.reader, decode, train.transform, config.workers, seed, _counter(config), batch_size // processes
     )
-    val_stream = Stream(val.reader, val.transform, config.workers, seed, _counter(config))
+    val_stream = Stream(val.reader, decode, val.transform, config.workers, seed, _counter(config))
     train_loader = _stream_loader(train_stream, batch_size // processes, config, state, drop_last=True)
     return train_loader, _stream_loader(val_stream, val_batch_size // processes, config, state)
 

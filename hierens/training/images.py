@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm.data
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from hierens.training.decoding import Source
 from hierens.training.randomness import random_numbers_of
 from hierens.training.unreadable import Unreadable, UnreadableImageError
 
@@ -43,13 +45,20 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
 
     Args:
         dataset: the data set; its own transform is put aside.
-        mode: PIL's mode that images are converted to.
+        decode: a file or a PIL image -> a PIL image as the model sees it.
         transform: PIL image -> tensor (C, H, W).
     """
 
-    def __init__(self, dataset: Any, mode: str, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.dataset, self.mode, self.transform = dataset, mode, transform
+    def __init__(
+        self,
+        dataset: Any,
+        decode: Callable[[Source], Image.Image],
+        transform: Callable[[Image.Image], torch.Tensor],
+    ) -> None:
+        self.dataset, self.decode, self.transform = dataset, decode, transform
         dataset.transform = None
+        if hasattr(dataset, "loader"):  # torchvision's own would lose bits and orientation
+            dataset.loader = Path
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -57,17 +66,17 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         try:
             image, target = self._read(index)
-        except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
+        except Exception as error:  # whatever data sets come up with where a file is gone
             raise UnreadableImageError(f"{self._name(index)}: {error or type(error).__name__}") from error
         return self.transform(image), NO_CLASS if target is None else target
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if not isinstance(self.dataset, timm.data.ImageDataset):
             image, target = self.dataset[index]
-            return image.convert(self.mode), target
+            return self.decode(image), target
         file, target, *_ = self.dataset.reader[index]
         with file:
-            return Image.open(file).convert(self.mode), target  # converting decodes every pixel
+            return self.decode(file), target
 
     def _name(self, index: int) -> str:
         try:

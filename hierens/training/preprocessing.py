@@ -26,7 +26,7 @@ def data_config(model: Any, name: str | Path) -> DataConfig:
 
         run = load_run(trained)
         if run.data.input_size == size:  # else it belongs to another model
-            fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation")
+            fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation", "max_pixels")
             return DataConfig(**{field: getattr(run.data, field) for field in fields})
     named = {field: cfg[field] for field in ("mean", "std", "crop_pct", "interpolation") if cfg.get(field) is not None}
     named.update({field: tuple(named[field]) for field in ("mean", "std") if field in named})

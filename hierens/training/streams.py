@@ -17,8 +17,11 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from hierens.training.decoding import DecodingError, Source
 from hierens.training.randomness import random_numbers_of
 from hierens.training.unreadable import Unreadable, UnreadableDataError
+
+_BLANK = b"P5 1 1 255\n\0"  # the smallest image
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, int]]):
@@ -26,6 +29,7 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
 
     Args:
         reader: timm's `ReaderWds` or `ReaderHfids`, made once the process group exists.
+        decode: a file or its bytes -> a PIL image as the model sees it.
         transform: PIL image -> tensor (C, H, W).
         workers: loader processes.
         seed: of the run.
@@ -35,12 +39,14 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
     def __init__(
         self,
         reader: Any,
+        decode: Callable[[Source], Image.Image],
         transform: Callable[[Image.Image], torch.Tensor],
         workers: int,
         seed: int,
         unreadable: Unreadable,
     ) -> None:
-        self.reader, self.transform, self.seed, self.unreadable = reader, transform, seed, unreadable
+        self.reader, self.decode, self.transform = reader, decode, transform
+        self.seed, self.unreadable = seed, unreadable
         self.workers, self.processes, self.process = max(workers, 1), reader.dist_num_replicas, reader.dist_rank
         self.epoch = 0
         reader.set_loader_cfg(num_workers=workers)
@@ -71,7 +77,13 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
         """The shards of this worker once: shuffled, and anew for each `number`, if the reader is for training."""
         read = _hugging_face if hasattr(self.reader, "builder") else _web_dataset
         mine, of = self.process * self.workers + worker, self.processes * self.workers
-        return read(self.reader, mine, of, (self.seed, self.epoch, number), self.unreadable)
+        for name, stored, target in read(self.reader, mine, of, (self.seed, self.epoch, number), self.unreadable):
+            try:
+                image = self.decode(stored)
+            except DecodingError as error:
+                self.unreadable.count_skipped(f"{name}: {error}")
+            else:
+                yield image, target
 
 
 class TrainStream(Stream):
@@ -81,6 +93,7 @@ class TrainStream(Stream):
 
     Args:
         reader: as for `Stream`.
+        decode: as for `Stream`.
         transform: as for `Stream`.
         workers: as for `Stream`.
         seed: as for `Stream`.
@@ -94,13 +107,14 @@ class TrainStream(Stream):
     def __init__(
         self,
         reader: Any,
+        decode: Callable[[Source], Image.Image],
         transform: Callable[[Image.Image], torch.Tensor],
         workers: int,
         seed: int,
         unreadable: Unreadable,
         batch_size: int,
     ) -> None:
-        super().__init__(reader, transform, workers, seed, unreadable)
+        super().__init__(reader, decode, transform, workers, seed, unreadable)
         reader.batch_size = batch_size
         shards = _count_shards(reader)
         if shards < self.workers * self.processes:
@@ -126,11 +140,21 @@ class TrainStream(Stream):
             yield itertools.chain([first], samples)
 
 
+def hugging_face_bytes(stored: dict[str, Any]) -> bytes:
+    """The image of a row of a Hugging Face data set that is not to decode it, fetched from wherever it lies."""
+    from datasets.utils.file_utils import xopen
+
+    if stored.get("bytes") is not None:
+        return bytes(stored["bytes"])
+    with xopen(stored["path"], "rb") as file:
+        return bytes(file.read())
+
+
 def _web_dataset(
     reader: Any, mine: int, of: int, seeds: tuple[int, int, int], unreadable: Unreadable
-) -> Iterator[tuple[Image.Image, int]]:
+) -> Iterator[tuple[str, bytes, int]]:
     import webdataset as wds
-    from timm.data.readers.reader_wds import WdsTargetKeyError, _decode
+    from timm.data.readers.reader_wds import WdsTargetKeyError, _decode, getfirst
 
     def skip(error: Exception) -> bool:
         unreadable.count_skipped(", ".join(str(part) for part in error.args) or type(error).__name__)
@@ -148,35 +172,37 @@ def _web_dataset(
         stages.append(wds.shuffle(reader.sample_shuffle_size, initial=reader.sample_initial_size, rng=order))
     target_key = reader.target_keys or reader.target_key
     for sample in wds.DataPipeline(*stages):
+        name = f"{sample['__url__']} {sample['__key__']}"
         try:
-            decoded = _decode(sample, reader.input_key, reader.input_img_mode, target_key, reader.split_info.alt_label)
+            stored = getfirst(sample, reader.input_key)
+            # timm says what the target is, but not without decoding an image, its own way.
+            found = _decode({**sample, "jpg": _BLANK}, "jpg", None, target_key, reader.split_info.alt_label)
         except WdsTargetKeyError:  # the whole set lacks what was asked for
             raise
-        except Exception as error:  # whatever PIL's plugins come up with on damaged bytes
-            unreadable.count_skipped(f"{sample['__url__']} {sample['__key__']}: {error or type(error).__name__}")
+        except Exception as error:  # no image, or no number for a label
+            unreadable.count_skipped(f"{name}: {error or type(error).__name__}")
             continue
-        if decoded is not None:  # a sample without a label is meant to be left out
-            yield decoded["jpg"], decoded["target"]
+        if found is not None:  # a sample without a label is meant to be left out
+            yield name, stored, found["target"]
 
 
 def _hugging_face(
     reader: Any, mine: int, of: int, seeds: tuple[int, int, int], unreadable: Unreadable
-) -> Iterator[tuple[Image.Image, int]]:
+) -> Iterator[tuple[str, bytes, int]]:
     from datasets import Image as ImageFeature
 
     reader._lazy_init()  # anew for each pass; shards, shuffling and who reads what are timm's and datasets' own
-    decode = ImageFeature(mode=reader.input_img_mode).decode_example
     samples = reader.ds.cast_column(reader.input_key, ImageFeature(decode=False))
     samples.set_epoch(seeds[1])
     for number, sample in enumerate(samples):
         stored = sample[reader.input_key]
+        name = stored.get("path") or f"sample {number} of worker {mine} of {of}"
         try:
-            image = decode(stored)
-        except Exception as error:
-            name = stored.get("path") or f"sample {number} of worker {mine} of {of}"
+            content = hugging_face_bytes(stored)
+        except Exception as error:  # whatever stands between here and a file
             unreadable.count_skipped(f"{name}: {error or type(error).__name__}")
             continue
-        yield image, sample[reader.target_key]
+        yield name, content, sample[reader.target_key]
 
 
 def _count_shards(reader: Any) -> int:

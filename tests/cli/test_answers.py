@@ -64,4 +64,4 @@ def test_bad_images_are_named_and_the_others_answered(trained, images, tmp_path)
     assert done.code == 1 and [answer["image"] for answer in record["answers"]] == [str(images[0]), str(images[2])]
     assert [failed["image"] for failed in record["failed"]] == [str(file) for file in bad]
     lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 3 and "no image" in lines[0] and "cannot be read" in lines[1] and "no such file" in lines[2]
+    assert len(lines) == 3 and "no image" in lines[0] and "cut short" in lines[1] and "No such file" in lines[2]

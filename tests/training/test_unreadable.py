@@ -117,7 +117,7 @@ def test_a_run_reports_what_it_skipped(tmp_path, capsys):
     assert [r["epoch"] for r in records if "unreadable_training" in r] == [1, 2]
     assert "epoch 2: 1 unreadable validation images were skipped, first: " in capsys.readouterr().out
     lines = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
-    assert len(lines) == 2 and all("dog/007.jpg: cannot identify image" in line for line in lines), "named once each"
+    assert len(lines) == 2 and all("dog/007.jpg: it is no image" in line for line in lines), "named once each"
     assert all(0 <= record["data_wait"] <= 1 for record in records if "loss" in record)
 
 
