@@ -128,10 +128,9 @@ def _finish(folder: Path) -> None:
     """Move what was saved to its place, if a save has come so far, and remove what it left."""
     saved = folder / _STAGE / _SAVED
     if saved.is_dir():
-        described, describing = [], []
-        for file in saved.iterdir():
-            if file.suffix != _GONE:
-                (describing if file.suffix == ".json" else described).append(file)
+        files = [file for file in saved.iterdir() if file.suffix != _GONE]
+        described = [file for file in files if file.suffix != ".json"]
+        describing = [file for file in files if file.suffix == ".json"]
         if described:
             for file in describing:
                 (folder / file.name).unlink(missing_ok=True)

@@ -200,28 +200,25 @@ def from_pretrained(
 
 
 def load_with_policy(
-    name: str | Path,
-    default: Policy | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | None = None,
+    name: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
 ) -> tuple[Adaptive, Policy | None]:
     """`from_pretrained` and `load_policy` at once: of a folder that is being saved anew, both are of the same save.
 
     Args:
         name: as for `from_pretrained`.
-        default: the policy to return if there is none beside the model.
         revision: as for `from_pretrained`.
         token: likewise.
         cache_dir: likewise.
+
+    Returns:
+        The model, and the policy saved beside it, None if there is none.
 
     Raises:
         LoadError: as `from_pretrained` and `load_policy` do.
     """
     source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     saved = read_files(name, (CONFIG, WEIGHTS), _read, optional=(POLICY,), **source)
-    return _made(saved), default if saved.policy is None else saved.policy
+    return _made(saved), saved.policy
 
 
 class _Saved(NamedTuple):

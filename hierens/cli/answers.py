@@ -50,15 +50,14 @@ def predict(arguments: Sequence[str]) -> None:
     if folder := next((name for name in settings.images if Path(name).is_dir()), None):
         raise UsageError(f"{folder} is a folder: name images, or predict all it holds with examples/batch_predict.py.")
 
-    from hierens.hub import from_pretrained
     from hierens.training.data import create_transform
     from hierens.training.preprocessing import data_config, label_names
 
     answers: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with machine_readable(settings.json) as give:
-        model = from_pretrained(settings.model)
-        policy, names = _policy(settings, model), label_names(model)
+        model, policy = _loaded(settings)
+        names = label_names(model)
         transform = create_transform(data_config(model, settings.model), training=False)
         for file in watched(settings.images, len(settings.images), "predicting"):
             try:
@@ -76,14 +75,19 @@ def predict(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _policy(settings: PredictSettings, model: Adaptive) -> Policy:
-    """The depth or the policy that was asked for, else the one beside the model, else all networks."""
+def _loaded(settings: PredictSettings) -> tuple[Adaptive, Policy]:
+    """The model, with the depth or the policy that was asked for, else the one beside it, else all networks."""
+    from hierens.hub import from_pretrained, load_with_policy
     from hierens.policies import FixedDepth, load_policy
 
     if settings.depth is not None:
+        model = from_pretrained(settings.model)
         model.leaves_at(settings.depth)
-        return FixedDepth(settings.depth)
-    return load_policy(settings.policy) if settings.policy else load_policy(settings.model, FixedDepth())
+        return model, FixedDepth(settings.depth)
+    if settings.policy:
+        return from_pretrained(settings.model), load_policy(settings.policy)
+    model, saved = load_with_policy(settings.model)
+    return model, saved or FixedDepth()
 
 
 def _read(file: str, mode: str, transform: Any) -> Tensor:
