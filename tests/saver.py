@@ -1,12 +1,14 @@
-"""Saves models over each other without end, and is killed: SAVED FOLDER SEED KILLS.
+"""Saves models over each other without end, and is killed: FOLDER SEED KILLS.
 
 A parent that has imported everything forks the one that saves, kills it at a random moment or while its files are being
-moved, and forks the next. It prints which model is the first one when it is there, and at last how often what was hit.
+moved, and forks the next when somebody has loaded what that left: readers write a byte to stdin for every load. It
+prints a line when the first model is there, and at last how often what was hit.
 """
 
 import json
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -50,6 +52,15 @@ def save(made, number, folder):
     made[number].save_pretrained(folder, results=results, policy=POLICIES[number], picture=number == 0)
 
 
+def await_load():
+    """Wait for a load that began after now: the second one to end from now on."""
+    os.set_blocking(0, False)
+    while os.read(0, 4096) if select.select([0], [], [], 0)[0] else b"":
+        pass
+    os.set_blocking(0, True)
+    assert os.read(0, 1) and os.read(0, 1)
+
+
 def main(folder, seed, kills):
     torch.set_num_threads(1)
     made, rng, hit = models(), random.Random(seed), {"before": 0, "while moving": 0, "other": 0}
@@ -72,7 +83,7 @@ def main(folder, seed, kills):
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         hit["while moving" if saved.exists() else "before" if saved.parent.exists() else "other"] += 1
-        time.sleep(rng.uniform(0, seconds))  # readers meet what the kill left
+        await_load()
     save(made, 2, folder)
     print(json.dumps(hit), flush=True)
 

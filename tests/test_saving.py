@@ -1,5 +1,6 @@
 """A model saved over another: readers get one or the other, with its own policy, whatever is killed."""
 
+import contextlib
 import json
 import os
 import resource
@@ -29,7 +30,8 @@ def names(folder):
 def survive(folder, kills, seed):
     """Load in a loop while another process saves and is killed; how often which model was loaded, and what was hit."""
     command = [sys.executable, Path(__file__).with_name("saver.py"), folder, str(seed), str(kills)]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writer = subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert writer.stdout.readline() == "ready\n"
     (folder / "notes.txt").write_text("mine")
     loaded = Counter()
@@ -38,6 +40,8 @@ def survive(folder, kills, seed):
         (number,) = marks(model)
         assert model.leaves == (4, 4, 2)[number] and policy == POLICIES[number]
         loaded[number] += 1
+        with contextlib.suppress(BrokenPipeError):
+            os.write(writer.stdin.fileno(), b".")
     assert writer.returncode == 0
     assert names(folder) == ["README.md", "config.json", "model.safetensors", "notes.txt"]
     return loaded, json.loads(writer.stdout.readline())
@@ -45,14 +49,14 @@ def survive(folder, kills, seed):
 
 def test_readers_get_a_model_whole_while_its_writer_is_killed(tmp_path):
     loaded, hit = survive(tmp_path, kills=10, seed=int.from_bytes(os.urandom(2), "big"))
-    assert sum(loaded.values()) > 10 and sum(hit.values()) == 10
+    assert sum(loaded.values()) > 20 and sum(hit.values()) == 10
 
 
 @pytest.mark.slow
 def test_readers_get_a_model_whole_through_fifty_kills(tmp_path):
     loaded, hit = survive(tmp_path, kills=50, seed=0)
     print(f"loaded {dict(loaded)}, killed {hit}")
-    assert set(loaded) == {0, 1, 2} and hit["before"] and hit["while moving"]
+    assert set(loaded) == {0, 1, 2} and sum(loaded.values()) > 100 and hit["before"] and hit["while moving"]
 
 
 def test_what_belonged_to_an_earlier_model_goes(made, tmp_path):
