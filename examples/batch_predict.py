@@ -24,6 +24,7 @@ from inputs import Batch, Batches, Folder, Indexed, Stream, open_inputs
 from torch.utils.data import DataLoader
 
 import hierens
+from hierens.hub import load_with_policy
 from hierens.policies import Deadline, FixedDepth, Policy, load_policy
 from hierens.training.config import DataConfig
 from hierens.training.files import publish
@@ -97,8 +98,7 @@ def run(settings: Settings) -> None:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}.")
     state = PartialState(cpu=settings.cpu)
-    model = hierens.from_pretrained(settings.model)
-    policy = choose_policy(settings, model)
+    model, policy = load(settings)
     where = {"dataset": settings.dataset, "data_dir": settings.input, "val_split": settings.split}
     config = replace(data_config(model, settings.model), **where)
     inputs = open_inputs(config)
@@ -121,8 +121,8 @@ def run(settings: Settings) -> None:
         began = time.perf_counter()
 
 
-def choose_policy(settings: Settings, model: hierens.Adaptive) -> Policy:
-    """The depth or the policy that was asked for, else the one beside the model, else all networks.
+def load(settings: Settings) -> tuple[hierens.Adaptive, Policy]:
+    """The model, with the depth or the policy that was asked for, else the one beside it, else all networks.
 
     Raises:
         ValueError: a depth that the model does not have, or a policy that answers by the clock.
@@ -130,15 +130,20 @@ def choose_policy(settings: Settings, model: hierens.Adaptive) -> Policy:
     if settings.depth is not None and settings.policy:
         raise ValueError("give --depth or --policy, not both.")
     if settings.depth is not None:
+        model = hierens.from_pretrained(settings.model)
         model.leaves_at(settings.depth)
-        return FixedDepth(settings.depth)
-    policy = load_policy(settings.policy) if settings.policy else load_policy(settings.model, FixedDepth())
+        return model, FixedDepth(settings.depth)
+    if settings.policy:
+        model, policy = hierens.from_pretrained(settings.model), load_policy(settings.policy)
+    else:
+        model, saved = load_with_policy(settings.model)
+        policy = saved or FixedDepth()
     if isinstance(policy, Deadline):
         raise ValueError(
             f"the policy in {settings.policy or settings.model} answers by the clock, which nobody could repeat: give "
             "--depth or --policy."
         )
-    return policy
+    return model, policy
 
 
 def class_names(settings: Settings, model: hierens.Adaptive, inputs: Folder | Indexed | Stream) -> list[str] | None:

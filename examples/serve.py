@@ -23,10 +23,8 @@ import ray
 import tyro
 from ray import serve
 from service.gateway import Gateway
-from service.network import Inputs, Network, choose_policy
+from service.network import Inputs, Network, load
 from service.settings import Settings
-
-import hierens
 
 
 def build(settings: Settings) -> serve.Application:
@@ -40,8 +38,7 @@ def build(settings: Settings) -> serve.Application:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}.")
     if settings.buffer_bytes < settings.max_bytes:
         raise ValueError(f"buffer_bytes must be at least max_bytes, {settings.max_bytes}.")
-    model = hierens.from_pretrained(settings.model)
-    choose_policy(settings, model)
+    model, _ = load(settings)
     network = Network.options(
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": settings.threads},

@@ -7,7 +7,6 @@ A folder that `export` wrote holds `depth_0.onnx`, `depth_1.onnx`, ... (`.xml` f
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,9 +23,11 @@ from hierens.adaptive import Adaptive
 from hierens.errors import did_you_mean, first_line
 from hierens.export_formats import FORMATS, INPUT, OUTPUT, Format, Run
 from hierens.export_graphs import for_inference, graph
+from hierens.files import saving
 from hierens.modes import evaluating
 
 MANIFEST = "export.json"
+_WRITTEN = (MANIFEST, "weights.bin", *(f"depth_*{kind.suffix}" for kind in FORMATS.values()))
 TOLERANCE = 1e-4  # of the largest logit
 _ROUGH = 0.5  # what whole numbers may be off by: beyond it something is wrong, not coarse
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -91,22 +92,19 @@ def export(
     size = _size(model, size)
     shown = _noise(size)
     calibrating = [] if quantize is None else _calibrating(format, quantize, calibration)
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as scratch:
-        made = _written(model, kind, Path(scratch), chosen, size, kind.apart or quantize is not None)
+    # Of an earlier export no file may stay: its weights lie elsewhere.
+    with saving(directory, replaces=_WRITTEN) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
+        first = partial if quantize is None else Path(scratch)
+        made = _written(model, kind, first, chosen, size, kind.apart or quantize is not None)
         differences = _checked(model, made, chosen, shown, TOLERANCE) if check else {}
         if quantize is not None:
             from hierens.quantizing import quantized
 
-            whole = Path(scratch) / "int8"
-            whole.mkdir()
-            made = quantized(made, whole, [_name(kind, depth) for depth in reversed(chosen)], calibrating)
+            made = quantized(made, partial, [_name(kind, depth) for depth in reversed(chosen)], calibrating)
             differences = _checked(model, made, chosen, calibrating[:1], _ROUGH) if check else {}
         manifest = _manifest(model, format, kind, chosen, size, differences, quantize)
-        (made.folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        _publish(made.folder, directory)
-    return directory
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    return Path(directory)
 
 
 def _format(name: str) -> type[Format]:
@@ -264,14 +262,3 @@ def _manifest(
         ],
         "made_with": {tool: version(tool) for tool in tools},
     }
-
-
-def _publish(folder: Path, directory: Path) -> None:
-    """Put an export in the place of an earlier one, of which no file may stay: its weights lie elsewhere."""
-    directory.mkdir(exist_ok=True)
-    for pattern in (MANIFEST, "weights.bin", *(f"depth_*{kind.suffix}" for kind in FORMATS.values())):
-        for old in directory.glob(pattern):
-            old.unlink()
-    # The manifest comes last: where it is, the rest is.
-    for file in sorted((file for file in folder.iterdir() if file.is_file()), key=lambda file: file.name == MANIFEST):
-        shutil.move(file, directory / file.name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -18,6 +20,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hierens.files import find, identities
+
+_Read = TypeVar("_Read")
+_PATIENCE = 10.0  # seconds until a folder whose files are replaced all the time is given up
+
 
 class LoadError(ValueError):
     """A saved model cannot be loaded: a file is missing, damaged, or says what cannot be built."""
@@ -27,33 +34,69 @@ class MissingFileError(LoadError):
     """What should hold a file is there, the file is not."""
 
 
-def fetch(
+def read_files(
     name: str | Path,
     files: Sequence[str],
+    read: Callable[..., _Read],
     *,
+    optional: Sequence[str] = (),
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
-) -> list[Path]:
-    """Where files lie, downloaded if need be.
+) -> _Read:
+    """Read files of a folder, all as one save wrote them, or of a repository, downloaded if need be.
 
     Args:
         name: a folder, or a repository `user/name`.
         files: names in it.
+        read: called with the paths of the files and then of the optional ones, None for those that are not there. Of a
+            folder it is called again if a file was replaced meanwhile, so it should only open and read.
+        optional: names of further files.
         revision: branch, tag or commit of the repository.
         token: access token of a private repository.
         cache_dir: where downloads are kept.
 
+    Returns:
+        What `read` returned.
+
     Raises:
-        LoadError: there is no such folder and the Hub does not give the files, or gave others than it lists.
+        LoadError: there is no such folder and the Hub does not give the files, or gave others than it lists; or the
+            folder's files are replaced all the time.
         MissingFileError: the folder or the repository does not have one of them.
     """
     folder = Path(name)
     if folder.is_dir():
-        if missing := [file for file in files if not (folder / file).is_file()]:
-            raise MissingFileError(f"{folder} holds no {' and no '.join(missing)}: it is not all that was saved.")
-        return [folder / file for file in files]
-    return [_downloaded(str(name), file, revision, token, cache_dir) for file in files]
+        return _read_settled(folder, files, optional, read)
+    paths: list[Path | None] = [_downloaded(str(name), file, revision, token, cache_dir) for file in files]
+    for file in optional:
+        try:
+            paths.append(_downloaded(str(name), file, revision, token, cache_dir))
+        except MissingFileError:
+            paths.append(None)
+    return read(*paths)
+
+
+def _read_settled(folder: Path, files: Sequence[str], optional: Sequence[str], read: Callable[..., _Read]) -> _Read:
+    """Read files of a folder when no save replaces them."""
+    names, deadline = (*files, *optional), time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        before, problem = identities(folder, names), None
+        try:
+            paths = {file: find(folder, file) for file in names}
+            if missing := [file for file in files if paths[file] is None]:
+                raise MissingFileError(f"{folder} holds no {' and no '.join(missing)}: it is not all that was saved.")
+            found = read(*paths.values())
+        except (ValueError, OSError) as error:
+            problem = error
+        if identities(folder, names) == before:
+            if problem is not None:
+                raise problem
+            return found
+        time.sleep(0.01)
+    raise LoadError(
+        f"{folder} is being written: for {_PATIENCE:.0f} s its files were replaced whenever they were read. Load it "
+        "again when the saving is done."
+    )
 
 
 def _downloaded(name: str, file: str, revision: str | None, token: str | None, cache_dir: str | None) -> Path:

@@ -14,27 +14,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import timm
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 
 import hierens
 import hierens.architectures  # registers the entry points that a config names
 from hierens.adaptive import Adaptive
-from hierens.cards import About, draw_accuracy, model_card
+from hierens.cards import PICTURE, About, draw_accuracy, model_card
 from hierens.errors import first_line
-from hierens.fetching import LoadError, explain, fetch
-from hierens.policies import Policy, save_policy
+from hierens.fetching import LoadError, explain, read_files
+from hierens.files import saving
+from hierens.policies import POLICY, Policy, read_policy, save_policy
 from hierens.vetting import ARGUMENTS, TREES, check_arguments, check_fit, read_config, read_shapes, unbuildable
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-__all__ = ["LoadError", "SaveError", "from_pretrained", "model_card", "push_to_hub", "save_config", "save_pretrained"]
+__all__ = [
+    *("LoadError", "SaveError", "from_pretrained", "load_with_policy", "model_card", "push_to_hub", "save_config"),
+    "save_pretrained",
+]
 
 
 class SaveError(ValueError):
@@ -51,7 +54,10 @@ def save_pretrained(
     picture: bool = False,
     **about: Unpack[About],
 ) -> Path:
-    """Write `config.json`, `model.safetensors` and a model card.
+    """Write `config.json`, `model.safetensors` and a model card, all of them or, after any failure, none.
+
+    In place of a model that is there already, with its policy and picture: whoever loads meanwhile gets the old one or
+    the new one, and so does whoever loads after a kill. Other files in the directory stay.
 
     Args:
         model: the model; its training mode and device do not matter.
@@ -84,18 +90,17 @@ def _save(
 ) -> Path:
     _check_remakable(model)
     model_card(model, results, **about)  # what does not fit is said before anything is written
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     # safetensors stores plain layouts only, and the caller's model may well be channels_last.
     plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     plain._model_args = _arguments(model)
     extra = {"hierens": hierens.__version__, **_labels(model, about)}
-    save_for_hf(plain, str(directory), model_config=extra, safe_serialization=True)
-    drawn = picture and draw_accuracy(model, results or {}, directory)
-    (directory / CARD).write_text(model_card(model, results, name, drawn, **about), encoding="utf-8")
-    if policy is not None:
-        save_policy(policy, directory)
-    return directory
+    with saving(directory, replaces=(POLICY, PICTURE)) as partial:
+        save_for_hf(plain, str(partial), model_config=extra, safe_serialization=True)
+        drawn = picture and draw_accuracy(model, results or {}, partial)
+        (partial / CARD).write_text(model_card(model, results, name, drawn, **about), encoding="utf-8")
+        if policy is not None:
+            save_policy(policy, partial)
+    return Path(directory)
 
 
 def _labels(model: Adaptive, about: About) -> dict[str, Any]:
@@ -190,17 +195,60 @@ def from_pretrained(
     Raises:
         LoadError: a missing or damaged file, a config that names what cannot be built, weights that do not fit it.
     """
-    config_file, weights = fetch(name, (CONFIG, WEIGHTS), revision=revision, token=token, cache_dir=cache_dir)
-    config, shapes = read_config(config_file), read_shapes(weights)
+    source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    return _made(read_files(name, (CONFIG, WEIGHTS), _read, **source))
+
+
+def load_with_policy(
+    name: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
+) -> tuple[Adaptive, Policy | None]:
+    """`from_pretrained` and `load_policy` at once: of a folder that is being saved anew, both are of the same save.
+
+    Args:
+        name: as for `from_pretrained`.
+        revision: as for `from_pretrained`.
+        token: likewise.
+        cache_dir: likewise.
+
+    Returns:
+        The model, and the policy saved beside it, None if there is none.
+
+    Raises:
+        LoadError: as `from_pretrained` and `load_policy` do.
+    """
+    source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    saved = read_files(name, (CONFIG, WEIGHTS), _read, optional=(POLICY,), **source)
+    return _made(saved), saved.policy
+
+
+class _Saved(NamedTuple):
+    """What the files of a model say; the weights are opened, and so stay what they are if the file is replaced."""
+
+    config: dict[str, Any]
+    config_file: Path
+    shapes: dict[str, tuple[int, ...]]
+    weights: Any
+    weights_file: Path
+    policy: Policy | None
+
+
+def _read(config_file: Path, weights_file: Path, policy_file: Path | None = None) -> _Saved:
+    config, shapes = read_config(config_file), read_shapes(weights_file)
+    policy = None if policy_file is None else read_policy(policy_file)
+    return _Saved(config, config_file, shapes, safe_open(weights_file, "pt"), weights_file, policy)
+
+
+def _made(saved: _Saved) -> Adaptive:
+    config, shapes = saved.config, saved.shapes
     # Which levels are looped is nothing to find out by computing, where there are no values to compare.
     unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] in TREES else {}
-    check_fit(lambda: _build(config, **unlooped), shapes, config_file, weights)
+    check_fit(lambda: _build(config, **unlooped), shapes, saved.config_file, saved.weights_file)
     try:
         model = _build(config)
     except Exception as error:
-        raise unbuildable(config_file, error) from error
+        raise unbuildable(saved.config_file, error) from error
     _describe(model, config)
-    _load_weights(model, weights)
+    _load_weights(model, saved.weights, saved.weights_file)
     return model.eval()
 
 
@@ -246,8 +294,8 @@ def _describe(model: Adaptive, config: dict[str, Any]) -> None:
     model.pretrained_cfg.update({key: config[key] for key in ("label_names", "label_descriptions") if key in config})
 
 
-def _load_weights(model: Adaptive, file: Path) -> None:
+def _load_weights(model: Adaptive, weights: Any, file: Path) -> None:
     try:
-        model.load_state_dict(load_file(file))
+        model.load_state_dict({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
         raise LoadError(f"the weights in {file} cannot be read: {first_line(error)}.") from error

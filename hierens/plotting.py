@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from hierens.files import replacing
+
 _MARKERS = "osD^vX*P"
 
 
@@ -58,7 +60,8 @@ def plot_accuracy(
     axes.margins(x=0.1, y=0.15)
     _plain(axes)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file)
     return Path(path)
 
 
@@ -96,7 +99,8 @@ def plot_comparison(groups: Sequence[Compared], path: str | Path, title: str = "
     figure.legend(
         *panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2, fontsize=8
     )
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file)
     return Path(path)
 
 
@@ -130,7 +134,8 @@ def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
     figure.legend(
         *panels[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2, fontsize=8
     )
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file)
     return Path(path)
 
 

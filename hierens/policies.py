@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from hierens.adaptive import Adaptive
-from hierens.fetching import LoadError, MissingFileError, fetch
+from hierens.fetching import LoadError, MissingFileError, read_files
+from hierens.files import replacing
 from hierens.modes import evaluating
 from hierens.uncertainty import MEASURES, Measure, certainty
 
@@ -334,7 +335,8 @@ def from_dict(values: dict[str, Any]) -> Policy:
 def save_policy(policy: Policy, directory: str | Path) -> Path:
     """Write `policy.json` beside a saved model."""
     file = Path(directory) / POLICY
-    file.write_text(json.dumps(policy.to_dict(), indent=2) + "\n")
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(policy.to_dict(), indent=2) + "\n")
     return file
 
 
@@ -358,14 +360,23 @@ def load_policy(
     Raises:
         LoadError: there is none, or it cannot be read.
     """
-    file = Path(name)
-    if not file.is_file():
-        try:
-            (file,) = fetch(name, (POLICY,), revision=revision, token=token, cache_dir=cache_dir)
-        except MissingFileError:
-            if default is None:
-                raise
-            return default
+    if Path(name).is_file():
+        return read_policy(Path(name))
+    try:
+        return read_files(name, (POLICY,), read_policy, revision=revision, token=token, cache_dir=cache_dir)
+    except MissingFileError:
+        if default is None:
+            raise
+        return default
+
+
+def read_policy(file: Path) -> Policy:
+    """The policy in a file.
+
+    Raises:
+        LoadError: it cannot be read.
+        ValueError: no policy, or values that it does not take.
+    """
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:

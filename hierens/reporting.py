@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hierens.files import replacing
 from hierens.plotting import plot_comparison, plot_leaves
 from hierens.profiling import table
 from hierens.tree import nested_sizes
@@ -117,12 +118,14 @@ def write_report(groups: Sequence[Group], directory: str | Path) -> Path:
     ]
     seeds = ", ".join(f"{group.name}: {len(group.records)}" for group in groups)
     page = directory / "report.md"
-    page.write_text(
+    text = (
         "# Report\n\nColumns: networks evaluated; mean and standard deviation over seeds.\n\n"
         + "\n\n".join(parts)
         + "\n\n![Accuracy and diversity against cost](accuracy.png)\n\n![Single networks](leaves.png)\n\n"
         + f"Runs: {seeds}.\n"
     )
+    with replacing(page) as file:
+        file.write_text(text)
     return page
 
 

@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hierens.branching import Activations, Level
 from hierens.ensemble import HierarchicalEnsemble
+from hierens.files import replacing
 from hierens.fused_layers import FusedConvolution
 from hierens.modes import evaluating
 from hierens.profiling import table
@@ -127,8 +128,7 @@ def tune(
             if isinstance(module, FusedConvolution):
                 module.forget()
         if file is not None:
-            others = [t for t in known if (t.machine, t.model, t.size) != key]
-            _write(file, [*others, found])
+            _remember(file, found)
     apply(model, found)
     return found
 
@@ -254,9 +254,12 @@ def _read(file: str | Path) -> list[Tuning]:
         raise ValueError(f"{file} does not hold what tune() writes: name another file, or remove it.") from error
 
 
-def _write(file: str | Path, tunings: Sequence[Tuning]) -> None:
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps([asdict(t) for t in tunings], indent=1) + "\n")
-    partial.replace(path)
+def _remember(file: str | Path, new: Tuning) -> None:
+    """Add what was measured to what the file holds by now: other processes may have added to it as well."""
+    with replacing(file) as partial:
+        known = {(t.machine, t.model, t.size): t for t in _read(file)}
+        key = (new.machine, new.model, new.size)
+        before = known[key].measurements if key in known else ()
+        merged = {(m.level, m.branches, m.batch_size): m for m in (*before, *new.measurements)}
+        known[key] = replace(new, measurements=tuple(merged.values()))
+        partial.write_text(json.dumps([asdict(t) for t in known.values()], indent=1) + "\n")

@@ -1,6 +1,8 @@
 """Tuning: what is measured is run, remembered for the machine and the model, and never changes an answer."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,37 @@ def test_it_is_remembered_for_the_machine_the_model_and_the_size(model, images, 
     assert len(records) == 4 and len({(r["machine"], r["model"], tuple(r["size"])) for r in records}) == 4
     assert again.tune(images.bfloat16(), batch_sizes=(2, 4), file=file) != found  # a batch that is not there yet
     assert len(json.loads(file.read_text())) == 4
+
+
+TUNE = """
+import sys, timm, torch, hierens
+from hierens import tuning
+
+torch.set_num_threads(1)
+tuning._ways = lambda level, x, parents, branches: {1: 1.0, branches: 2.0}
+number, file = int(sys.argv[1]), sys.argv[2]
+model = hierens.hierensify(timm.create_model("resnet8_cifar", channels=(8, 8, 8)), 2, init="reinit", looped={})
+print("ready", flush=True)
+sys.stdin.readline()
+for size in range(8, 16):
+    model.tune(torch.zeros(1, 3, 8 + 8 * number + size, 16), file=file)
+    model.tune(torch.zeros(1, 3, 8, 8), batch_sizes=[1 + number + 3 * size], file=file)
+"""
+
+
+def test_processes_that_tune_at_once_lose_nothing_of_each_other(tmp_path):
+    file, pipes = tmp_path / "tuning.json", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", TUNE, str(n), str(file)], **pipes) for n in range(3)]
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(300) for process in started] == [0, 0, 0]
+    records = {tuple(record["size"]): record["measurements"] for record in json.loads(file.read_text())}
+    assert len(records) == 1 + 3 * 8, "a record per size"
+    assert len({m["batch_size"] for m in records[3, 8, 8]}) == 3 * 8, "one record of all batch sizes"
+    assert [path.name for path in tmp_path.iterdir()] == ["tuning.json"]
 
 
 def test_what_was_not_measured_runs_like_the_next_larger(model):

@@ -17,6 +17,7 @@ import torch
 from ray import serve
 
 import hierens
+from hierens.hub import load_with_policy
 from hierens.policies import FixedDepth, Load, Policy, load_policy
 from hierens.training.preprocessing import label_names
 from hierens.uncertainty import mutual_information
@@ -65,8 +66,8 @@ class Network:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
         self.top, self.waiting = settings.top, 0
-        model: Any = hierens.from_pretrained(settings.model)
-        self.inputs, self.policy = Inputs.of(model), choose_policy(settings, model)
+        model, self.policy = load(settings)
+        self.inputs = Inputs.of(model)
         with contextlib.suppress(ValueError):  # what cannot be fused runs as it is
             model = model.fuse()
         self.model, self.worker = model, ThreadPoolExecutor(1)
@@ -130,15 +131,17 @@ class Network:
         ]
 
 
-def choose_policy(settings: Settings, model: Any) -> Policy:
-    """The policy that the settings ask for.
+def load(settings: Settings) -> tuple[Any, Policy]:
+    """The model, and the policy that the settings ask for.
 
     Raises:
         ValueError: a depth that the model does not have, or no policy.json.
     """
     if settings.policy == "saved":
-        return load_policy(settings.model)
+        model, saved = load_with_policy(settings.model)  # both of one save
+        return model, saved or load_policy(settings.model)
+    model = hierens.from_pretrained(settings.model)
     leaves = model.leaves_at(settings.depth)
     if settings.policy == "fixed":
-        return FixedDepth(leaves=leaves)
-    return Load(model.sizes.index(leaves), settings.target_ms, queue_high=settings.queue_high)
+        return model, FixedDepth(leaves=leaves)
+    return model, Load(model.sizes.index(leaves), settings.target_ms, queue_high=settings.queue_high)

@@ -50,7 +50,6 @@ def predict(arguments: Sequence[str]) -> None:
     if folder := next((name for name in settings.images if Path(name).is_dir()), None):
         raise UsageError(f"{folder} is a folder: name images, or predict all it holds with examples/batch_predict.py.")
 
-    from hierens.hub import from_pretrained
     from hierens.training.data import create_transform
     from hierens.training.decoding import create_decoder
     from hierens.training.preprocessing import data_config, label_names
@@ -58,9 +57,8 @@ def predict(arguments: Sequence[str]) -> None:
     answers: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with machine_readable(settings.json) as give:
-        model = from_pretrained(settings.model)
-        policy, names = _policy(settings, model), label_names(model)
-        data = data_config(model, settings.model)
+        model, policy = _loaded(settings)
+        names, data = label_names(model), data_config(model, settings.model)
         decode, transform = create_decoder(data), create_transform(data, training=False)
         for file in watched(settings.images, len(settings.images), "predicting"):
             try:
@@ -78,14 +76,19 @@ def predict(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _policy(settings: PredictSettings, model: Adaptive) -> Policy:
-    """The depth or the policy that was asked for, else the one beside the model, else all networks."""
+def _loaded(settings: PredictSettings) -> tuple[Adaptive, Policy]:
+    """The model, with the depth or the policy that was asked for, else the one beside it, else all networks."""
+    from hierens.hub import from_pretrained, load_with_policy
     from hierens.policies import FixedDepth, load_policy
 
     if settings.depth is not None:
+        model = from_pretrained(settings.model)
         model.leaves_at(settings.depth)
-        return FixedDepth(settings.depth)
-    return load_policy(settings.policy) if settings.policy else load_policy(settings.model, FixedDepth())
+        return model, FixedDepth(settings.depth)
+    if settings.policy:
+        return from_pretrained(settings.model), load_policy(settings.policy)
+    model, saved = load_with_policy(settings.model)
+    return model, saved or FixedDepth()
 
 
 def _read(file: str, decode: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Tensor:

@@ -90,19 +90,13 @@ def push(arguments: Sequence[str]) -> None:
     if settings.repository.count("/") != 1:
         raise UsageError(f"the repository should be user/name, got {settings.repository!r}.")
 
-    from hierens.fetching import MissingFileError
-    from hierens.hub import from_pretrained
-    from hierens.policies import load_policy
+    from hierens.hub import load_with_policy
 
     with machine_readable(settings.json) as give:
-        model = from_pretrained(settings.model)
+        model, policy = load_with_policy(settings.model)
         beside = Path(settings.model).parent / "results.json"
         file = settings.results or (str(beside) if beside.is_file() else "")
         results = card_results(file, model.depths) if file else None
-        try:
-            policy = load_policy(settings.model)
-        except MissingFileError:
-            policy = None
         options: dict[str, Any] = {"private": settings.private or None, "revision": settings.revision}
         try:
             url = model.push_to_hub(settings.repository, results=results, policy=policy, **options)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -32,6 +33,7 @@ from hierens.training.sharding import is_sharded, save_optimizer, save_weights
 from hierens.training.sharding import load as load_sharded
 
 _STATE, _BEST, _AVERAGE, _OPTIMIZER = "trainer.json", "best", "model_ema.safetensors", "optimizer_by_name.bin"
+_Answer = TypeVar("_Answer")
 # What a checkpoint's optimiser and averages cannot do without, and what decides which images an epoch has seen.
 _FIXED = ("optimizer", "precision", "ema_decay")
 _FIXED_WITHIN_AN_EPOCH = ("batch_size", "accumulation", "seed")
@@ -132,12 +134,12 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def choose_checkpoint(output_dir: str | Path, resume: str, say: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that `resume` means, verified; the folder of checkpoints is put in order for a run from there.
+    """The checkpoint that `resume` means, verified.
 
     Args:
         output_dir: of the run.
-        resume: `auto`, the newest that is whole; `never`; or a checkpoint's folder.
-        say: told what was found damaged and what was put aside.
+        resume: `auto`, the newest that is whole, where damaged ones are put aside; `never`; or a checkpoint's folder.
+        say: told what was found damaged.
 
     Raises:
         ValueError: the folder named is no checkpoint, or a damaged one.
@@ -150,7 +152,7 @@ def choose_checkpoint(output_dir: str | Path, resume: str, say: Callable[[str], 
             raise ValueError(
                 f"{resume} is no checkpoint (it has no {_STATE}): give a folder like checkpoints/step-000000500."
             )
-        if wrong := damage(chosen):
+        if wrong := defect(chosen):
             raise ValueError(
                 f"the checkpoint {resume} is damaged: {wrong}. Give another one, or resume from 'auto', the newest "
                 "that is whole."
@@ -159,17 +161,56 @@ def choose_checkpoint(output_dir: str | Path, resume: str, say: Callable[[str], 
     recover(folder, "step-*")
     if resume == "auto":
         for candidate in reversed(_checkpoints(folder)):
-            wrong = damage(candidate)
+            wrong = defect(candidate)
             if wrong is None:
                 chosen = candidate
                 break
             say(f"the checkpoint {candidate} is damaged: {wrong}. {_put_aside(candidate, '.damaged')}")
+    return chosen
+
+
+def start_from(output_dir: str | Path, chosen: Path | None, say: Callable[[str], None] = print) -> None:
+    """Put aside what is newer than the checkpoint that a run goes on from: what it does next takes its place.
+
+    Args:
+        output_dir: of the run.
+        chosen: the checkpoint, None for a new start.
+        say: told what was put aside.
+    """
+    folder = Path(output_dir) / "checkpoints"
     newer = [other for other in _checkpoints(folder) if chosen is None or other.name > chosen.name]
     for other in newer:
         say(f"the checkpoint {other} is newer than where this run starts. {_put_aside(other, '.superseded')}")
     if not (folder / _BEST).exists():
         (folder / _BEST).unlink(missing_ok=True)  # it pointed to one of those
-    return chosen
+
+
+def defect(folder: Path) -> str | None:
+    """What keeps a run from going on from a checkpoint: damage, or weights or statistics that are not finite."""
+    if wrong := damage(folder):
+        return wrong
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if not bool(tensors.get_tensor(name).isfinite().all()):
+                    return f"{name} in {file.name} is not finite"
+    return None
+
+
+def last_good_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint without a defect, whose last validation gave finite numbers."""
+    for folder in reversed(_checkpoints(Path(output_dir) / "checkpoints")):
+        if defect(folder) is None:
+            history = json.loads((folder / _STATE).read_text())["state"]["history"]
+            if not history or score(history[-1]) > -math.inf:
+                return folder
+    return None
+
+
+def score(record: Mapping[str, Any]) -> float:
+    """By what one validation is better than another: its accuracy, but below any other if a number is not finite."""
+    values = [value for entry in record.values() for value in (entry if isinstance(entry, list) else [entry])]
+    return float(record["accuracy"][-1]) if all(map(math.isfinite, values)) else -math.inf
 
 
 def load_checkpoint(
@@ -220,10 +261,15 @@ def load_checkpoint(
 
 def resolve_checkpoint(accelerator: Accelerator, config: TrainConfig) -> Path | None:
     """`choose_checkpoint`, done by the main process for all; every process raises what it raises."""
+    return agreed(accelerator, lambda: choose_checkpoint(config.output_dir, config.resume))
+
+
+def agreed(accelerator: Accelerator, work: Callable[[], _Answer]) -> _Answer:
+    """What the main process finds, for all; if that raises a ValueError, every process does."""
     answer: list[Any] = [None, ""]
     if accelerator.is_main_process:
         try:
-            answer[0] = choose_checkpoint(config.output_dir, config.resume)
+            answer[0] = work()
         except ValueError as error:
             answer[1] = str(error)
     broadcast_object_list(answer)
@@ -269,9 +315,10 @@ def _check_layout(accelerator: Accelerator, folder: Path) -> None:
 def _apply_policy(folder: Path, config: TrainConfig, state: TrainState) -> None:
     found = _checkpoints(folder)
     kept = set(found[-config.keep_checkpoints :])
-    validated = [record for record in state.history if (folder / _name(record["step"])).is_dir()]
+    there = [record for record in state.history if (folder / _name(record["step"])).is_dir()]
+    validated = [record for record in there if score(record) > -math.inf]
     if config.keep_best and validated:
-        best = folder / _name(max(validated, key=lambda record: record["accuracy"][-1])["step"])
+        best = folder / _name(max(validated, key=score)["step"])
         kept.add(best)
         with contextlib.suppress(OSError):  # not every file system has links
             link = folder / f"{_BEST}.new"

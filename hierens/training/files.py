@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hierens.errors import first_line
+from hierens.files import sync
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
@@ -93,17 +93,6 @@ def recover(parent: Path, pattern: str) -> None:
             replaced.rename(final)
     for partial in (*parent.glob(pattern + PARTIAL), *parent.glob(pattern + REPLACED + PARTIAL)):
         remove(partial)
-
-
-def sync(path: Path) -> None:
-    """Write a file or a folder's entries through to the disk, where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

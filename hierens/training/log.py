@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hierens.training.files import free_space, sync
+from hierens.files import replacing, sync
+from hierens.training.files import free_space
 
 
 class JsonLines:
@@ -27,13 +28,11 @@ class JsonLines:
 
     def restart(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Keep only some of the records that are there; a line that a kill cut short goes too."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._waiting = []
         old = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         kept = "".join(f"{line}\n" for line in old if (record := _parsed(line)) is not None and keep(record))
-        new = self.path.with_suffix(".partial")
-        new.write_text(kept)
-        new.replace(self.path)
+        with replacing(self.path) as new:
+            new.write_text(kept)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record, or keep it for later and say so if the disk is full."""

@@ -13,9 +13,11 @@ from torch import nn
 from hierens.adaptive import Adaptive
 from hierens.ensemble import hierensify
 from hierens.exits import multi_exit
+from hierens.files import replacing
 from hierens.hub import from_pretrained
 from hierens.training.config import Run, to_json
 from hierens.training.data import count_classes, create_loaders
+from hierens.training.lock import check_free
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
 from hierens.tree_exits import tree_with_exits
@@ -33,23 +35,24 @@ def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:
     Raises:
         ValueError: anything in the configuration that does not work, before the first step.
     """
-    config = run.train
+    config, output = run.train, Path(run.train.output_dir)
+    check_free(output)
     micro_batch = config.batch_size // config.accumulation
     train_loader, val_loader = create_loaders(run.data, micro_batch, config.val_batch_size, config.seed, config.cpu)
     model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
     teacher = create_teacher(run, model.num_classes)
     trainer = Trainer(model, config, train_loader, val_loader, teacher, run.teacher)
-    if trainer.accelerator.is_main_process:
-        output = Path(config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "run.json").write_text(json.dumps(to_json(run), indent=2) + "\n")
-    history = trainer.fit()
-    saved = Path(config.output_dir) / "model"
-    model = from_pretrained(saved) if is_sharded(trainer.model) else trainer.ensemble.cpu().eval()
+    history = trainer.fit(begun=lambda: _write(output / "run.json", to_json(run)))
+    model = from_pretrained(output / "model") if is_sharded(trainer.model) else trainer.ensemble.cpu().eval()
     if trainer.accelerator.is_main_process:
         results = {"macs": list(model.macs()), "leaves": list(model.sizes), **history[-1]}
-        (Path(config.output_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        _write(output / "results.json", results)
     return model, history[-1]
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def create_ensemble(run: Run, num_classes: int) -> Adaptive:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from hierens.adaptive import Adaptive
 from hierens.hub import WEIGHTS, from_pretrained, save_config, save_pretrained
 from hierens.training.checkpoint import CheckpointWriteError, first_problem
-from hierens.training.files import PARTIAL, free_space, noting_write_errors, publish, recover, remove
+from hierens.training.files import free_space, noting_write_errors, recover
 from hierens.training.sharding import full_weights, is_sharded
 
 
@@ -24,7 +26,7 @@ def save_model(
     Args:
         accelerator: gathers weights that are spread over processes.
         model: the ensemble, wrapped or not.
-        directory: replaced if it is there.
+        directory: a model in it is replaced.
         results: columns of the card's table, a value per depth.
 
     Raises:
@@ -34,17 +36,17 @@ def save_model(
     weights = full_weights(model) if is_sharded(model) else accelerator.get_state_dict(model) if spread else {}
     problems: list[str] = []
     if accelerator.is_main_process:
-        ensemble, partial = accelerator.unwrap_model(model), directory.with_name(directory.name + PARTIAL)
         with noting_write_errors() as problems:
             recover(directory.parent, directory.name)
-            partial.mkdir(parents=True)
-            if spread:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
-                save_config(ensemble, partial)
-                ensemble = from_pretrained(partial)
-            save_pretrained(ensemble, partial, results)
-            publish(partial, directory)
-        if problems:
-            remove(partial)
+            ensemble = accelerator.unwrap_model(model)
+            save_pretrained(_whole(ensemble, weights) if spread else ensemble, directory, results)
     if problem := first_problem(problems):
         raise CheckpointWriteError(f"{directory} cannot be written ({problem}): {free_space(directory)}.")
+
+
+def _whole(ensemble: Adaptive, weights: Mapping[str, Tensor]) -> Adaptive:
+    """A spread model in one piece, on the CPU."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, Path(scratch) / WEIGHTS)
+        save_config(ensemble, scratch)
+        return from_pretrained(scratch)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,15 +30,21 @@ from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoint import (
     CheckpointWriteError,
     TrainState,
+    agreed,
+    first_problem,
+    last_good_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
+    score,
+    start_from,
 )
 from hierens.training.config import TeacherConfig, TrainConfig, to_json
 from hierens.training.convolutions import subsampled_convolutions
 from hierens.training.data import check_division, data_signature
 from hierens.training.evaluation import evaluate
+from hierens.training.lock import alone_in
 from hierens.training.log import JsonLines
 from hierens.training.loss import TrainingLoss
 from hierens.training.mixing import Mixing
@@ -55,7 +61,7 @@ _STEPS_BETWEEN_AGREEMENTS = 10  # on accelerators, where agreeing to stop would 
 
 
 class TrainingDivergedError(ValueError):
-    """The loss or the weights are no longer finite. The newest checkpoint is from before that."""
+    """The loss, the weights or the running statistics are no longer finite. The checkpoints are from before that."""
 
 
 class Trainer:
@@ -149,10 +155,13 @@ class Trainer:
         """The model itself, without Accelerate's wrapping."""
         return self.accelerator.unwrap_model(self.model)
 
-    def fit(self) -> list[dict[str, Any]]:
+    def fit(self, begun: Callable[[], object] | None = None) -> list[dict[str, Any]]:
         """Train to the last epoch, resuming as configured, and save the model.
 
         SIGTERM and SIGINT (Ctrl-C) end it after the step under way and a checkpoint.
+
+        Args:
+            begun: called by the main process before the first step, once the checkpoint to go on from was accepted.
 
         Returns:
             A record per validated epoch: epoch, step, val_loss and the accuracy (%) of every depth.
@@ -161,11 +170,20 @@ class Trainer:
             TrainingDivergedError: loss or weights are no longer finite; says at which step.
             TrainingInterrupted: a signal came; it is a SystemExit with the code 128 + signal. (Ctrl-C in a notebook: a
                 KeyboardInterrupt, and `fit` can be called again.)
-            ValueError: the checkpoint to go on from is damaged or of another model, or no model could be written.
+            ValueError: another run writes to the same folder, the checkpoint to go on from is damaged or of another
+                model, or no model could be written.
         """
         config = self.config
-        with self._signals, self._synced(), subsampled_convolutions(self.ensemble):
+        with (
+            self._signals,
+            self._synced(),
+            subsampled_convolutions(self.ensemble),
+            contextlib.ExitStack() as held,
+        ):
+            agreed(self.accelerator, lambda: held.enter_context(alone_in(config.output_dir)))
             self._resume()
+            if begun is not None and self.accelerator.is_main_process:
+                begun()
             self.accelerator.init_trackers("hierens", config=_flat(to_json(config)))
             try:
                 for epoch in range(self.state.epoch, config.epochs):
@@ -187,11 +205,12 @@ class Trainer:
         folder = resolve_checkpoint(self.accelerator, self.config)
         if folder is not None:
             self.state = load_checkpoint(self.accelerator, folder, self.config, self._data, self._average)
-            validated = [(record["epoch"], record["accuracy"][-1]) for record in self.state.history]
+            validated = [(record["epoch"], score(record)) for record in self.state.history]
             bring_up_to(self.schedule, self.state.step, validated)
             self.accelerator.print(f"resuming from {folder}: epoch {self.state.epoch}, step {self.state.step}")
         if self.accelerator.is_main_process:
             state = self.state
+            start_from(self.config.output_dir, folder)
             self._log_file.restart(lambda r: r["epoch"] <= state.epoch if "val_loss" in r else r["step"] <= state.step)
 
     def _train_epoch(self, epoch: int) -> None:
@@ -285,20 +304,29 @@ class Trainer:
         self.state.unlogged += values
 
     def _diverged(self, what: str) -> None:
-        newest = newest_checkpoint(self.config.output_dir)
-        kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint from before"
+        good = last_good_checkpoint(self.config.output_dir)
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint from before"
         raise TrainingDivergedError(f"{what}; {kept}. Try a lower learning rate, clip_grad, or bf16 in place of fp16.")
 
     def _checkpoint(self) -> None:
         self._check_losses()
-        if self._largest(int(not all(bool(own_part(p).isfinite().all()) for p in self.ensemble.parameters()))):
-            self._diverged(f"weights are not finite after step {self.state.step}")
+        if name := first_problem(self._not_finite()):
+            self._diverged(f"{name} is not finite after step {self.state.step}")
         if self.accelerator.is_main_process:
             self._log_file.sync()
         try:
             save_checkpoint(self.accelerator, self.config, self.state, self._data, self._average)
         except CheckpointWriteError as error:
             self.accelerator.print(f"{error} Training goes on; {self._newest()}, the next is due in time.")
+
+    def _not_finite(self) -> list[str]:
+        """The first of the weights and running statistics, or of their averages, that is not finite."""
+        models = {"": self.ensemble} if self._average is None else {"": self.ensemble, "the average of ": self._average}
+        for prefix, model in models.items():
+            for name, tensor in model.state_dict().items():
+                if not bool(own_part(tensor).isfinite().all()):
+                    return [prefix + name]
+        return []
 
     def _stop_if_asked(self) -> None:
         """Leave, after a checkpoint, if any process received a signal: all of them leave at the same step."""
@@ -339,7 +367,7 @@ class Trainer:
             average = self._evaluate(self.ema.module)
             record |= {f"ema_{name}": value for name, value in average.items()}
         self.state.history.append(record)
-        self.schedule.step(epoch + 1, record["accuracy"][-1])
+        self.schedule.step(epoch + 1, score(record))
         self._log(record)
         shown = " ".join(f"{value:.2f}" for value in record["accuracy"])
         self.accelerator.print(f"epoch {epoch + 1}: accuracy by depth {shown} %, loss {record['val_loss']:.4f}")

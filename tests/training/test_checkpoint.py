@@ -17,7 +17,13 @@ from launcher import log, weights
 from test_trainer import fresh_accelerator, trainer  # noqa: F401
 
 import hierens
-from hierens.training.checkpoint import choose_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from hierens.training.checkpoint import (
+    choose_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    start_from,
+)
 from hierens.training.files import MANIFEST, damage, publish, recover, remove, seal
 
 SHORT = {"blocks": 2, "epochs": 4, "batch_size": 64, "checkpoint_steps": 4, "log_steps": 3}  # 21 steps an epoch
@@ -184,9 +190,12 @@ def test_damaged_checkpoints_are_named_and_put_aside(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"step-000000002 is damaged: the contents of trainer.json have changed"):
         choose_checkpoint(tmp_path, str(steps[1]))
     assert choose_checkpoint(tmp_path, str(steps[0])) == steps[0].resolve()
+    start_from(tmp_path, steps[0])
     assert "step-000000002 is newer than where this run starts" in capsys.readouterr().out
     assert newest_checkpoint(tmp_path) == steps[0]
-    assert choose_checkpoint(tmp_path, "never") is None and newest_checkpoint(tmp_path) is None
+    assert choose_checkpoint(tmp_path, "never") is None
+    start_from(tmp_path, None)
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_the_best_stays_and_is_a_model(tmp_path):
@@ -223,6 +232,23 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, settings, message):
         run.fit()
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings).fit()
+
+
+def files(folder):
+    """What a run wrote, but for what it printed."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"}
+
+
+@pytest.mark.parametrize(("resume", "optimizer"), [("auto", "adamw"), ("step-000000007", "adamw"), ("nowhere", "sgd")])
+def test_a_refused_resume_changes_nothing(launcher, tmp_path, resume, optimizer):
+    short = {"blocks": 2, "epochs": 1, "batch_size": 64, "checkpoint_steps": 7}
+    launcher.start(tmp_path / "run", short).finish()
+    before = files(tmp_path / "run")
+    assert before[tmp_path / "run" / "run.json"]
+    resume = resume if resume == "auto" else str(tmp_path / "run" / "checkpoints" / resume)
+    again = launcher.start(tmp_path / "run", short | {"optimizer": optimizer, "lr": 1e-3, "resume": resume})
+    assert again.wait() == 1 and "ValueError" in again.output
+    assert files(tmp_path / "run") == before
 
 
 def test_changed_settings_are_named(tmp_path, capsys):

@@ -13,11 +13,13 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
 from hierens.training.checkpoint import choose_checkpoint, newest_checkpoint
 from hierens.training.config import TeacherConfig, TrainConfig
+from hierens.training.files import MANIFEST, seal
 from hierens.training.trainer import Trainer, TrainingDivergedError
 
 DEMO = Path(__file__).with_name("demo_run.py")
@@ -292,6 +294,79 @@ def test_weights_that_overflow_are_not_checkpointed(tmp_path):
     with pytest.raises(TrainingDivergedError, match="there is no checkpoint from before"):
         run.fit()
     assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_statistics_that_overflow_are_not_checkpointed(tmp_path, averaged):
+    """Training does not use the running statistics, so the loss stays finite."""
+    run = trainer(tmp_path, epochs=1, ema_decay=0.9 if averaged else None)
+    spoilt = run.ema.module if averaged else run.ensemble
+    name, statistics = next((n, b) for n, b in spoilt.named_buffers() if n.endswith("running_var"))
+    statistics.fill_(float("inf"))
+    named = f"{'the average of ' if averaged else ''}{name} is not finite after step 3"
+    with pytest.raises(TrainingDivergedError, match=f"{named}; there is no checkpoint from before"):
+        run.fit()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_the_last_good_checkpoint_is_one(tmp_path):
+    """Not one whose validation was not finite, nor one with statistics that are not, as older versions wrote."""
+    run = trainer(tmp_path, epochs=5, keep_checkpoints=9)
+    validate = run._validate
+
+    def go_wrong_slowly(epoch):
+        validate(epoch)
+        if epoch == 1:
+            run.state.history[-1]["val_loss"] = float("nan")
+        if epoch == 3:
+            spoil(newest_checkpoint(tmp_path), "running_mean")
+            next(run.ensemble.buffers()).fill_(float("nan"))
+
+    run._validate = go_wrong_slowly
+    with pytest.raises(
+        TrainingDivergedError, match=r"running_mean is not finite after step 12; .*step-000000003\. Try"
+    ):
+        run.fit()
+
+
+def spoil(checkpoint, name):
+    """Put a value that is not finite into a checkpoint, and seal it again."""
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    next(tensor for key, tensor in tensors.items() if key.endswith(name)).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint)
+
+
+def test_no_run_goes_on_from_values_that_are_not_finite(tmp_path, capsys):
+    trainer(tmp_path, checkpoint_steps=2).fit()
+    newest = newest_checkpoint(tmp_path)
+    spoil(newest, "running_var")
+    with pytest.raises(
+        ValueError, match=r"step-000000006 is damaged: .*running_var in model.safetensors is not finite"
+    ):
+        trainer(tmp_path, resume=str(newest)).fit()
+    trainer(tmp_path, checkpoint_steps=2).fit()
+    assert "running_var in model.safetensors is not finite. It is put aside as step-000000006.damaged" in (
+        shown := capsys.readouterr().out
+    )
+    assert re.search(r"resuming from .*step-00000000[45]", shown)
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path):
+    run = trainer(tmp_path, epochs=3, keep_checkpoints=1)
+    validate = run._validate
+
+    def be_best_for_no_reason(epoch):
+        validate(epoch)
+        run.state.history[-1]["accuracy"][-1] = (50.0, 100.0, 40.0)[epoch]
+        if epoch == 1:
+            run.state.history[-1]["val_loss"] = float("nan")
+
+    run._validate = be_best_for_no_reason
+    run.fit()
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000000003"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""A model saved over another: readers get one or the other, with its own policy, whatever is killed."""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+from saver import POLICIES, marks, models, save
+
+import hierens
+from hierens.hub import load_with_policy
+from hierens.policies import FixedDepth, load_policy, save_policy
+
+
+@pytest.fixture(scope="module")
+def made():
+    return models()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def survive(folder, kills, seed):
+    """Load in a loop while another process saves and is killed; how often which model was loaded, and what was hit."""
+    command = [sys.executable, Path(__file__).with_name("saver.py"), folder, str(seed), str(kills)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writer = subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert writer.stdout.readline() == "ready\n"
+    (folder / "notes.txt").write_text("mine")
+    loaded = Counter()
+    while writer.poll() is None:
+        model, policy = load_with_policy(folder)
+        (number,) = marks(model)
+        assert model.leaves == (4, 4, 2)[number] and policy == POLICIES[number]
+        loaded[number] += 1
+        with contextlib.suppress(BrokenPipeError):
+            os.write(writer.stdin.fileno(), b".")
+    assert writer.returncode == 0
+    assert names(folder) == ["README.md", "config.json", "model.safetensors", "notes.txt"]
+    return loaded, json.loads(writer.stdout.readline())
+
+
+def test_readers_get_a_model_whole_while_its_writer_is_killed(tmp_path):
+    loaded, hit = survive(tmp_path, kills=10, seed=int.from_bytes(os.urandom(2), "big"))
+    assert sum(loaded.values()) > 20 and sum(hit.values()) == 10
+
+
+@pytest.mark.slow
+def test_readers_get_a_model_whole_through_fifty_kills(tmp_path):
+    loaded, hit = survive(tmp_path, kills=50, seed=0)
+    print(f"loaded {dict(loaded)}, killed {hit}")
+    assert set(loaded) == {0, 1, 2} and sum(loaded.values()) > 100 and hit["before"] and hit["while moving"]
+
+
+def test_what_belonged_to_an_earlier_model_goes(made, tmp_path):
+    save(made, 0, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert {"accuracy.png", "policy.json"} < set(names(tmp_path))
+    save(made, 2, tmp_path)
+    assert names(tmp_path) == ["README.md", "config.json", "model.safetensors", "notes.txt"]
+    model, policy = load_with_policy(tmp_path)
+    assert marks(model) == {2} and policy is None
+    assert load_policy(tmp_path, FixedDepth(0)) == FixedDepth(0)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).leaves == 2
+
+
+def test_a_policy_alone_leaves_the_model(made, tmp_path):
+    save(made, 2, tmp_path)
+    save_policy(FixedDepth(0), tmp_path)
+    model, policy = load_with_policy(tmp_path)
+    assert marks(model) == {2} and policy == FixedDepth(0)
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(made, tmp_path):
+    """Files cannot grow beyond some bytes: what a quota does."""
+    save(made, 0, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            save(made, 1, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_that_is_replaced_while_it_loads_is_loaded_whole(made, tmp_path, monkeypatch):
+    """Between its config and its weights, and between its weights and their use."""
+    from hierens import hub
+
+    save(made, 0, tmp_path)
+    replaced = []
+    for name, call in (("read_shapes", hub.read_shapes), ("check_fit", hub.check_fit)):
+
+        def and_replace(*args, call=call, name=name):
+            if name not in replaced:
+                replaced.append(name)
+                save(made, 1, tmp_path)
+            return call(*args)
+
+        monkeypatch.setattr(hub, name, and_replace)
+    model, policy = load_with_policy(tmp_path)
+    assert replaced == ["read_shapes", "check_fit"]
+    assert marks(model) == {1} and policy == POLICIES[1]
+
+
+def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, tmp_path, monkeypatch):
+    from hierens import fetching, hub
+
+    save(made, 0, tmp_path)
+    monkeypatch.setattr(fetching, "_PATIENCE", 0.3)
+
+    def and_touch(file, read=hub.read_config):
+        found = read(file)
+        os.utime(file)
+        return found
+
+    monkeypatch.setattr(hub, "read_config", and_touch)
+    with pytest.raises(hierens.hub.LoadError, match=r"is being written: for 0 s .* Load it again when the saving is"):
+        hierens.from_pretrained(tmp_path)
+
+
+def test_uploads_of_a_folder_leave_out_what_a_kill_left(made, tmp_path):
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+    from hierens.files import saving
+
+    save(made, 2, tmp_path)
+    with saving(tmp_path) as partial:
+        (partial / "config.json").write_text("half")
+        found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+        sent = list(filter_repo_objects(found, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
+        assert len(found) == 4 and sorted(sent) == ["README.md", "config.json", "model.safetensors"]
