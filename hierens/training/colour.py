@@ -15,26 +15,27 @@ _DIFFERENCE = 24  # of the channels of a pixel, from 0 to 255; what JPEG leaves 
 
 def warn_of_lost_colours(dataset: Any) -> None:
     """Say so once if one of the first images of a map-style data set of timm's or torchvision's has colours."""
-    for index in range(min(len(dataset), _LOOKED_AT)):
-        try:
-            image = _opened(dataset, index)
-            if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
-                continue
+    if any(_has_colours(dataset, index) for index in range(min(len(dataset), _LOOKED_AT))):
+        warnings.warn(
+            "the images have colours, and input_size asks for 1 channel: they are read as grey. For colours give "
+            "input_size 3 channels.",
+            stacklevel=2,
+        )
+
+
+def _has_colours(dataset: Any, index: int) -> bool:
+    try:
+        if not isinstance(dataset, timm.data.ImageDataset):
+            return _is_coloured(dataset[index][0])
+        with dataset.reader[index][0] as file, Image.open(file) as image:
             image.draft("RGB", (_SIDE, _SIDE))  # a JPEG is decoded in small
-            pixels = np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)), np.int16)
-        except Exception:  # an image that cannot be read is counted when it is its turn
-            continue
-        if np.ptp(pixels, axis=-1).max() > _DIFFERENCE:
-            warnings.warn(
-                "the images have colours, and input_size asks for 1 channel: they are read as grey. For colours give "
-                "input_size 3 channels.",
-                stacklevel=2,
-            )
-            return
+            return _is_coloured(image)
+    except Exception:  # an image that cannot be read is counted when it is its turn
+        return False
 
 
-def _opened(dataset: Any, index: int) -> Image.Image:
-    if isinstance(dataset, timm.data.ImageDataset):
-        return Image.open(dataset.reader[index][0])
-    image: Image.Image = dataset[index][0]
-    return image
+def _is_coloured(image: Image.Image) -> bool:
+    if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
+        return False
+    pixels = np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)), np.int16)
+    return bool(np.ptp(pixels, axis=-1).max() > _DIFFERENCE)

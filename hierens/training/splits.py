@@ -89,7 +89,8 @@ def check_folders(train: str, val: str) -> None:
             both.append((path, other))
     if empty:
         warnings.warn(
-            f"training leaves out classes whose folders in {train} hold no images: {_some(empty)}.", stacklevel=2
+            f"training leaves out classes whose folders in {train} hold no images: {_some(sorted(empty))}.",
+            stacklevel=2,
         )
     if both:
         raise ValueError(
