@@ -22,7 +22,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hierens.training.config import DataConfig
-from hierens.training.data import BUILT_IN, create_datasets, create_transform
+from hierens.training.data import class_names, create_held_out, create_transform
 from hierens.training.decoding import Source, create_decoder
 from hierens.training.streams import hugging_face_bytes
 from hierens.training.unreadable import UnreadableImageError
@@ -55,14 +55,8 @@ def open_inputs(config: DataConfig) -> Folder | Indexed | Stream:
     """
     if not config.dataset:
         return Folder(config)
-    if config.dataset in BUILT_IN and config.val_split not in ("train", "validation"):
-        raise ValueError(f"{config.dataset} has the splits train and validation, not {config.val_split!r}.")
     # A stream that does not say how long it is can be predicted nevertheless.
-    config = replace(config, train_split=config.val_split, num_samples=config.num_samples or 1)
-    train, dataset = create_datasets(config)
-    if config.dataset in BUILT_IN:
-        dataset = train if config.val_split == "train" else dataset
-        dataset.transform = create_transform(config, training=False)
+    dataset = create_held_out(replace(config, num_samples=config.num_samples or 1))
     return Stream(dataset.reader, config) if isinstance(dataset, IterableDataset) else Indexed(dataset)
 
 
@@ -99,13 +93,11 @@ class Folder:
 
 
 class Indexed:
-    """A data set of `create_datasets` that has a length."""
+    """A data set of `create_held_out` that has a length."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        inner = getattr(dataset, "dataset", dataset)
-        known = getattr(getattr(inner, "reader", None), "class_to_idx", None) or getattr(inner, "class_to_idx", None)
-        self.names = sorted(known, key=known.get) if known else []
+        self.names = class_names(dataset) or []
 
     def workers(self, wanted: int) -> int:
         return wanted

@@ -20,6 +20,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from hierens.cutting import Cutting, input_size
+from hierens.labels import forget_labels
 from hierens.nesting import Nesting
 from hierens.profiling import Profile, profile
 
@@ -206,6 +207,13 @@ class Adaptive(nn.Module, ABC):
 
     def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
         """Tell leaves with equal weights apart, where there are any."""
+
+    def _count_classes(self, num_classes: int) -> None:
+        """Note how many classes new classifiers have; names of other classes are forgotten."""
+        if num_classes != self.num_classes:
+            forget_labels(self)
+        self.num_classes = num_classes
+        self._macs.clear()
 
     def _prepared(self, x: Tensor) -> Tensor:
         """Images as the first block takes them."""

@@ -9,6 +9,7 @@ from typing import TypedDict, Unpack
 from huggingface_hub import EvalResult, ModelCardData
 
 from hierens.adaptive import Adaptive
+from hierens.labels import label_names
 from hierens.plotting import plot_accuracy
 from hierens.profiling import millions, table
 
@@ -40,7 +41,7 @@ class About(TypedDict, total=False):
         license: such as `apache-2.0`.
         base_model: the repository whose weights training began from.
         datasets: names on the Hub, the one that the results were measured on first.
-        label_names: of the classes, in order.
+        label_names: of the classes, in order; by default those of the model.
     """
 
     license: str | None
@@ -70,7 +71,7 @@ def model_card(
         ValueError: results without a value per depth, or names of more or fewer classes than there are.
     """
     args, size = model.arguments(), tuple(model.pretrained_cfg["input_size"])
-    columns, labels = dict(results or {}), list(about.get("label_names") or [])
+    columns, labels = dict(results or {}), list(about.get("label_names") or label_names(model) or [])
     if wrong := [title for title, values in columns.items() if len(values) != model.depths]:
         raise ValueError(f"results need a value per depth ({model.depths}): {', '.join(wrong)} have not.")
     if labels and len(labels) != model.num_classes:

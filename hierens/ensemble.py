@@ -370,8 +370,7 @@ class HierarchicalEnsemble(Adaptive):
                 make = classifier_maker(old, self.head_hidden_size)
                 fresh = [make(num_classes).to(like.device, like.dtype) for _ in range(self.tree.leaves)]
             self.classifier.replace(name, fresh)
-        self.num_classes = num_classes
-        self._macs.clear()
+        self._count_classes(num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the backbone wants spared from weight decay."""

@@ -336,8 +336,7 @@ class MultiExit(Adaptive):
             reset(num_classes)
         fresh = nn.ModuleList(Embedding(num_classes) for _ in self.embeddings)
         self.embeddings = fresh.to(like.device, like.dtype).train(self.training)
-        self.num_classes = num_classes
-        self._macs.clear()
+        self._count_classes(num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the backbone wants spared from weight decay, and the ensemble's weights."""

@@ -24,6 +24,7 @@ from hierens.errors import did_you_mean, first_line
 from hierens.export_formats import FORMATS, INPUT, OUTPUT, Format, Run
 from hierens.export_graphs import for_inference, graph
 from hierens.files import saving
+from hierens.labels import label_names
 from hierens.modes import evaluating
 
 MANIFEST = "export.json"
@@ -249,7 +250,7 @@ def _manifest(
         "input": {"name": INPUT, "shape": ["batch", *size], "dtype": "float32"},
         "output": {"name": OUTPUT, "shape": ["batch", model.num_classes], "dtype": "float32"},
         "preprocessing": {key: cfg[key] for key in _PREPROCESSING if key in cfg},
-        "label_names": cfg.get("label_names"),
+        "label_names": label_names(model),
         "depths": [
             {
                 "depth": depth,

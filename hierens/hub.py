@@ -118,7 +118,9 @@ def save_config(model: Adaptive, directory: str | Path) -> None:
     """Write `config.json` alone, beside weights that are there already."""
     described = SimpleNamespace(**vars(model))  # FSDP's models cannot be copied
     described._model_args = _arguments(model)
-    save_config_for_hf(described, str(Path(directory) / CONFIG), model_config={"hierens": hierens.__version__})
+    save_config_for_hf(
+        described, str(Path(directory) / CONFIG), model_config={"hierens": hierens.__version__, **_labels(model, {})}
+    )
 
 
 def push_to_hub(

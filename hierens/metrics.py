@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hierens.labels import NO_CLASS, as_indices, out_of_range
 from hierens.modes import evaluating
 from hierens.nesting import Nesting
 from hierens.tree import nested_sizes
@@ -80,9 +81,16 @@ class LeafMetrics:
 
         Args:
             leaf_logits: (N, leaves, classes), of any floating-point type.
-            targets: class indices (N,); images with a negative one are passed over.
+            targets: class indices (N,); images with -1, which are of no class, are passed over.
+
+        Raises:
+            ValueError: another label that is no class.
         """
-        known = targets >= 0
+        targets = as_indices(targets, "a batch")
+        classes = leaf_logits.shape[-1]
+        if len(wrong := ((targets < NO_CLASS) | (targets >= classes)).nonzero()):
+            raise out_of_range(int(wrong[0]), int(targets[wrong[0]]), classes, "a batch")
+        known = targets != NO_CLASS
         leaf_logits, targets = leaf_logits[known], targets[known]
         if not len(targets):
             return

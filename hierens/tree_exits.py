@@ -249,8 +249,7 @@ class TreeWithExits(Adaptive):
         for exit in self.exits:
             assert isinstance(exit, (PooledExit, ConvExit))
             exit.reset(num_classes)
-        self.num_classes = num_classes
-        self._macs.clear()
+        self._count_classes(num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the backbone wants spared from weight decay."""

@@ -45,12 +45,13 @@ def evaluate(arguments: Sequence[str]) -> None:
     from torch.utils.data import DataLoader
 
     from hierens.hub import from_pretrained
+    from hierens.labels import label_names
     from hierens.metrics import as_record, evaluate_model
-    from hierens.training.data import create_datasets
+    from hierens.training.data import create_held_out
 
     with machine_readable(settings.json) as give:
         model = from_pretrained(settings.model)
-        _, images = create_datasets(settings.data)
+        images = create_held_out(settings.data, label_names(model) or model.num_classes)
         loader = DataLoader(images, settings.batch_size, num_workers=settings.data.workers)
         total = len(loader) if isinstance(images, Sized) else None
         record = as_record(evaluate_model(model, watched(loader, total, "evaluating")))

@@ -6,7 +6,7 @@ was resumed, nor, unless samples come as a stream, on the number of workers or p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-from hierens.training.builtin import digits, fashion_mnist
+from hierens.training.builtin import CLASSES, is_training, read_built_in
+from hierens.training.colour import warn_of_lost_colours
 from hierens.training.config import DataConfig
 from hierens.training.decoding import create_decoder
 from hierens.training.images import ArrayImages, HeldOutDataset, SeededDataset, StoredImages
+from hierens.training.splits import check_folder, check_folders, is_folder, match_classes, match_model, split_folder
 from hierens.training.streams import Stream, TrainStream
 from hierens.training.unreadable import Unreadable
 
-BUILT_IN = ("digits", "fashion_mnist")
+BUILT_IN = tuple(CLASSES)
 _STREAMED = ("wds/", "hfids/")
 _HOSTED = ("hfds/", *_STREAMED)  # their readers find the data by themselves
 
@@ -70,22 +72,43 @@ def create_loaders(
 def create_datasets(config: DataConfig) -> tuple[Any, Any]:
     """Training and validation data with their transforms, before batching; of a stream, timm's data sets.
 
+    Classes have the numbers that they have in training. Warnings name classes without images, and lost colours.
+
     Raises:
-        ValueError: data that is missing, empty or damaged, or an unknown name.
+        ValueError: data that is missing, empty or damaged, or an unknown name; the same images in both splits; classes
+            in validation that training lacks.
     """
-    pair: list[Any] = []
-    for training, split in ((True, config.train_split), (False, config.val_split)):
-        transform = create_transform(config, training)
-        mode = "L" if config.input_size[0] == 1 else "RGB"
-        if config.dataset in BUILT_IN:
-            read = digits if config.dataset == "digits" else fashion_mnist
-            pair.append(ArrayImages(*read(config, training), mode, transform))
-            continue
-        dataset = _timm_dataset(config, split, training, mode)
-        dataset.transform = transform
-        streamed = config.dataset.startswith(_STREAMED)
-        pair.append(dataset if streamed else StoredImages(dataset, create_decoder(config), transform))
-    return pair[0], pair[1]
+    places = _folder(config, "train_split"), _folder(config, "val_split")
+    if places[0] and places[1]:
+        check_folders(places[0], places[1])
+    train = _dataset(config, config.train_split, True, places[0])
+    val = _dataset(config, config.val_split, False, places[1])
+    _check_apart(config, train, val)
+    if isinstance(val, StoredImages) and val.classes and train.classes:
+        val.renumber(train.classes, match_classes(val.classes, train.classes, config.val_split, "training"))
+    _warn_of_lost_colours(config, train)
+    return train, val
+
+
+def create_held_out(config: DataConfig, classes: Sequence[str] | int | None = None) -> Any:
+    """The validation data alone, as `create_datasets` makes them, for a model that is there already.
+
+    Args:
+        config: the data.
+        classes: of the model, by name: image folders get their numbers. Or how many, of a model that names none.
+
+    Raises:
+        ValueError: data that is missing, empty or damaged, or an unknown name; folders of other classes than the
+            model's.
+    """
+    place = _folder(config, "val_split")
+    if place:
+        check_folder(place)
+    dataset = _dataset(config, config.val_split, False, place)
+    if place and classes:
+        dataset.renumber(*match_model(dataset.classes, classes, place))
+    _warn_of_lost_colours(config, dataset)
+    return dataset
 
 
 def data_signature(loader: Any) -> dict[str, int]:
@@ -135,20 +158,32 @@ def create_transform(config: DataConfig, training: bool) -> Callable[[Image.Imag
     return T.Compose(steps)
 
 
+def class_names(dataset: Any) -> list[str] | None:
+    """The classes of a data set of `create_datasets` or a loader's `dataset` by name, if it names them."""
+    if isinstance(dataset, SeededDataset | HeldOutDataset):
+        return class_names(dataset.dataset)
+    for owner in (getattr(dataset, "reader", None), dataset):
+        if classes := getattr(owner, "classes", None):
+            return [", ".join(name) if isinstance(name, tuple) else str(name) for name in classes]
+        for attribute in ("class_to_idx", "class_name_to_idx"):
+            if numbers := getattr(owner, attribute, None):
+                by_number = {number: str(name) for name, number in numbers.items()}
+                return [by_number.get(number, str(number)) for number in range(max(by_number) + 1)]
+    return None
+
+
 def count_classes(dataset: Any) -> int:
     """How many classes a data set of `create_datasets` or a loader's `dataset` has.
 
     Raises:
         ValueError: it does not say.
     """
-    if isinstance(dataset, SeededDataset | HeldOutDataset | StoredImages):
+    if names := class_names(dataset):
+        return len(names)
+    if isinstance(dataset, SeededDataset | HeldOutDataset):
         return count_classes(dataset.dataset)
     if isinstance(dataset, ArrayImages):
         return int(dataset.labels.max()) + 1
-    for owner in (getattr(dataset, "reader", None), dataset):
-        for attribute in ("class_to_idx", "classes"):
-            if named := getattr(owner, attribute, None):
-                return len(named)
     raise ValueError("the data set does not say how many classes it has: give num_classes.")
 
 
@@ -206,30 +241,82 @@ def _check_size(images: int, batch_size: int) -> None:
         raise ValueError(f"the training set has {images} images, fewer than one batch of {batch_size}.")
 
 
-def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> Any:
+def _folder(config: DataConfig, field: str) -> str | None:
+    """Where a split lies, if the data set is an image folder."""
+    if config.dataset in BUILT_IN or not is_folder(config.dataset):
+        return None
+    _check_directory(config)
+    return split_folder(config.data_dir, getattr(config, field), field)
+
+
+def _check_apart(config: DataConfig, train: Any, val: Any) -> None:
+    """See that the splits of a data set by name are not of the same images; folders have been looked at by then."""
+    splits = config.train_split, config.val_split
+    if config.dataset in BUILT_IN:
+        same = is_training(config.dataset, splits[0]) == is_training(config.dataset, splits[1])
+    elif config.dataset.startswith("wds/"):
+        same = not set(train.reader.split_info.filenames).isdisjoint(val.reader.split_info.filenames)
+    elif config.dataset.startswith("torch/"):  # all but the names of training mean the test set to timm
+        parts = [getattr(data.dataset, "train", name) for data, name in zip((train, val), splits, strict=True)]
+        same = parts[0] == parts[1] and not is_folder(config.dataset)
+    else:
+        same = splits[0] == splits[1] and not is_folder(config.dataset)
+    if same:
+        raise ValueError(
+            f"training and validation images are the same: train_split {splits[0]!r} and val_split {splits[1]!r} of "
+            f"{config.dataset} share images."
+        )
+
+
+def _warn_of_lost_colours(config: DataConfig, dataset: Any) -> None:
+    if isinstance(dataset, StoredImages) and config.input_size[0] == 1:
+        warn_of_lost_colours(dataset.dataset)
+
+
+def _dataset(config: DataConfig, split: str, training: bool, place: str | None) -> Any:
+    """A split with its transform: augmented and, if a stream, shuffled for training; `place` is an image folder's."""
+    transform = create_transform(config, training)
+    mode = "L" if config.input_size[0] == 1 else "RGB"
+    if config.dataset in BUILT_IN:
+        images, labels = read_built_in(config, split)
+        names = CLASSES[config.dataset]
+        return ArrayImages(images, labels, mode, transform, names if labels.max() < len(names) else None)
+    dataset = _timm_dataset(config, split, training, mode, place)
+    if config.dataset.startswith(_STREAMED):
+        dataset.transform = transform
+        return dataset
+    return StoredImages(dataset, create_decoder(config), transform, class_names(dataset))
+
+
+def _check_directory(config: DataConfig) -> None:
     name, root = config.dataset, Path(config.data_dir)
+    if not config.data_dir:
+        raise ValueError(f"data_dir is needed, the folder that holds {name or 'the images'}.")
+    if not root.is_dir():
+        raise ValueError(f"the data directory {root} does not exist: give data_dir the folder that holds the images.")
+    if not any(root.iterdir()):
+        raise ValueError(f"the data directory {root} is empty: it should hold a folder per split or class.")
+
+
+def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, place: str | None) -> Any:
+    name, root = config.dataset, place or config.data_dir
     for prefix, package in (("wds/", "webdataset"), ("hfds/", "datasets"), ("hfids/", "datasets")):
         if name.startswith(prefix) and find_spec(package) is None:
             raise ValueError(f"{name} is read by the package {package}: pip install 'hierens[data]'.")
     if name.startswith("tfds/"):
         raise ValueError(f"{name} cannot be resumed exactly, so it is not read here: use hfds/, hfids/ or wds/.")
     if not name.startswith(_HOSTED) or (name.startswith("wds/") and ":" not in config.data_dir):
-        if not config.data_dir:
-            raise ValueError(f"data_dir is needed, the folder that holds {name or 'the images'}.")
-        if not root.is_dir():
-            raise ValueError(
-                f"the data directory {root} does not exist: give data_dir the folder that holds the images."
-            )
-        if not any(root.iterdir()):
-            raise ValueError(f"the data directory {root} is empty: it should hold a folder per split or class.")
+        _check_directory(config)
     options: dict[str, Any] = {}
     if name.startswith(_STREAMED):
         options["num_samples"] = config.num_samples
     if name.startswith("wds/"):
         options["input_key"] = "jpg;jpeg;png;webp"
+    if place:
+        options["search_split"] = False  # timm would read the whole root where the split is missing
     try:
         dataset = timm.data.create_dataset(
-            name, root=config.data_dir or None, split=split, is_training=training, input_img_mode=mode, **options
+            name, root=root or None, split=split, is_training=training, input_img_mode=mode, **options
         )
     except Exception as error:
         raise ValueError(f"timm cannot read the data set {name!r} in {root} ({split} split): {error}") from error

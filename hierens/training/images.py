@@ -7,7 +7,7 @@ training by another, drawn by the same three numbers, and belongs to no class in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,25 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from hierens.labels import NO_CLASS
 from hierens.training.decoding import Source
 from hierens.training.randomness import random_numbers_of
 from hierens.training.unreadable import Unreadable, UnreadableImageError
 
-NO_CLASS = -1  # the target of an image that could not be read, which validation leaves out
-
 
 class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
-    """Images that fit into memory: an array (N, H, W) of bytes and a label each."""
+    """Images that fit into memory: an array (N, H, W) of bytes and a label each; `classes` names them, if known."""
 
-    def __init__(self, images: Any, labels: Any, mode: str, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        images: Any,
+        labels: Any,
+        mode: str,
+        transform: Callable[[Image.Image], torch.Tensor],
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.images, self.labels, self.mode, self.transform = images, labels, mode, transform
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,6 +54,7 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
         dataset: the data set; its own transform is put aside.
         decode: a file or a PIL image -> a PIL image as the model sees it.
         transform: PIL image -> tensor (C, H, W).
+        classes: by name, if known.
     """
 
     def __init__(
@@ -54,11 +62,17 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
         dataset: Any,
         decode: Callable[[Source], Image.Image],
         transform: Callable[[Image.Image], torch.Tensor],
+        classes: Sequence[str] | None = None,
     ) -> None:
-        self.dataset, self.decode, self.transform = dataset, decode, transform
+        self.dataset, self.decode, self.transform, self.classes = dataset, decode, transform, classes
+        self._numbers: Sequence[int] | None = None
         dataset.transform = None
         if hasattr(dataset, "loader"):  # torchvision's own would lose bits and orientation
             dataset.loader = Path
+
+    def renumber(self, classes: Sequence[str], numbers: Sequence[int] | None) -> None:
+        """Give labels of other classes: `numbers` has one of `classes` for each label of the data set, None its own."""
+        self.classes, self._numbers = classes, numbers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -68,7 +82,9 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
             image, target = self._read(index)
         except Exception as error:  # whatever data sets come up with where a file is gone
             raise UnreadableImageError(f"{self._name(index)}: {error or type(error).__name__}") from error
-        return self.transform(image), NO_CLASS if target is None else target
+        if target is None:
+            return self.transform(image), NO_CLASS
+        return self.transform(image), target if self._numbers is None else self._numbers[target]
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if not isinstance(self.dataset, timm.data.ImageDataset):

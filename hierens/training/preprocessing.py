@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hierens.labels import label_names
 from hierens.training.config import DataConfig
+
+__all__ = ["data_config", "label_names"]
 
 
 def data_config(model: Any, name: str | Path) -> DataConfig:
@@ -31,12 +34,3 @@ def data_config(model: Any, name: str | Path) -> DataConfig:
     named = {field: cfg[field] for field in ("mean", "std", "crop_pct", "interpolation") if cfg.get(field) is not None}
     named.update({field: tuple(named[field]) for field in ("mean", "std") if field in named})
     return DataConfig(input_size=size, **named)
-
-
-def label_names(model: Any) -> list[str] | None:
-    """The classes by name, if the model's config has timm's `label_names`, a list or a mapping from the index."""
-    names = model.pretrained_cfg.get("label_names")
-    if isinstance(names, dict):
-        by_index = {int(index): str(name) for index, name in names.items()}
-        names = [by_index.get(index, str(index)) for index in range(model.num_classes)]
-    return [str(name) for name in names] if names and len(names) == model.num_classes else None

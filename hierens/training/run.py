@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hierens.ensemble import hierensify
 from hierens.exits import multi_exit
 from hierens.files import replacing
 from hierens.hub import from_pretrained
+from hierens.labels import name_labels
 from hierens.training.config import Run, to_json
-from hierens.training.data import count_classes, create_loaders
+from hierens.training.data import class_names, count_classes, create_loaders
 from hierens.training.lock import check_free
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
@@ -39,7 +41,8 @@ def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:
     check_free(output)
     micro_batch = config.batch_size // config.accumulation
     train_loader, val_loader = create_loaders(run.data, micro_batch, config.val_batch_size, config.seed, config.cpu)
-    model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset))
+    names = class_names(train_loader.dataset)
+    model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset), names)
     teacher = create_teacher(run, model.num_classes)
     trainer = Trainer(model, config, train_loader, val_loader, teacher, run.teacher)
     history = trainer.fit(begun=lambda: _write(output / "run.json", to_json(run)))
@@ -55,15 +58,23 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def create_ensemble(run: Run, num_classes: int) -> Adaptive:
+def create_ensemble(run: Run, num_classes: int, names: Sequence[str] | None = None) -> Adaptive:
     """The tree or multi-exit network as configured: from a saved model, pretrained weights, or drawn anew.
 
+    Args:
+        run: the configuration.
+        num_classes: to tell apart.
+        names: of the classes, which are saved with the model.
+
     Raises:
-        ValueError: a backbone that timm cannot make, or that cannot be cut so; a saved model that does not fit.
+        ValueError: a backbone that timm cannot make, or that cannot be cut so; a saved model that does not fit; more
+            names than classes.
     """
     model = _loaded(run, num_classes) if run.model.start else _made(run, num_classes)
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
     model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
+    if names:
+        name_labels(model, names)
     return model
 
 

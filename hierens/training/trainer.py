@@ -54,6 +54,7 @@ from hierens.training.saving import save_model
 from hierens.training.schedules import bring_up_to, create_schedule
 from hierens.training.sharding import own_part, shard, take_over
 from hierens.training.signals import StopSignals, interruption
+from hierens.training.targets import TargetCheck
 from hierens.training.throughput import Throughput
 from hierens.training.unreadable import check_readable, report_unreadable
 
@@ -126,7 +127,7 @@ class Trainer:
         self._average = None if self.ema is None else self.ema.module
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.accelerator.device)
-        self.mixing = Mixing(config, model.num_classes)
+        self.targets, self.mixing = TargetCheck(model.num_classes), Mixing(config, model.num_classes)
         self.loss = TrainingLoss(
             config,
             config.epochs * self.updates_per_epoch,
@@ -251,6 +252,7 @@ class Trainer:
     def _micro_step(self, images: Tensor, targets: Tensor, epoch: int, frozen: Sequence[nn.Module]) -> Tensor:
         config, accelerator = self.config, self.accelerator
         seed = seed_of(config.seed, self.state.step, self.state.batch, accelerator.process_index)
+        targets = self.targets(targets, f"micro-batch {self.state.batch} (from 0) of epoch {epoch + 1}")
         images, targets = self.mixing(images, targets, epoch, seed)
         torch.manual_seed(seed)
         if config.channels_last:
@@ -293,6 +295,7 @@ class Trainer:
 
         Looking waits for the device, hence not after every step.
         """
+        self.targets.look()
         if not self._unchecked:
             return
         steps, losses = zip(*self._unchecked, strict=True)

@@ -66,3 +66,15 @@ def write_cifar(root, classes=10, images=20):
     for name, value in {**{part: {**content, key: labels} for part in parts}, **meta}.items():
         (folder / name).write_bytes(pickle.dumps(value))
     return root
+
+
+def write_folders(root, splits):
+    """An image folder: {split: {class: images}}. Classes that are called by a colour show it."""
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                shade = {"red": (200, number, 0), "green": (0, 200, number), "blue": (number, 0, 200)}.get(name)
+                Image.new("RGB", (24, 24), shade or (250, 10 * number, 0)).save(folder / f"{number}.png")
+    return root

@@ -13,7 +13,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from hierens.training.config import DataConfig
-from hierens.training.data import SeededDataset, count_classes, create_datasets, create_loaders, create_transform
+from hierens.training.data import (
+    SeededDataset,
+    class_names,
+    count_classes,
+    create_datasets,
+    create_loaders,
+    create_transform,
+)
 
 GREY = {"mean": (0.5,), "std": (0.25,), "workers": 0}
 DIGITS = DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, **GREY)
@@ -67,6 +74,9 @@ def test_fashion_mnist_is_padded_and_normalised(tmp_path, suffix):
     train, val = create_datasets(config)
     image, label = train[3]
     assert len(train) == len(val) == 40 and label == 3 and count_classes(train) == 10
+    assert (
+        class_names(train)[::9] == ["T-shirt/top", "Ankle boot"] and class_names(create_datasets(DIGITS)[0])[4] == "4"
+    )
     pixels = torch.from_numpy(train.images[3]).float() / 255
     assert torch.allclose(image[0, 2:30, 2:30], (pixels - 0.5) / 0.25, atol=1e-6)
     assert (image[0, :2] == -2).all() and (image[0, :, 30:] == -2).all()
@@ -106,7 +116,7 @@ def test_torch_datasets_by_timms_name(tmp_path):
             "torch/cifar10", str(tmp_path), val_split="test", input_size=(3, 32, 32), augment="crop_flip"
         )
         train, val = create_datasets(config)
-    assert (len(train), len(val), count_classes(train)) == (20, 4, 10)
+    assert (len(train), len(val), count_classes(train)) == (20, 4, 10) and class_names(train) == list("abcdefghij")
     assert train[0][0].shape == (3, 32, 32)
 
 
@@ -182,7 +192,7 @@ def shorten(file):
     [
         ("", lambda d: None, "does not exist: give data_dir the folder that holds the images"),
         ("", lambda d: d.mkdir(), "is empty: it should hold a folder per split or class"),
-        ("", lambda d: (d / "train").mkdir(parents=True), "timm cannot read|holds no images"),
+        ("", lambda d: (d / "train").mkdir(parents=True), "val_split asks for 'validation', and .* has no folder"),
         ("", lambda d: write_folders(d, images=0), "timm cannot read|holds no images"),
         ("torch/nonsense", lambda d: write_folders(d), "cannot read the data set 'torch/nonsense'"),
         ("fashion_mnist", lambda d: None, "does not exist: fashion_mnist needs its idx files there"),

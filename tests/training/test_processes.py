@@ -1,5 +1,6 @@
 """Several processes over gloo: the curve of one, whatever their number, also when it changes on the way."""
 
+import json
 import random
 import signal
 import time
@@ -77,6 +78,8 @@ def test_shared_out_weights_train_as_whole_ones(launcher, alone, tmp_path):
     assert "resuming from" in train(launcher, tmp_path, 2, ACCELERATE_USE_FSDP="true")[0]
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
     check_validation(tmp_path)
+    for folder in (tmp_path / "model", tmp_path / "checkpoints" / "best"):
+        assert json.loads((folder / "config.json").read_text())["label_names"] == list("0123456789")
 
 
 @pytest.mark.parametrize(

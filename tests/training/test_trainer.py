@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
+from hierens.labels import label_names
 from hierens.training.checkpoint import choose_checkpoint, newest_checkpoint
 from hierens.training.config import TeacherConfig, TrainConfig
 from hierens.training.files import MANIFEST, seal
@@ -96,6 +97,7 @@ def test_it_learns_and_saves_what_it_validated(tmp_path):
     assert [record["epoch"] for record in history] == list(range(1, 9))
     assert all(accuracy > 90 for accuracy in history[-1]["accuracy"])
     model = hierens.from_pretrained(tmp_path / "model")
+    assert label_names(model) is None, "nobody named the classes"
     images, targets = made_up_data(40, 1).tensors
     for depth, accuracy in enumerate(history[-1]["accuracy"]):
         right = (model(images, depth=depth).argmax(-1) == targets).float().mean()
