@@ -31,7 +31,7 @@ from hierens.cards import About, draw_accuracy, model_card
 from hierens.errors import first_line
 from hierens.fetching import LoadError, explain, fetch
 from hierens.policies import Policy, save_policy
-from hierens.vetting import ARGUMENTS, TREES, check_arguments, check_fit, read_config, read_shapes, unbuildable
+from hierens.vetting import ARGUMENTS, TREES, check_arguments, check_fit, read_config, read_header, unbuildable
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 __all__ = ["LoadError", "SaveError", "from_pretrained", "model_card", "push_to_hub", "save_config", "save_pretrained"]
@@ -191,15 +191,14 @@ def from_pretrained(
         LoadError: a missing or damaged file, a config that names what cannot be built, weights that do not fit it.
     """
     config_file, weights = fetch(name, (CONFIG, WEIGHTS), revision=revision, token=token, cache_dir=cache_dir)
-    config, shapes = read_config(config_file), read_shapes(weights)
+    config, header = read_config(config_file), read_header(weights)
     # Which levels are looped is nothing to find out by computing, where there are no values to compare.
     unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] in TREES else {}
-    check_fit(lambda: _build(config, **unlooped), shapes, config_file, weights)
+    check_fit(lambda: _build(config, **unlooped), header, config_file, weights)
     try:
         model = _build(config)
     except Exception as error:
         raise unbuildable(config_file, error) from error
-    _describe(model, config)
     _load_weights(model, weights)
     return model.eval()
 
@@ -237,6 +236,7 @@ def _build(config: dict[str, Any], **settled: Any) -> Adaptive:
     settled |= {"init": "copy"} if kind in TREES else {}
     model = timm.create_model(kind, **{**config["model_args"], **settled})
     assert isinstance(model, Adaptive)
+    _describe(model, config)
     return model
 
 
