@@ -1,7 +1,7 @@
 """What a stranger's config tells of images and classes: values of the right type, number and range, or one sentence.
 
-Nothing of it is needed to build the network, and all of it is used later: to size an example, to prepare images, to name
-answers. So it is looked at when the config is read, where the file can still be named.
+Nothing of it is needed to build the network, and all of it is used later: to size an example, to prepare images, to
+name answers. So it is looked at when the config is read, where the file can still be named.
 """
 
 from __future__ import annotations

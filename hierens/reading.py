@@ -38,7 +38,8 @@ def read_json(file: Path, what: str, most_bytes: int = MOST_BYTES, nan: bool = F
     except OSError as error:
         raise LoadError(f"{file} cannot be read: {error.strerror or first_line(error)}.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, _NoJSONError) as error:
-        raise LoadError(f"{file} is not valid JSON: {short(first_line(error), plain=True)}.") from error
+        reason = short(first_line(error), plain=True)
+        raise LoadError(f"{file} cannot be read: it is not valid JSON ({reason}).") from error
 
 
 class _NoJSONError(ValueError):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -59,7 +59,10 @@ _REAL = ("F32", "F16", "BF16", "F64")
 # By the type that the model has, those that its weights may be stored in. Others (float8, quantised) need scales.
 _STORED_AS: dict[torch.dtype, tuple[str, ...]] = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), _REAL),
-    **{torch.int64: ("I64",), torch.int32: ("I32",), torch.uint8: ("U8",), torch.bool: ("BOOL",)},
+    torch.int64: ("I64",),
+    torch.int32: ("I32",),
+    torch.uint8: ("U8",),
+    torch.bool: ("BOOL",),
 }
 
 
