@@ -39,7 +39,7 @@ def read_json(file: Path, what: str, most_bytes: int = MOST_BYTES, nan: bool = F
         raise LoadError(f"{file} cannot be read: {error.strerror or first_line(error)}.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, _NoJSONError) as error:
         reason = short(first_line(error), plain=True)
-        raise LoadError(f"{file} cannot be read: it is not valid JSON ({reason}).") from error
+        raise LoadError(f"{file} is not valid JSON and cannot be read: {reason}.") from error
 
 
 class _NoJSONError(ValueError):
@@ -75,7 +75,8 @@ def is_whole(value: Any, least: int, most: int) -> bool:
 
 def is_finite(value: Any, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> bool:
     """Whether a value is a finite number (True is none) within bounds."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(least <= value <= most)
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and bool(least <= value <= most)
 
 
 def short(value: Any, plain: bool = False) -> str:
