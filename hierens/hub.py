@@ -31,7 +31,16 @@ from hierens.errors import first_line
 from hierens.fetching import LoadError, explain, read_files
 from hierens.files import saving
 from hierens.policies import POLICY, Policy, read_policy, save_policy
-from hierens.vetting import ARGUMENTS, TREES, check_arguments, check_fit, read_config, read_shapes, unbuildable
+from hierens.vetting import (
+    ARGUMENTS,
+    TREES,
+    Stored,
+    check_arguments,
+    check_fit,
+    read_config,
+    read_header,
+    unbuildable,
+)
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 __all__ = [
@@ -228,28 +237,27 @@ class _Saved(NamedTuple):
 
     config: dict[str, Any]
     config_file: Path
-    shapes: dict[str, tuple[int, ...]]
+    header: dict[str, Stored]
     weights: Any
     weights_file: Path
     policy: Policy | None
 
 
 def _read(config_file: Path, weights_file: Path, policy_file: Path | None = None) -> _Saved:
-    config, shapes = read_config(config_file), read_shapes(weights_file)
+    config, header = read_config(config_file), read_header(weights_file)
     policy = None if policy_file is None else read_policy(policy_file)
-    return _Saved(config, config_file, shapes, safe_open(weights_file, "pt"), weights_file, policy)
+    return _Saved(config, config_file, header, safe_open(weights_file, "pt"), weights_file, policy)
 
 
 def _made(saved: _Saved) -> Adaptive:
-    config, shapes = saved.config, saved.shapes
+    config = saved.config
     # Which levels are looped is nothing to find out by computing, where there are no values to compare.
     unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] in TREES else {}
-    check_fit(lambda: _build(config, **unlooped), shapes, saved.config_file, saved.weights_file)
+    check_fit(lambda: _build(config, **unlooped), saved.header, saved.config_file, saved.weights_file)
     try:
         model = _build(config)
     except Exception as error:
         raise unbuildable(saved.config_file, error) from error
-    _describe(model, config)
     _load_weights(model, saved.weights, saved.weights_file)
     return model.eval()
 
@@ -287,6 +295,7 @@ def _build(config: dict[str, Any], **settled: Any) -> Adaptive:
     settled |= {"init": "copy"} if kind in TREES else {}
     model = timm.create_model(kind, **{**config["model_args"], **settled})
     assert isinstance(model, Adaptive)
+    _describe(model, config)
     return model
 
 

@@ -18,6 +18,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -29,9 +30,13 @@ from hierens.adaptive import Adaptive
 from hierens.fetching import LoadError, MissingFileError, read_files
 from hierens.files import replacing
 from hierens.modes import evaluating
+from hierens.reading import is_finite, is_whole, read_json, short
 from hierens.uncertainty import MEASURES, Measure, certainty
 
 POLICY = "policy.json"
+_LARGEST = 10**6  # of whole numbers
+_WIDEST = 10_000  # latencies that are sorted for every answer
+_MOST_THRESHOLDS = 4096
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,20 @@ class Policy(ABC):
         return {"policy": self.kind, **json.loads(json.dumps(values))}
 
 
+def _check_whole(policy: Policy, least: int, *names: str, most: int = _LARGEST) -> None:
+    for name in names:
+        value = getattr(policy, name)
+        if value is not None and not is_whole(value, least, most):
+            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {short(value)}.")
+
+
+def _check_positive(policy: Policy, *names: str) -> None:
+    for name in names:
+        value = getattr(policy, name)
+        if value is not None and not (is_finite(value) and value > 0):
+            raise ValueError(f"{name} must be positive, got {short(value)}: a finite number above 0.")
+
+
 def _uniform(model: Adaptive, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
     """An answer for which every image took the same."""
     cost = model.cost(leaves, tuple(images.shape[1:]))
@@ -84,11 +103,20 @@ class FixedDepth(Policy):
     Args:
         depth: of the sub-tree.
         leaves: networks, in place of a depth.
+
+    Raises:
+        ValueError: what is no whole number, or both.
     """
 
     depth: int | None = None
     leaves: int | None = None
     kind: ClassVar[str] = "fixed"
+
+    def __post_init__(self) -> None:
+        _check_whole(self, 0, "depth")
+        _check_whole(self, 1, "leaves")
+        if self.depth is not None and self.leaves is not None:
+            raise ValueError(f"give depth or leaves, not both (got depth={self.depth}, leaves={self.leaves}).")
 
     def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
         leaves = model.leaves_at(self.depth, self.leaves)
@@ -125,9 +153,9 @@ class Deadline(Policy):
     _learned: dict[tuple[int, ...], _Usual] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("milliseconds", "caution"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.milliseconds is None or self.caution is None:
+            raise ValueError("milliseconds and caution must be positive, got None.")
+        _check_positive(self, "milliseconds", "caution")
 
     def learn(self, model: Any, example: Tensor, repeats: int = 10) -> None:
         """Measure every step for as many images as the example has, before requests come.
@@ -205,12 +233,14 @@ class Load(Policy):
     _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.queue_low < self.queue_high:
+        _check_whole(self, 0, "max_depth", "queue_high", "queue_low")
+        _check_whole(self, 1, "patience")
+        _check_whole(self, 1, "window", most=_WIDEST)
+        _check_positive(self, "target_ms", "relax")
+        if not self.queue_low < self.queue_high:
             raise ValueError(f"queue_low must be below queue_high, got {self.queue_low} and {self.queue_high}.")
-        if not 0 < self.relax < 1 or self.patience < 1 or self.window < 1 or self.max_depth < 0:
-            raise ValueError("relax must lie between 0 and 1, patience and window be positive, max_depth not negative.")
-        if self.target_ms is not None and not self.target_ms > 0:
-            raise ValueError(f"target_ms must be positive, got {self.target_ms}.")
+        if not self.relax < 1:
+            raise ValueError(f"relax must lie between 0 and 1, got {self.relax}.")
         self._state.update(depth=self.max_depth, calm=0, since=self.patience, latencies=deque(maxlen=self.window))
 
     @property
@@ -275,11 +305,14 @@ class Confidence(Policy):
     kind: ClassVar[str] = "confidence"
 
     def __post_init__(self) -> None:
+        listed = isinstance(self.thresholds, Sequence) and not isinstance(self.thresholds, str)
+        if not listed or len(self.thresholds) > _MOST_THRESHOLDS or not all(map(is_finite, self.thresholds)):
+            raise ValueError(f"thresholds must be 1 to {_MOST_THRESHOLDS} numbers, got {short(self.thresholds)}.")
         object.__setattr__(self, "thresholds", tuple(float(value) for value in self.thresholds))
-        if not self.thresholds or any(value != value for value in self.thresholds):
+        if not self.thresholds:
             raise ValueError(f"thresholds must be at least one number, got {self.thresholds}.")
         if self.measure not in MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}.")
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(self.measure)}.")
 
     def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
         sizes = model.sizes
@@ -319,13 +352,15 @@ def from_dict(values: dict[str, Any]) -> Policy:
     Raises:
         ValueError: no policy, or values that it does not take.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"a policy is described by fields and values, got {short(values)}.")
     known = POLICIES.get(str(values.get("policy")))
     if known is None:
-        raise ValueError(f"there is no policy {values.get('policy')!r}: choose {', '.join(POLICIES)}.")
+        raise ValueError(f"there is no policy {short(values.get('policy'))}: choose {', '.join(POLICIES)}.")
     fields = {f.name for f in dataclasses.fields(known) if f.init}
     given = {name: value for name, value in values.items() if name != "policy"}
-    if unknown := sorted(given.keys() - fields):
-        raise ValueError(f"a {known.kind} policy takes {', '.join(sorted(fields))}, not {', '.join(unknown)}.")
+    if unknown := short(", ".join(sorted(given.keys() - fields)), plain=True):
+        raise ValueError(f"a {known.kind} policy takes {', '.join(sorted(fields))}, not {unknown}.")
     try:
         return known(**given)
     except TypeError as error:
@@ -374,13 +409,12 @@ def read_policy(file: Path) -> Policy:
     """The policy in a file.
 
     Raises:
-        LoadError: it cannot be read.
-        ValueError: no policy, or values that it does not take.
+        LoadError: it cannot be read, holds no policy, or values that the policy does not take.
     """
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
+    values = read_json(file, "a policy")
     if not isinstance(values, dict):
         raise LoadError(f"{file} holds no policy.")
-    return from_dict(values)
+    try:
+        return from_dict(values)
+    except ValueError as error:
+        raise LoadError(f"{file} holds no usable policy: {error}") from error

@@ -16,6 +16,7 @@ from typing import Any
 from hierens.files import replacing
 from hierens.plotting import plot_comparison, plot_leaves
 from hierens.profiling import table
+from hierens.reading import read_json, short
 from hierens.tree import nested_sizes
 
 _PLACES = ("seed", "output_dir", "resume", "workers", "data_dir", "trackers", "cpu")  # not what a run is
@@ -66,9 +67,11 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
     configs, results = [], []
     for directory in map(Path, directories):
         try:
-            configs.append(_flat(json.loads((directory / "run.json").read_text())))
-            results.append(json.loads((directory / "results.json").read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+            configs.append(_flat(read_json(directory / "run.json", "a run's configuration")))
+            results.append(read_json(directory / "results.json", "a run's results", nan=True))
+            if not isinstance(results[-1], dict) or not isinstance(results[-1].get("macs"), list):
+                raise ValueError(f"its results.json holds {short(results[-1])}")
+        except (ValueError, AttributeError) as error:
             raise ValueError(f"{directory} is no finished run: {' '.join(str(error).split())}.") from error
     names = list(names) or _told_apart(configs, [Path(directory).name for directory in directories])
     groups: dict[str, Group] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,14 +22,18 @@ from torch import Tensor, nn
 
 from hierens.branching import Activations, Level
 from hierens.ensemble import HierarchicalEnsemble
+from hierens.errors import first_line
+from hierens.fetching import LoadError
 from hierens.files import replacing
 from hierens.fused_layers import FusedConvolution
 from hierens.modes import evaluating
 from hierens.profiling import table
+from hierens.reading import is_finite, is_whole, read_json, short
 from hierens.tree import nested_sizes
 
 _REPEATS = 5  # rounds over all ways, interleaved
 _SECONDS = 0.02  # that a way is run for in each round, at least once
+_MOST_BYTES, _MOST, _LARGEST = 16 * 2**20, 10_000, 10**6  # of a file, of its lists, and of whole numbers in it
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,28 @@ class Measurement:
         branches: how many ran.
         batch_size: images.
         milliseconds: median time, by how many branches ran in one call.
+
+    Raises:
+        ValueError: numbers that no measurement has, such as 0 branches in one call.
     """
 
     level: int
     branches: int
     batch_size: int
     milliseconds: dict[int, float]
+
+    def __post_init__(self) -> None:
+        for name, least in (("level", 0), ("branches", 1), ("batch_size", 1)):
+            if not is_whole(getattr(self, name), least, _LARGEST):
+                got = short(getattr(self, name))
+                raise ValueError(f"{name} must be a whole number from {least} to {_LARGEST}, got {got}.")
+        for together, milliseconds in self.milliseconds.items():
+            if not is_whole(together, 1, self.branches):
+                raise ValueError(f"{short(together)} branches cannot run together: there are {self.branches}.")
+            if not is_finite(milliseconds, 0):
+                raise ValueError(f"milliseconds must be finite and not negative, got {short(milliseconds)}.")
+        if not self.milliseconds:
+            raise ValueError("milliseconds must tell of at least one way to run the branches, got none.")
 
     @property
     def together(self) -> int:
@@ -108,8 +129,8 @@ def tune(
         What was measured.
 
     Raises:
-        ValueError: a depth out of range, a batch size below 1, images that the model does not take, or a file that
-            holds something else.
+        ValueError: a depth out of range, a batch size below 1, images that the model does not take.
+        LoadError: the file holds something else, or what the model cannot run.
     """
     sizes = nested_sizes(model.tree.leaves)
     counts = sorted({model.tree.leaves_at(depth, None) for depth in (range(len(sizes)) if depths is None else depths)})
@@ -121,7 +142,7 @@ def tune(
     wanted = {(count, batch) for count in counts for batch in batches}
     key = (_machine(example), _identity(model), size)
     found = next((t for t in known if (t.machine, t.model, t.size) == key), None)
-    if found is None or not wanted <= _covered(model, found):
+    if found is None or not wanted <= _covered(model, found, batches):
         with evaluating(model), torch.no_grad():
             found = Tuning(*key, tuple(_measured(model, example[:1], counts, batches)))
         for module in model.modules():
@@ -129,16 +150,28 @@ def tune(
                 module.forget()
         if file is not None:
             _remember(file, found)
-    apply(model, found)
+    try:
+        apply(model, found)
+    except ValueError as error:
+        raise LoadError(f"{file} holds what this model cannot run: {error}") from error
     return found
 
 
 def apply(model: HierarchicalEnsemble, tuning: Tuning) -> None:
-    """Let a model's levels run as was found best."""
-    for index, level in enumerate(model.all_levels()):
-        level.plan = {
-            (m.branches, m.batch_size): m.together for m in tuning.measurements if m.level == index and m.milliseconds
-        }
+    """Let a model's levels run as was found best.
+
+    Raises:
+        ValueError: it was measured on levels that the model does not have.
+    """
+    levels = model.all_levels()
+    for m in tuning.measurements:
+        if m.level >= len(levels) or m.branches > levels[m.level].branches:
+            raise ValueError(
+                f"the tuning is of another model: {m.branches} branches were measured in level {m.level}, and the "
+                f"model has {[level.branches for level in levels]} in its levels."
+            )
+    for index, level in enumerate(levels):
+        level.plan = {(m.branches, m.batch_size): m.together for m in tuning.measurements if m.level == index}
 
 
 def _measured(
@@ -188,10 +221,9 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - start) / calls * 1e3
 
 
-def _covered(model: HierarchicalEnsemble, tuning: Tuning) -> set[tuple[int, int]]:
-    """The numbers of leaves and batch sizes for which every level that has a choice was measured."""
+def _covered(model: HierarchicalEnsemble, tuning: Tuning, batches: Iterable[int]) -> set[tuple[int, int]]:
+    """The numbers of leaves, and which of the batch sizes, for which every level that has a choice was measured."""
     measured = {(m.level, m.branches, m.batch_size) for m in tuning.measurements}
-    batches = {m.batch_size for m in tuning.measurements}
     covered = set()
     for count in range(1, model.tree.leaves + 1):
         for batch in batches:
@@ -232,26 +264,40 @@ def _read(file: str | Path) -> list[Tuning]:
     if not Path(file).exists():
         return []
     try:
-        records = json.loads(Path(file).read_text())
-        return [
-            Tuning(
-                str(r["machine"]),
-                str(r["model"]),
-                tuple(int(s) for s in r["size"]),
-                tuple(
-                    Measurement(
-                        int(m["level"]),
-                        int(m["branches"]),
-                        int(m["batch_size"]),
-                        {int(together): float(ms) for together, ms in m["milliseconds"].items()},
-                    )
-                    for m in r["measurements"]
-                ),
-            )
-            for r in records
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} does not hold what tune() writes: name another file, or remove it.") from error
+        records = read_json(Path(file), "what tune() writes", _MOST_BYTES)
+        return [_tuning(record) for record in _list_of(records, dict, "tunings")]
+    except LoadError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error).rstrip(".")
+        raise LoadError(
+            f"{file} does not hold what tune() writes ({reason}): name another file, or remove it."
+        ) from error
+
+
+def _tuning(record: dict[str, Any]) -> Tuning:
+    for name in ("machine", "model"):
+        if not isinstance(record[name], str):
+            raise ValueError(f"{name} should be a text, got {short(record[name])}")
+    size = tuple(_list_of(record["size"], int, "size"))
+    found = _list_of(record["measurements"], dict, "measurements")
+    measurements = tuple(
+        Measurement(m["level"], m["branches"], m["batch_size"], _by_number(m["milliseconds"])) for m in found
+    )
+    return Tuning(record["machine"], record["model"], size, measurements)
+
+
+def _list_of(value: Any, kind: type, name: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) > _MOST or not all(type(item) is kind for item in value):
+        raise ValueError(f"{name} should be a list of at most {_MOST} {kind.__name__}, got {short(value)}")
+    return value
+
+
+def _by_number(milliseconds: Any) -> dict[int, Any]:
+    """Numbers are texts where they are keys of JSON."""
+    if not isinstance(milliseconds, dict) or not all(re.fullmatch("[1-9][0-9]{0,6}", key) for key in milliseconds):
+        raise ValueError(f"milliseconds should hold times by numbers of branches, got {short(milliseconds)}")
+    return {int(together): value for together, value in milliseconds.items()}
 
 
 def _remember(file: str | Path, new: Tuning) -> None:

@@ -8,19 +8,17 @@ proportion to the file, whose size its owner had to upload.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from reprlib import Repr
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -29,8 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hierens.adaptive import Adaptive
+from hierens.describing import check_labels, description
 from hierens.errors import first_line
 from hierens.fetching import LoadError
+from hierens.reading import is_finite, is_whole, read_json, short
 
 _SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
 ARGUMENTS = {
@@ -47,13 +48,6 @@ _FACTORY_ONLY = {
     *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "model_cfg"),
     *("features_only", "feature_cfg", "kwargs_filter", "device", "dtype"),
 }
-# What tells how images are prepared. The rest of timm's description can name files and addresses to load from.
-_DESCRIPTION = {
-    *("input_size", "test_input_size", "min_input_size", "fixed_input_size", "pool_size", "mean", "std"),
-    *("interpolation", "crop_pct", "test_crop_pct", "crop_mode", "license", "description", "tags", "paper_name"),
-}
-
-_MOST_BYTES = 4 * 2**20  # of a config; ImageNet-21k's names and descriptions take less than half
 _MOST_LEAVES, _MOST_LEVELS, _MOST_EXITS = 4096, 64, 256
 _MOST_VALUES, _LARGEST, _LARGEST_SUM = 4096, 2**16, 2**20  # in a backbone's arguments
 _LARGEST_NAMED = {"window": 64, "size": 4096, "resolution": 4096}  # timm has loops over all pairs of a window's places
@@ -61,6 +55,22 @@ _MOST_ELEMENTS = 2**28  # of one value while the example image goes through: 1 G
 _MODULES = (1_000, 20)  # how many modules a backbone may have, and how many more per tensor of the file
 _FLOPS = (10**11, 2**16)  # what the example image may cost, and how much more per weight in the file
 _VALUES = (2**32, 2**9)  # elements of all values on the way, likewise
+_REAL = ("F32", "F16", "BF16", "F64")
+# By the type that the model has, those that its weights may be stored in. Others (float8, quantised) need scales.
+_STORED_AS: dict[torch.dtype, tuple[str, ...]] = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), _REAL),
+    torch.int64: ("I64",),
+    torch.int32: ("I32",),
+    torch.uint8: ("U8",),
+    torch.bool: ("BOOL",),
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file of weights: its type in safetensors' words, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -69,75 +79,100 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         LoadError: it is not.
     """
-    config = _parsed(file)
+    config = read_json(file, "the config of a hierens model")
     args = config.get("model_args") if isinstance(config, dict) else None
     if not isinstance(args, dict):
         raise LoadError(f"{file} has no model_args: it is not the config of a hierens model.")
     kind = config.get("architecture")
     if not isinstance(kind, str) or kind not in ARGUMENTS:
-        raise LoadError(f"{file} names the architecture {_short(kind)}; hierens loads {', '.join(ARGUMENTS)} only.")
+        raise LoadError(f"{file} names the architecture {short(kind)}; hierens loads {', '.join(ARGUMENTS)} only.")
     # timm writes the image size of a transformer beside the rest: the backbone takes it.
     if unknown := sorted(set(args) - {*ARGUMENTS[kind], "img_size"}):
-        raise LoadError(f"{file} has model_args that hierens does not know: {_short(', '.join(unknown), plain=True)}.")
+        raise LoadError(f"{file} has model_args that hierens does not know: {short(', '.join(unknown), plain=True)}.")
     _check_backbone(args, file)
     for key in ("num_classes", "in_chans"):
-        if type(args.get(key)) is not int or not 1 <= args[key] <= 10_000_000:
-            raise LoadError(f"{file} has no usable {key} (got {_short(args.get(key))}).")
+        if not is_whole(args.get(key), 1, 10_000_000):
+            raise LoadError(f"{file} has no usable {key} (got {short(args.get(key))}).")
     at = args.get("at")
     if not isinstance(at, list) or len(at) >= _MOST_EXITS or not all(isinstance(name, str) for name in at):
-        raise LoadError(f"{file} has no usable list of cuts, `at` (got {_short(at)}).")
+        raise LoadError(f"{file} has no usable list of cuts, `at` (got {short(at)}).")
     _check_tree(args, file) if kind in TREES else _check_exits(args, file)
-    config["pretrained_cfg"] = _description(config.get("pretrained_cfg"), file)
+    config["pretrained_cfg"] = description(config.get("pretrained_cfg"), args["in_chans"], file)
     for key, kinds in (("label_names", (list, dict)), ("label_descriptions", (dict,))):
         if not isinstance(config.get(key, kinds[0]()), kinds):
-            raise LoadError(f"{file} has no usable {key} (got {_short(config[key])}).")
+            raise LoadError(f"{file} has no usable {key} (got {short(config[key])}).")
+    check_labels(config, args["num_classes"], file)
     return config
 
 
-def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file of weights, from its header: safetensors compares their sizes to that of the file.
+def read_header(file: Path) -> dict[str, Stored]:
+    """What a file of weights holds, from its header: safetensors compares the sizes to that of the file.
 
     Raises:
         LoadError: no safetensors file, or a damaged one.
     """
     try:
         with safe_open(file, framework="pt") as weights:
-            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {name: Stored(str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        reason = first_line(error)
+        reason = short(first_line(error), plain=True)
         raise LoadError(f"{file} is damaged or no safetensors file ({reason}): copy or download it again.") from error
 
 
+def check_types(wanted: Mapping[str, Tensor], header: Mapping[str, Stored], file: Path) -> None:
+    """See that numbers are stored as such that become the model's own without loss of meaning.
+
+    Real numbers may be of another precision; whole numbers are those of indices and counts.
+
+    Raises:
+        LoadError: a tensor is stored in another type.
+    """
+    for name, tensor in wanted.items():
+        allowed = _STORED_AS.get(tensor.dtype)
+        if name in header and allowed and header[name].dtype not in allowed:
+            raise LoadError(
+                f"{file} stores {short(name, plain=True)} as {header[name].dtype}; a model of hierens has "
+                f"{' or '.join(allowed)} there: save it in one of these."
+            )
+
+
 def check_fit(
-    make: Callable[[], nn.Module], shapes: Mapping[str, tuple[int, ...]], config_file: Path, weights_file: Path
+    make: Callable[[], Adaptive], header: Mapping[str, Stored], config_file: Path, weights_file: Path
 ) -> None:
     """Build a model without memory, within bounds that the weights set, and compare its parameters to theirs.
 
+    An image of the size that the config names goes through it, too, since whatever asks for its costs will do that.
+
     Args:
         make: builds the model that the config describes.
-        shapes: of the weights.
+        header: of the weights.
         config_file: for messages.
         weights_file: likewise.
 
     Raises:
-        LoadError: it cannot be built, takes too much, or has other parameters than the file.
+        LoadError: it cannot be built, takes too much, or has parameters of other names, shapes or types than the file.
     """
+    shapes = {name: stored.shape for name, stored in header.items()}
     try:
         with torch.device("meta"), _bounded(shapes):
-            wanted = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
+            model = make()
+            model.macs()
     except Exception as error:
         raise unbuildable(config_file, error) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if wrong := [name for name in (*wanted, *(shapes.keys() - wanted)) if wanted.get(name) != shapes.get(name)]:
         raise LoadError(
-            f"the weights in {weights_file} do not fit the config beside them: {_short(wrong[0], plain=True)} is "
+            f"the weights in {weights_file} do not fit the config beside them: {short(wrong[0], plain=True)} is "
             f"{_shape(shapes, wrong[0])} in the file and {_shape(wanted, wrong[0])} by the config"
             + (f", and {len(wrong) - 1} more differ." if len(wrong) > 1 else ".")
         )
+    check_types(model.state_dict(), header, weights_file)
 
 
 def unbuildable(file: Path, error: BaseException) -> LoadError:
     """What to raise when building failed."""
-    return LoadError(f"{file} describes a model that cannot be built: {_short(first_line(error), plain=True)}")
+    return LoadError(f"{file} describes a model that cannot be built: {short(first_line(error), plain=True)}")
 
 
 def check_arguments(args: Mapping[str, Any]) -> None:
@@ -160,37 +195,23 @@ def check_arguments(args: Mapping[str, Any]) -> None:
         elif isinstance(value, (int, float)):
             largest = min((cap for part, cap in _LARGEST_NAMED.items() if part in name), default=_LARGEST)
             if not abs(value) <= largest:
-                raise ValueError(f"{_short(name, plain=True)} is {_short(value)}, and {largest} is the most")
+                raise ValueError(f"{short(name, plain=True)} is {short(value)}, and {largest} is the most")
             total += int(abs(value))
         if values + len(pending) > _MOST_VALUES or total > _LARGEST_SUM:
             raise ValueError("there are more, or larger, values than a network needs")
-
-
-def _parsed(file: Path) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    if file.stat().st_size > _MOST_BYTES:
-        raise LoadError(
-            f"{file} is {file.stat().st_size / 2**20:.0f} MB long: it is not the config of a hierens model."
-        )
-    try:
-        return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{file} is not valid JSON: {first_line(error)}.") from error
 
 
 def _check_backbone(args: dict[str, Any], file: Path) -> None:
     backbone = args.get("backbone")
     if not isinstance(backbone, str) or not timm.is_model(backbone):
         raise LoadError(
-            f"{file} names the backbone {_short(backbone)}, which this timm ({timm.__version__}) does not have."
+            f"{file} names the backbone {short(backbone)}, which this timm ({timm.__version__}) does not have."
         )
     if backbone.startswith(tuple(ARGUMENTS)):
-        raise LoadError(f"{file} names the backbone {_short(backbone)}, which is no backbone.")
+        raise LoadError(f"{file} names the backbone {short(backbone)}, which is no backbone.")
     further = args.get("backbone_args") or {}
     if not isinstance(further, dict):
-        raise LoadError(f"{file} has no usable backbone_args (got {_short(further)}).")
+        raise LoadError(f"{file} has no usable backbone_args (got {short(further)}).")
     try:
         check_arguments({**further, "img_size": [args.get("img_size"), further.get("img_size")]})
     except ValueError as error:
@@ -199,40 +220,25 @@ def _check_backbone(args: dict[str, Any], file: Path) -> None:
 
 def _check_tree(args: dict[str, Any], file: Path) -> None:
     branching, leaves, looped = args.get("branching"), args.get("leaves"), args.get("looped") or {}
-    whole = isinstance(branching, list) and all(type(f) is int and 1 <= f <= _MOST_LEAVES for f in branching)
-    if not whole or type(leaves) is not int or not 1 <= leaves <= _MOST_LEAVES or len(branching or []) > _MOST_LEVELS:
-        raise LoadError(f"{file} has no usable branching and leaves (got {_short(branching)} and {_short(leaves)}).")
+    whole = isinstance(branching, list) and all(is_whole(f, 1, _MOST_LEAVES) for f in branching)
+    if not whole or not is_whole(leaves, 1, _MOST_LEAVES) or len(branching or []) > _MOST_LEVELS:
+        raise LoadError(f"{file} has no usable branching and leaves (got {short(branching)} and {short(leaves)}).")
     if not isinstance(looped, dict) or not all(isinstance(because, str) for because in looped.values()):
-        raise LoadError(f"{file} has no usable reasons to loop levels, `looped` (got {_short(looped)}).")
+        raise LoadError(f"{file} has no usable reasons to loop levels, `looped` (got {short(looped)}).")
 
 
 def _check_exits(args: dict[str, Any], file: Path) -> None:
     kept, exits = args.get("kept"), len(args["at"]) + 1
-    whole = isinstance(kept, list) and kept and all(type(exit) is int and 0 <= exit < exits for exit in kept)
+    whole = isinstance(kept, list) and kept and all(is_whole(exit, 0, exits - 1) for exit in kept)
     if not whole or sorted(set(kept or [])) != kept:
-        raise LoadError(f"{file} has no usable list of exits, `kept` (got {_short(kept)} of {exits}).")
+        raise LoadError(f"{file} has no usable list of exits, `kept` (got {short(kept)} of {exits}).")
     weights = args.get("weights")
-    numbers = isinstance(weights, list) and all(type(w) in (int, float) and math.isfinite(w) for w in weights)
+    numbers = isinstance(weights, list) and all(map(is_finite, weights))
     if weights is not None and not isinstance(weights, str) and not (numbers and len(weights) == exits):
-        raise LoadError(f"{file} has no usable weights of exits (got {_short(weights)}).")
+        raise LoadError(f"{file} has no usable weights of exits (got {short(weights)}).")
     for key in ("collaborate", "learn_weights"):
         if type(args.get(key, False)) is not bool:
-            raise LoadError(f"{file} has no usable {key} (got {_short(args[key])}).")
-
-
-def _description(found: Any, file: Path) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        return {}
-    kept = {key: value for key, value in found.items() if key in _DESCRIPTION}
-    for key in ("input_size", "test_input_size", "min_input_size"):
-        size = kept.get(key, [1, 1, 1])
-        if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= _LARGEST for n in size):
-            raise LoadError(f"{file} has no usable {key} (got {_short(size)}).")
-    for key, value in kept.items():
-        parts = value if isinstance(value, list) else [value]
-        if len(parts) > _MOST_VALUES or not all(part is None or isinstance(part, (str, int, float)) for part in parts):
-            raise LoadError(f"{file} has no usable {key} (got {_short(value)}).")
-    return kept
+            raise LoadError(f"{file} has no usable {key} (got {short(args[key])}).")
 
 
 @contextmanager
@@ -288,11 +294,3 @@ class _Counter(TorchDispatchMode):
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     return "x".join(map(str, shapes[name])) or "a number" if name in shapes else "missing"
-
-
-def _short(value: Any, plain: bool = False) -> str:
-    """A value in an error's sentence: however long or deep it is, not more than some words of it."""
-    brief = Repr()
-    brief.maxstring = brief.maxother = 80
-    text = value if plain else brief.repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

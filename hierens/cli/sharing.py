@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,14 +116,15 @@ def card_results(file: str, depths: int) -> dict[str, list[float]]:
         ValueError: no such file, or none with results of so many depths.
     """
     from hierens.cards import COLUMNS
+    from hierens.reading import is_finite, read_json
 
     try:
-        found = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as results: {first_line(error)}.") from error
+        found = read_json(Path(file), "the results of a run", nan=True)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as results: {first_line(error)}") from error
     values = found if isinstance(found, dict) else {}
     columns = {title: values[name] for name, title in COLUMNS.items() if isinstance(values.get(name), list)}
-    if not columns or any(len(column) != depths for column in columns.values()):
+    if not columns or any(len(column) != depths or not all(map(is_finite, column)) for column in columns.values()):
         raise ValueError(
             f"{file} holds no results of {depths} depths: it should be the results.json that a run leaves."
         )

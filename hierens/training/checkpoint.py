@@ -26,11 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hierens.errors import first_line
+from hierens.fetching import LoadError
 from hierens.hub import WEIGHTS, save_config
+from hierens.reading import short
 from hierens.training.config import TrainConfig, to_json
 from hierens.training.files import PARTIAL, damage, free_space, noting_write_errors, publish, recover, remove, seal
+from hierens.training.resuming import check_states, read_trainer
 from hierens.training.sharding import is_sharded, save_optimizer, save_weights
 from hierens.training.sharding import load as load_sharded
+from hierens.vetting import check_types, read_header
 
 _STATE, _BEST, _AVERAGE, _OPTIMIZER = "trainer.json", "best", "model_ema.safetensors", "optimizer_by_name.bin"
 _Answer = TypeVar("_Answer")
@@ -226,23 +230,25 @@ def load_checkpoint(
 
     Raises:
         ValueError: the checkpoint is of another model, optimiser, or order of the data.
+        LoadError: a file of it is damaged or holds something else.
     """
-    about = json.loads((folder / _STATE).read_text())
-    state, before, now = TrainState(**about["state"]), about["config"], to_json(config)
-    _check_data(folder, about["data"], dict(data or {}), state)
+    state, before, data_before = read_trainer(folder / _STATE, TrainState)
+    now = to_json(config)
+    _check_data(folder, data_before, dict(data or {}), state)
     fixed = (*_FIXED, *(_FIXED_WITHIN_AN_EPOCH if state.batch else ()))
     for name in fixed:
         was, new = before.get(name), now[name]
         if was != new and (name != "ema_decay" or None in (was, new)):
             where = "an epoch that is under way" if name in _FIXED_WITHIN_AN_EPOCH else "it"
             raise ValueError(
-                f"{folder} was written with {name}={was!r}, this run has {new!r}: {where} cannot go on with another. "
-                "Keep it, or start anew with resume='never'."
+                f"{folder} was written with {name}={short(was)}, this run has {new!r}: {where} cannot go on with "
+                "another. Keep it, or start anew with resume='never'."
             )
     _check_weights(accelerator, folder)
     _check_layout(accelerator, folder)
+    model = _model(accelerator)
+    check_states(folder, None if is_sharded(model) else accelerator._optimizers[0].optimizer)
     try:
-        model = _model(accelerator)
         if is_sharded(model):
             load_sharded(model, accelerator._optimizers[0].optimizer, folder / WEIGHTS, folder / _OPTIMIZER)
         else:
@@ -250,11 +256,11 @@ def load_checkpoint(
                 accelerator.load_state(str(folder))
         if average is not None:
             average.load_state_dict(load_file(folder / _AVERAGE))
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{folder} does not fit this run: {first_line(error)}") from error
+    except Exception as error:  # each library has errors of its own
+        raise LoadError(f"{folder} does not fit this run: {short(first_line(error), plain=True)}") from error
     names = [name for name in now if now[name] != before.get(name) and name not in ("output_dir", "resume")]
     if names:
-        changes = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in names)
+        changes = ", ".join(f"{name} {short(before.get(name))} -> {now[name]!r}" for name in names)
         accelerator.print(f"changed since {folder}: {changes}")
     return state
 
@@ -293,16 +299,17 @@ def _check_weights(accelerator: Accelerator, folder: Path) -> None:
     file = folder / WEIGHTS
     if not file.is_file():
         return  # DeepSpeed's own layout
-    with safe_open(file, "pt") as weights:
-        there = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    here = {n: tuple(t.shape) for n, t in _model(accelerator).state_dict().items()}
+    header, own = read_header(file), _model(accelerator).state_dict()
+    there, here = ({name: tuple(part.shape) for name, part in parts.items()} for parts in (header, own))
     if different := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
         name = different[0]
         raise ValueError(
-            f"{folder} holds another model: {len(different)} of {len(here)} tensors differ, such as {name} "
+            f"{folder} holds another model: {len(different)} of {len(here)} tensors differ, such as "
+            f"{short(name, plain=True)} "
             f"({there.get(name, 'missing')} there, {here.get(name, 'missing')} here). Make the model as it was, or "
             "start anew with resume='never'."
         )
+    check_types(own, header, file)
 
 
 def _check_layout(accelerator: Accelerator, folder: Path) -> None:

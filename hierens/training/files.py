@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from hierens.errors import first_line
 from hierens.files import sync
+from hierens.reading import read_json, short
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
@@ -49,17 +50,17 @@ def publish(partial: Path, final: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None if every file is as its manifest says."""
     try:
-        sealed = json.loads((folder / MANIFEST).read_text())["files"]
+        if not (folder / MANIFEST).is_file():
+            return f"it has no {MANIFEST}"
+        sealed = read_json(folder / MANIFEST, "a manifest")["files"]
         for name, said in sealed.items():
             file = folder / name
             if not file.is_file():
-                return f"{name} is missing"
+                return f"{short(name, plain=True)} is missing"
             if file.stat().st_size != said["size"]:
-                return f"{name} has {file.stat().st_size:,} bytes, not {said['size']:,}"
+                return f"{short(name, plain=True)} has {file.stat().st_size:,} bytes, not {said['size']:,}"
             if _digest(file) != said["sha256"]:
                 return f"the contents of {name} have changed"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
     except OSError as error:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hierens.files import replacing, sync
+from hierens.reading import is_whole, parse_json, short
 from hierens.training.files import free_space
+
+_LARGEST = 2**53  # of a step, or an epoch
 
 
 class JsonLines:
@@ -27,10 +30,21 @@ class JsonLines:
         self._waiting: list[str] = []
 
     def restart(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep only some of the records that are there; a line that a kill cut short goes too."""
+        """Keep only some of the records that are there; a line that a kill cut short goes too.
+
+        Other lines that are no records of a run are put aside in a file of their own.
+        """
         self._waiting = []
-        old = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        kept = "".join(f"{line}\n" for line in old if (record := _parsed(line)) is not None and keep(record))
+        old = self.path.read_text(errors="replace") if self.path.exists() else ""
+        *lines, last = old.split("\n")
+        records = {line: record for line in (*lines, last) if (record := _parsed(line)) is not None}
+        if foreign := [line for line in lines if line.strip() and line not in records]:
+            aside = self.path.with_name(f"{self.path.name}.foreign")
+            with aside.open("a") as file:
+                file.writelines(f"{line}\n" for line in foreign)
+            shown = f"{len(foreign)} lines that are no records of a run, such as {short(foreign[0])}"
+            print(f"{self.path} had {shown}: they are put aside in {aside.name}.")
+        kept = "".join(f"{line}\n" for line in (*lines, last) if line in records and keep(records[line]))
         with replacing(self.path) as new:
             new.write_text(kept)
 
@@ -60,8 +74,12 @@ class JsonLines:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
+    """The record in a line; a run's have a step, and those of validations an epoch, by which to keep them."""
     try:
-        record = json.loads(line)
+        record = parse_json(line, nan=True)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or ("val_loss" in record and "epoch" not in record):
+        return None
+    numbered = all(is_whole(value, 0, _LARGEST) for value in (record.get("step"), record.get("epoch", 0)))
+    return record if numbered else None

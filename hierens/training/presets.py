@@ -11,9 +11,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from hierens.errors import did_you_mean
+from hierens.reading import read_json, short
 from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig, to_json
 
 _Config = TypeVar("_Config")
+_MOST_BYTES = 2**18  # of a YAML file: its parser is slow
 _SMALL_IMAGES: dict[str, Any] = {"mean": (0.5,), "std": (0.25,), "crop_pct": 1.0, "workers": 0}
 
 PRESETS: dict[str, Run] = {
@@ -122,8 +124,13 @@ def load_run(path: str | Path) -> Run:
         ValueError: no such file, no YAML, or a field that does not exist.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        if Path(path).suffix == ".json":
+            content = read_json(Path(path), "a configuration")
+        elif Path(path).stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it is longer than {_MOST_BYTES} bytes")
+        else:
+            content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a configuration: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no configuration: it should hold fields by name, grouped as data, model, train.")
@@ -142,26 +149,27 @@ def _replaced(config: _Config, values: Mapping[str, Any], where: str) -> _Config
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}: there is no field {name!r}{did_you_mean(name, known)}.")
+            raise ValueError(f"{where}: there is no field {short(name)}{did_you_mean(str(name), known)}.")
         current = getattr(config, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name} should hold fields by name, got {value!r}.")
+                raise ValueError(f"{where}: {name} should hold fields by name, got {short(value)}.")
             changed[name] = _replaced(current, value, f"{where}: {name}")
         elif isinstance(current, tuple) and isinstance(value, list):
-            changed[name] = tuple(value)
-        elif "float" in str(known[name]) and _is_number(value):
-            changed[name] = float(value)
+            kind = get_args(known[name])[0]
+            changed[name] = tuple(_value(part, kind, f"{where}: {name}") for part in value)
         else:
-            changed[name] = _checked(value, known[name], f"{where}: {name}")
+            changed[name] = _value(value, known[name], f"{where}: {name}")
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 
-def _checked(value: Any, declared: Any, where: str) -> Any:
+def _value(value: Any, declared: Any, where: str) -> Any:
     """A plain value, if it is of the declared type."""
+    if "float" in str(declared) and _is_number(value):
+        return float(value)
     if not _fits(value, declared):
         allowed = declared.__name__ if isinstance(declared, type) else str(declared).replace("typing.", "")
-        raise ValueError(f"{where} should be {allowed}, got {value!r}.")
+        raise ValueError(f"{where} should be {allowed}, got {short(value)}.")
     return value
 
 
