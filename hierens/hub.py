@@ -30,6 +30,7 @@ from hierens.adaptive import Adaptive
 from hierens.cards import About, draw_accuracy, model_card
 from hierens.errors import first_line
 from hierens.fetching import LoadError, explain, fetch
+from hierens.modes import ordinary_tensors
 from hierens.policies import Policy, save_policy
 from hierens.vetting import ARGUMENTS, TREES, check_arguments, check_fit, read_config, read_shapes, unbuildable
 
@@ -176,6 +177,7 @@ def _retried(upload: Callable[[], Any], times: int = 3) -> Any:
             time.sleep(attempt)
 
 
+@ordinary_tensors
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
 ) -> Adaptive:
