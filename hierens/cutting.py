@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.coarse import CoarseTrace, CutError, CutPoint, Cutting, ancestors
-from hierens.modes import evaluating
+from hierens.modes import evaluating, ordinary_tensors
 
 __all__ = [
     "CutError",
@@ -38,6 +38,7 @@ _OTHER = 1.0  # and for one that anything else crosses, such as sizes: taken onl
 _TINY = 4.0  # for a block with less than a quarter of an equal share, which would hardly be a level
 
 
+@ordinary_tensors
 def cut(
     backbone: nn.Module,
     blocks: int = 4,
@@ -76,6 +77,7 @@ def cut(
     return cutting
 
 
+@ordinary_tensors
 def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = None) -> str:
     """Where to cut the last of the blocks once more: the module that halves its work best.
 
@@ -129,6 +131,7 @@ def _within_last(
     ]
 
 
+@ordinary_tensors
 def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPoint]:
     """The places where a backbone can be cut without opening its blocks, with the work that lies before each.
 

@@ -20,7 +20,7 @@ from hierens.branching import Activations, Executor, Level
 from hierens.checking import self_check
 from hierens.cutting import CutError, Cutting, cut, example_input
 from hierens.equilibrium import scale_gradient, scaled
-from hierens.modes import evaluating
+from hierens.modes import evaluating, ordinary_tensors
 from hierens.nesting import Nesting
 from hierens.profiling import branch_macs
 from hierens.symmetry import break_symmetry, symmetric
@@ -219,6 +219,7 @@ class HierarchicalEnsemble(Adaptive):
 
     # --- smaller trees, other weights -------------------------------------------------------------------------------
 
+    @ordinary_tensors
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> HierarchicalEnsemble:
         """A model of its own with only the sub-tree of a depth (or of the first `leaves` networks).
 
@@ -353,6 +354,7 @@ class HierarchicalEnsemble(Adaptive):
         modules = tuple(self.classifier.block.get_submodule(name) for name in self.classifier_names)
         return modules[0] if len(modules) == 1 else modules
 
+    @ordinary_tensors
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers, drawn independently for every leaf; 0 classes leave the pooled features.
 
@@ -391,6 +393,7 @@ class HierarchicalEnsemble(Adaptive):
         return ((level.block, level.branches) for level in self.all_levels())
 
 
+@ordinary_tensors
 def hierensify(
     backbone: nn.Module,
     blocks: int = 4,

@@ -20,6 +20,7 @@ from hierens.cutting import Cutting, cut
 from hierens.equilibrium import scaled
 from hierens.exit_heads import Embedding, Exit, HeadKind, OwnExit, early_exits
 from hierens.exit_weights import ExitWeights, prior
+from hierens.modes import ordinary_tensors
 from hierens.nesting import Nesting
 from hierens.profiling import counted_run
 
@@ -218,6 +219,7 @@ class MultiExit(Adaptive):
         """A model of its own that ends at an exit: without the blocks and exits behind it."""
         return self.keep_exits(range(self.leaves_at(depth, leaves)))
 
+    @ordinary_tensors
     def keep_exits(self, exits: Iterable[int]) -> MultiExit:
         """A model of its own with some of the exits, and no blocks behind the last of them; weights keep their ratios.
 
@@ -246,6 +248,7 @@ class MultiExit(Adaptive):
 
         return prune(self, tolerance, batches)
 
+    @ordinary_tensors
     def with_collaboration(self) -> MultiExit:
         """A model of its own whose exits also see what the one before said; exact at first.
 
@@ -322,6 +325,7 @@ class MultiExit(Adaptive):
         modules = tuple(last.classifier.get_submodule(name) for name in last.names)
         return modules[0] if len(modules) == 1 else modules
 
+    @ordinary_tensors
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers for every exit, and new embeddings.
 
@@ -363,6 +367,7 @@ class MultiExit(Adaptive):
             yield from ((last.head, 1), (last.classifier, 1))
 
 
+@ordinary_tensors
 def multi_exit(
     backbone: nn.Module,
     exits: int = 4,

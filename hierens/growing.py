@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 from hierens.branching import Level
 from hierens.cutting import CutError, cut, next_cut
 from hierens.ensemble import HierarchicalEnsemble, reasons_to_loop
+from hierens.modes import ordinary_tensors
 from hierens.tree import Tree
 
 
+@ordinary_tensors
 def grow(model: HierarchicalEnsemble) -> HierarchicalEnsemble:
     """A model of its own with one more level and twice the leaves, which answers as the old one does.
 

@@ -30,6 +30,7 @@ from hierens.cards import PICTURE, About, draw_accuracy, model_card
 from hierens.errors import first_line
 from hierens.fetching import LoadError, explain, read_files
 from hierens.files import saving
+from hierens.modes import ordinary_tensors
 from hierens.policies import POLICY, Policy, read_policy, save_policy
 from hierens.vetting import (
     ARGUMENTS,
@@ -249,6 +250,7 @@ def _read(config_file: Path, weights_file: Path, policy_file: Path | None = None
     return _Saved(config, config_file, header, safe_open(weights_file, "pt"), weights_file, policy)
 
 
+@ordinary_tensors
 def _made(saved: _Saved) -> Adaptive:
     config = saved.config
     # Which levels are looped is nothing to find out by computing, where there are no values to compare.

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import nn
+
+# Decorates what makes models: called inside torch.inference_mode(), too, they are of tensors that can be trained.
+ordinary_tensors = torch.inference_mode(False)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from hierens.modes import evaluating, frozen
@@ -87,10 +88,21 @@ def profile(model: Adaptive, size: tuple[int, ...], batch_size: int = 1) -> Prof
 @torch.no_grad()
 def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> float:
     """Median milliseconds of a forward pass at a depth, measured for at least `seconds`."""
-    timer = benchmark.Timer(
-        "model(x, depth=depth)", globals={"model": model, "x": x, "depth": depth}, num_threads=torch.get_num_threads()
-    )
-    return float(timer.blocked_autorange(min_run_time=seconds).median) * 1e3
+
+    def measured(passes: int) -> float:
+        began = time.perf_counter()
+        for _ in range(passes):
+            model(x, depth=depth)
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize(x.device)
+        return (time.perf_counter() - began) / passes
+
+    measured(2)  # what is made at the first call is not a pass's own
+    passes = max(1, int(seconds / 20 / measured(1)))  # together, so that the clock does not count
+    taken = [measured(passes)]
+    while sum(taken) * passes < seconds:
+        taken.append(measured(passes))
+    return statistics.median(taken) * 1e3
 
 
 @torch.no_grad()

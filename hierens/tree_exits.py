@@ -21,6 +21,7 @@ from hierens.ensemble import HierarchicalEnsemble, grown_from, planned
 from hierens.equilibrium import scaled
 from hierens.exit_heads import ConvExit, HeadKind, PooledExit, early_exits
 from hierens.exits import MultiExit
+from hierens.modes import ordinary_tensors
 from hierens.nesting import Nesting
 from hierens.profiling import counted_run
 from hierens.tree import nested_sizes
@@ -184,6 +185,7 @@ class TreeWithExits(Adaptive):
     def _first_branch(self, index: int, value: Any) -> Any:
         return self._tree.level(index).run_branch(0, value)
 
+    @ordinary_tensors
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> TreeWithExits | MultiExit:
         """A model of its own with only what a depth needs: below one whole network, a chain that ends at an exit."""
         early, networks = self._split(self.leaves_at(depth, leaves))
@@ -237,6 +239,7 @@ class TreeWithExits(Adaptive):
         """The networks' classifier, its weights packed: see `HierarchicalEnsemble.get_classifier`."""
         return self._tree.get_classifier()
 
+    @ordinary_tensors
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers for every exit and network.
 
@@ -270,6 +273,7 @@ class TreeWithExits(Adaptive):
         return self._tree.backbone_parts()
 
 
+@ordinary_tensors
 def tree_with_exits(
     backbone: nn.Module,
     blocks: int = 4,

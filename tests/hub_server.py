@@ -126,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._content(self.server.large[self.path.rpartition("/")[2]], first, {})
         if self._in_trouble():
             return None
+        if about := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/[^/?]+\?expand=xetEnabled", self.path):
+            return self._answer({"id": about[1], "xetEnabled": False})  # huggingface_hub 0.30 asks before it uploads
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)(\?.*)?", self.path)
         if self._token() not in (WRITER, READER, ""):
             return self._unknown_token()

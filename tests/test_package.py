@@ -1,10 +1,12 @@
-"""What a plain install brings: six packages, and nothing of the extras is imported with hierens."""
+"""What a plain install brings: six packages, and nothing of the extras, nor of compilers, is imported with hierens."""
 
 import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -33,3 +35,31 @@ def test_a_plain_install_needs_six_packages_and_imports_no_more():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert not modules & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+COMPILING = """
+import runpy, sys
+sys.argv = ["hierens", *sys.argv[1:]]
+try:
+    runpy.run_module("hierens.cli", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+import hierens.training.run
+assert "torch" in sys.modules
+assert "torch.utils.cpp_extension" not in sys.modules, "it needs setuptools, and looks for CUDA"
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["profile", "resnet8_cifar", "--blocks", "2", "--size", "3", "32", "32"],
+        ["train", "--preset", "demo", "--epochs", "1", "--batch-size", "64", "--blocks", "2", "--workers", "0"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_measuring_and_training_look_for_no_compiler(tmp_path, command):
+    command = [*command, *(["--output-dir", str(tmp_path)] if command[0] == "train" else [])]
+    done = subprocess.run([sys.executable, "-c", COMPILING, *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA" not in done.stderr

@@ -1,13 +1,14 @@
 """Profiles: what they claim is what is there."""
 
 import json
+import time
 
 import pytest
 import torch
 
 import hierens
 from hierens.plotting import plot_accuracy
-from hierens.profiling import millions, table
+from hierens.profiling import latency, millions, table
 
 
 @pytest.fixture
@@ -42,3 +43,12 @@ def test_tables_align():
 def test_pictures_are_drawn(tmp_path):
     path = plot_accuracy({"one": ([1e6, 2e6], [90, 91]), "other": ([1e6], [80])}, tmp_path / "a.png", "title")
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
+
+
+def test_what_is_measured_is_a_pass_at_the_depth_asked_for():
+    class Sleeper(torch.nn.Module):
+        def forward(self, x, depth):
+            time.sleep(0.002 * (depth + 1))
+
+    first, second = (latency(Sleeper(), torch.zeros(1), depth, seconds=0.05) for depth in (0, 4))
+    assert 2 <= first < second and second >= 10

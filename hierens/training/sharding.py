@@ -11,6 +11,8 @@ policies, and which does nothing on CPUs, is put aside.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +35,27 @@ _REQUEST = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def take_over(config: TrainConfig) -> bool:
-    """Whether FSDP was asked for; Accelerate, which reads the same variable, will not know of it.
+@contextmanager
+def taken_over(config: TrainConfig) -> Iterator[bool]:
+    """Whether FSDP was asked for; inside, Accelerate, which reads the same variable, does not know of it.
 
     Raises:
         ValueError: what the configuration asks for cannot be had with FSDP.
     """
     if not parse_flag_from_env(_REQUEST):
-        return False
+        yield False
+        return
     if config.ema_decay is not None:
         raise ValueError("FSDP keeps no average of the weights: leave ema_decay out, or train without FSDP.")
     if config.precision == "fp16":
         raise ValueError("FSDP is supported in full precision and bf16, not in fp16: choose precision bf16.")
     if config.clip_mode == "agc":
         raise ValueError("agc needs whole gradients, which FSDP spreads: choose clip_mode norm or value.")
-    os.environ[_REQUEST] = "false"
-    return True
+    asked, os.environ[_REQUEST] = os.environ[_REQUEST], "false"
+    try:
+        yield True
+    finally:
+        os.environ[_REQUEST] = asked  # for the next run in this process
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

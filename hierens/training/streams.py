@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hierens.training.decoding import DecodingError, Source
-from hierens.training.randomness import random_numbers_of
+from hierens.training.randomness import random_numbers_of, seed_of
 from hierens.training.unreadable import Unreadable, UnreadableDataError
 
 _BLANK = b"P5 1 1 255\n\0"  # the smallest image
@@ -50,7 +50,7 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
         self.workers, self.processes, self.process = max(workers, 1), reader.dist_num_replicas, reader.dist_rank
         self.epoch = 0
         reader.set_loader_cfg(num_workers=workers)
-        reader.common_seed = seed
+        reader.common_seed = seed_of(seed)  # which is never negative, as its generators want it
 
     @property
     def signature(self) -> dict[str, int]:
@@ -162,13 +162,13 @@ def _web_dataset(
 
     shards = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
     if reader.is_training:
-        random.Random(hash(seeds[:2])).shuffle(shards)  # alike in all workers, so that their shares are disjoint
+        random.Random(seed_of(*seeds[:2])).shuffle(shards)  # alike in all workers, so that their shares are disjoint
     shards = shards[mine::of]
     if not shards:
         return
     stages = [wds.SimpleShardList(shards), wds.tarfile_to_samples(handler=skip)]
     if reader.is_training:
-        order = random.Random(hash((*seeds, mine)))
+        order = random.Random(seed_of(*seeds, mine))
         stages.append(wds.shuffle(reader.sample_shuffle_size, initial=reader.sample_initial_size, rng=order))
     target_key = reader.target_keys or reader.target_key
     for sample in wds.DataPipeline(*stages):

@@ -7,6 +7,7 @@ no state of a random generator needs to be carried over.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import signal
@@ -52,7 +53,7 @@ from hierens.training.optimizers import create_optimizer, frozen_levels
 from hierens.training.randomness import seed_of
 from hierens.training.saving import save_model
 from hierens.training.schedules import bring_up_to, create_schedule
-from hierens.training.sharding import own_part, shard, take_over
+from hierens.training.sharding import own_part, shard, taken_over
 from hierens.training.signals import StopSignals, interruption
 from hierens.training.targets import TargetCheck
 from hierens.training.throughput import Throughput
@@ -94,21 +95,21 @@ class Trainer:
         teacher_config: TeacherConfig | None = None,
     ) -> None:
         self.config = config
-        sharded = take_over(config)
-        self.accelerator = Accelerator(
-            cpu=config.cpu,
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulation,
-            log_with=list(config.trackers) or None,
-            project_dir=config.output_dir,
-            step_scheduler_with_optimizer=False,
-            dataloader_config=DataLoaderConfiguration(
-                split_batches=True, use_seedable_sampler=True, data_seed=config.seed
-            ),
-        )
+        with taken_over(config) as sharded:
+            self.accelerator = Accelerator(
+                cpu=config.cpu,
+                mixed_precision=config.precision,
+                gradient_accumulation_steps=config.accumulation,
+                log_with=list(config.trackers) or None,
+                project_dir=config.output_dir,
+                step_scheduler_with_optimizer=False,
+                dataloader_config=DataLoaderConfiguration(
+                    split_batches=True, use_seedable_sampler=True, data_seed=config.seed
+                ),
+            )
         micro_batch = config.batch_size // config.accumulation
         check_division(micro_batch, config.val_batch_size, self.accelerator.num_processes)
-        set_seed(config.seed)
+        set_seed(seed_of(config.seed) % 2**32)  # numpy's own takes no negative seed
         if config.symmetry_noise and model.symmetric:
             model.break_symmetry(config.symmetry_noise, config.seed)
         if config.channels_last and not sharded:  # a share of the weights must be contiguous
@@ -199,7 +200,7 @@ class Trainer:
                     self._stop(self._signals.received, f"in the midst of a step ({first_line(error)})")
                 raise
             self._save_models()
-            self.accelerator.end_training()
+            self._end_trackers()
         return self.state.history
 
     def _resume(self) -> None:
@@ -346,8 +347,15 @@ class Trainer:
         self.accelerator.print(
             f"{name}: stopped {where}; {self._newest()}. The same command with resume='auto' goes on."
         )
-        self.accelerator.end_training()
+        self._end_trackers()
         raise interruption(number)
+
+    def _end_trackers(self) -> None:
+        """Accelerate's `end_training` without leaving the process group: the processes may train again."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        atexit.unregister(_part)
+        atexit.register(_part)
 
     def _newest(self) -> str:
         newest = newest_checkpoint(self.config.output_dir)
@@ -422,6 +430,11 @@ class Trainer:
     def _synced(self) -> AbstractContextManager[Any]:
         several = self.accelerator.num_processes > 1
         return SyncedBatchNorm() if several and self.config.sync_batchnorm else contextlib.nullcontext()
+
+
+def _part() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_nesting(model: Adaptive, objective: Objective, sharded: bool) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 
 import torch
@@ -13,6 +14,12 @@ from hierens.training.run import Run, train
 
 def main(output_dir, settings):
     torch.set_num_threads(1)
+    if sharded := settings.pop("sharded", None):
+        for number, value in enumerate(sharded):  # one run after the other in this process
+            if value:
+                os.environ["ACCELERATE_USE_FSDP"] = value
+            main(f"{output_dir}/{number}", dict(settings))
+        return
     data = {key: settings.pop(key) for key in ("augment", "workers") if key in settings}
     demo = PRESETS["demo"]
     blocks = settings.pop("blocks", demo.model.blocks)

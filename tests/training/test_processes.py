@@ -100,3 +100,14 @@ def test_a_run_goes_on_as_it_was_shared_out(launcher, tmp_path):
     runs = launcher.start_several(2, tmp_path, SHORT, ACCELERATE_USE_FSDP="true")
     assert [run.wait() for run in runs] == [1, 1]
     assert "was written without FSDP, this run trains with FSDP" in runs[0].output
+
+
+def test_processes_train_again_and_again_each_time_as_asked(launcher, alone, tmp_path):
+    """Four runs in the same two processes: shared out as they were launched, once more, told not to, and told to."""
+    asked = {"sharded": ["", "", "false", "true"]}
+    for run in launcher.start_several(2, tmp_path, SHORT | asked, ACCELERATE_USE_FSDP="true"):
+        run.finish()
+    for number, sharded in enumerate((True, True, False, True)):
+        assert losses(tmp_path / str(number)) == pytest.approx(alone, rel=1e-5)
+        written = [file.name for file in (tmp_path / str(number) / "checkpoints").glob("*/optimizer*")]
+        assert written and all((name == "optimizer_by_name.bin") is sharded for name in written), number

@@ -1,5 +1,6 @@
 """Random numbers that depend on what they are for, and leave the caller's generators alone."""
 
+import itertools
 import random
 
 import numpy as np
@@ -48,4 +49,30 @@ def test_the_caller_draws_on_as_if_nothing_had_been():
 
 
 def test_seeds_differ_wherever_a_number_does():
-    assert len({seed_of(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
+    hard = (-(2**64), -(2**61), -(2**32), -3, -2, -1, 0, 1, 2, 2**31, 2**32 - 1, 2**32, 2**61 - 1, 2**61, 2**64)
+    steps, batches, processes = (0, 1, 2, 499, 500), (0, 1, 2, 2**32), range(4)
+    grid = [
+        *itertools.product(hard, steps, batches, processes),  # (seed, step, batch, process), as training asks
+        *itertools.product(hard, hard),  # of other lengths, none of which is another with zeros behind it
+        *((number,) for number in hard),
+        (),
+    ]
+    assert len({seed_of(*numbers) for numbers in grid}) == len(grid)
+    assert all(0 <= seed_of(*numbers) < 2**64 for numbers in grid)
+
+
+def test_what_augmentations_draw_differs_where_the_seed_does():
+    found = []
+    for numbers in ((-1, 0, 5), (-2, 0, 5), (0, 0, 5), (2**61 - 1, 0, 5)):
+        with random_numbers_of(*numbers):
+            found.append(draws())
+    for first, second in itertools.combinations(found, 2):
+        assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_seeds_are_the_same_on_every_machine():
+    assert [seed_of(0, 0, 0, 0), seed_of(-1, 7), seed_of(2**61 - 1)] == [
+        16363712187084821697,
+        12760655878706035074,
+        18174112819074749528,
+    ]

@@ -1,6 +1,7 @@
 """The trainer: bit-identical after a kill, the same with one process or two, and clear when it cannot go on."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -113,6 +114,16 @@ def test_finished_runs_stay_finished(tmp_path):
     assert again.fit() and again.state.step == 6
     assert weights(tmp_path) == before
     assert trainer(tmp_path, resume="never", seed=3).fit() and weights(tmp_path) != before
+
+
+def test_negative_and_large_seeds_are_seeds_like_others(tmp_path):
+    """As `hash` has it, -1 is -2 and 2^61 - 1 is 0."""
+    found = {}
+    for seed in (-1, -2, 0, 2**61 - 1):
+        run = trainer(tmp_path / str(seed), epochs=1, mixup=0.5, symmetry_noise=0, seed=seed)
+        run.fit()
+        found[seed] = run.ensemble.state_dict()["classifier.block.fc.weight"]
+    assert not any(torch.equal(found[a], found[b]) for a, b in itertools.combinations(found, 2))
 
 
 def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(tmp_path):
