@@ -74,10 +74,13 @@ def decode(
     """
     try:
         if isinstance(source, Image.Image):
-            return _decoded(source, mode, max_pixels)
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=formats) as image:
-            return _decoded(image, mode, max_pixels)
+            return _decoded(source, mode, max_pixels, own=False)
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        if hasattr(source, "read"):
+            return _decoded(Image.open(source, formats=formats), mode, max_pixels, own=True)
+        with open(source, "rb") as file:
+            return _decoded(Image.open(file, formats=formats), mode, max_pixels, own=True)
     except DecodingError:
         raise
     except Image.DecompressionBombError as error:
@@ -97,19 +100,21 @@ def create_decoder(config: DataConfig) -> Callable[[Source], Image.Image]:
     return partial(decode, mode="L" if config.input_size[0] == 1 else "RGB", max_pixels=config.max_pixels)
 
 
-def _decoded(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
-    if image.width * image.height > max_pixels:
-        raise DecodingError(f"it has {image.width} x {image.height} pixels, more than {max_pixels}", too_large=True)
+def _decoded(image: Image.Image, mode: str, max_pixels: int, own: bool) -> Image.Image:
+    """A new image, or the same one if it is our `own` and of the right mode already: `convert` would copy it."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DecodingError(f"it has {width} x {height} pixels, more than {max_pixels}", too_large=True)
     if image.tell():
         image.seek(0)
     image.load()
     deep = image.mode == "F" or image.mode.startswith("I")
-    converted = (_eight_bits(image) if deep else image).convert(mode)
+    converted = image if own and image.mode == mode else (_eight_bits(image) if deep else image).convert(mode)
     if image.info.keys().isdisjoint(_TELLING):  # Pillow turns TIFFs upright by itself
         return converted
+    turn = _TURNS.get(_orientation(image))
     for name in _TELLING:  # whoever reads the image again must not turn it again
         converted.info.pop(name, None)
-    turn = _TURNS.get(_orientation(image))
     return converted if turn is None else converted.transpose(turn)
 
 
