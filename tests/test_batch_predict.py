@@ -178,7 +178,7 @@ def test_bad_settings_are_refused_before_any_work(model_dir, folder, tmp_path):
         ({"policy": "/nowhere"}, "no directory here"),
         ({"labels": ("a",)}, "1 names, but the model 3 classes"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"dataset": "fashion_mnist"}, "has neither train-images"),
+        ({"dataset": "fashion_mnist"}, "has neither t10k-images"),
         ({"dataset": "digits", "split": "test"}, "splits train and validation, not 'test'"),
         ({"dataset": "wds/x", "input": ""}, "data_dir is needed"),
     ):

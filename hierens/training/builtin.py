@@ -11,7 +11,6 @@ import numpy as np
 from hierens.training.config import DataConfig
 
 _DIGITS_HELD_OUT = 450
-_SPLITS = {"train": True, "training": True, "validation": False, "val": False, "test": False}
 _CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -27,18 +26,9 @@ def read_built_in(config: DataConfig, split: str) -> tuple[Any, Any]:
         ValueError: there is no such split, or data that are missing or damaged.
     """
     read = digits if config.dataset == "digits" else fashion_mnist
-    return read(config, is_training(config.dataset, split))
-
-
-def is_training(dataset: str, split: str) -> bool:
-    """Whether a split's name means the training images.
-
-    Raises:
-        ValueError: it means nothing.
-    """
-    if split not in _SPLITS:
-        raise ValueError(f"{dataset} has the splits train and validation, not {split!r}.")
-    return _SPLITS[split]
+    if split not in ("train", "validation"):
+        raise ValueError(f"{config.dataset} has the splits train and validation, not {split!r}.")
+    return read(config, split == "train")
 
 
 def digits(config: DataConfig, training: bool) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-from hierens.training.builtin import CLASSES, is_training, read_built_in
+from hierens.training.builtin import CLASSES, read_built_in
 from hierens.training.colour import warn_of_lost_colours
 from hierens.training.config import DataConfig
 from hierens.training.decoding import create_decoder
@@ -243,25 +243,27 @@ def _check_size(images: int, batch_size: int) -> None:
 
 def _folder(config: DataConfig, field: str) -> str | None:
     """Where a split lies, if the data set is an image folder."""
-    if config.dataset in BUILT_IN or not is_folder(config.dataset):
+    if not _in_folders(config):
         return None
     _check_directory(config)
     return split_folder(config.data_dir, getattr(config, field), field)
 
 
+def _in_folders(config: DataConfig) -> bool:
+    return config.dataset not in BUILT_IN and is_folder(config.dataset)
+
+
 def _check_apart(config: DataConfig, train: Any, val: Any) -> None:
     """See that the splits of a data set by name are not of the same images; folders have been looked at by then."""
     splits = config.train_split, config.val_split
-    if config.dataset in BUILT_IN:
-        same = is_training(config.dataset, splits[0]) == is_training(config.dataset, splits[1])
-    elif config.dataset.startswith("wds/"):
+    if config.dataset.startswith("wds/"):
         same = not set(train.reader.split_info.filenames).isdisjoint(val.reader.split_info.filenames)
     elif config.dataset.startswith("torch/"):  # all but the names of training mean the test set to timm
         parts = [getattr(data.dataset, "train", name) for data, name in zip((train, val), splits, strict=True)]
-        same = parts[0] == parts[1] and not is_folder(config.dataset)
+        same = parts[0] == parts[1]
     else:
-        same = splits[0] == splits[1] and not is_folder(config.dataset)
-    if same:
+        same = splits[0] == splits[1]
+    if same and not _in_folders(config):
         raise ValueError(
             f"training and validation images are the same: train_split {splits[0]!r} and val_split {splits[1]!r} of "
             f"{config.dataset} share images."

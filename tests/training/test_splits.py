@@ -93,7 +93,7 @@ def test_named_data_sets_with_one_split_twice_are_refused(tmp_path, monkeypatch)
     cases = [
         dataclasses.replace(wds, val_split="train"),
         dataclasses.replace(wds, train_split="train-{0000..0002}.tar|36", val_split="train-{0002..0003}.tar|24"),
-        DataConfig("digits", train_split="test", **SMALL),
+        DataConfig("digits", train_split="validation", **SMALL),
     ]
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     cifar = DataConfig("torch/cifar10", str(write_cifar(tmp_path / "cifar")), **SMALL)
