@@ -1,9 +1,9 @@
 """A model saved over another: readers get one or the other, with its own policy, whatever is killed."""
 
 import contextlib
+import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections import Counter
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import timm
-from saver import POLICIES, marks, models, save
+from saver import POLICIES, RESULTS, marks, models, save
 
 import hierens
+from hierens import fetching, hub
 from hierens.hub import load_with_policy
 from hierens.policies import FixedDepth, load_policy, save_policy
 
@@ -78,43 +79,38 @@ def test_a_policy_alone_leaves_the_model(made, tmp_path):
     assert marks(model) == {2} and policy == FixedDepth(0)
 
 
-def test_a_full_disk_leaves_the_model_that_was_there(made, tmp_path):
-    """Files cannot grow beyond some bytes: what a quota does."""
+def test_a_full_disk_leaves_the_model_that_was_there(made, tmp_path, monkeypatch):
     save(made, 0, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
-    try:
-        with pytest.raises(Exception, match="File too large"):
-            save(made, 1, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub, "draw_accuracy", full)  # when weights and config are written
+    with pytest.raises(OSError, match="No space left on device"):
+        made[1].save_pretrained(tmp_path, results=RESULTS, picture=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_model_that_is_replaced_while_it_loads_is_loaded_whole(made, tmp_path, monkeypatch):
     """Between its config and its weights, and between its weights and their use."""
-    from hierens import hub
-
     save(made, 0, tmp_path)
     replaced = []
-    for name, call in (("read_shapes", hub.read_shapes), ("check_fit", hub.check_fit)):
+    for name, call, number in (("read_shapes", hub.read_shapes, 2), ("check_fit", hub.check_fit, 1)):
 
-        def and_replace(*args, call=call, name=name):
-            if name not in replaced:
-                replaced.append(name)
-                save(made, 1, tmp_path)
+        def and_replace(*args, call=call, number=number):
+            if number not in replaced:
+                replaced.append(number)
+                save(made, number, tmp_path)
             return call(*args)
 
         monkeypatch.setattr(hub, name, and_replace)
     model, policy = load_with_policy(tmp_path)
-    assert replaced == ["read_shapes", "check_fit"]
-    assert marks(model) == {1} and policy == POLICIES[1]
+    assert replaced == [2, 1]
+    assert marks(model) == {2} and policy is None
 
 
 def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, tmp_path, monkeypatch):
-    from hierens import fetching, hub
-
     save(made, 0, tmp_path)
     monkeypatch.setattr(fetching, "_PATIENCE", 0.3)
 
