@@ -27,10 +27,10 @@ from torch import Tensor
 
 from hierens.adaptive import Adaptive
 from hierens.fetching import LoadError, MissingFileError, fetch
-from hierens.modes import evaluating
 from hierens.uncertainty import MEASURES, Measure, certainty
 
 POLICY = "policy.json"
+NOBODY, EVERYBODY = 2.0, -1.0  # thresholds beyond every certainty, which JSON can hold
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,13 @@ class Policy(ABC):
 
     @torch.no_grad()
     def __call__(self, model: Any, images: Tensor) -> Prediction:
-        """Answer images (N, C, H, W), in evaluation mode."""
-        with evaluating(model):
-            return self._answer(model, images)
+        """Answer images (N, C, H, W).
+
+        Raises:
+            ValueError: the model is in training mode, or has not the depths that the policy is for.
+        """
+        _check_evaluating(model)
+        return self._answer(model, images)
 
     @abstractmethod
     def _answer(self, model: Adaptive, images: Tensor) -> Prediction: ...
@@ -67,6 +71,12 @@ class Policy(ABC):
         """Plain values, which `from_dict` reads back."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {"policy": self.kind, **json.loads(json.dumps(values))}
+
+
+def _check_evaluating(model: Any) -> None:
+    """Refuse a model in training mode: to change that for one call would change it for other threads, too."""
+    if model.training:
+        raise ValueError("policies answer in evaluation mode, and the model is in training mode: call model.eval().")
 
 
 def _uniform(model: Adaptive, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
@@ -144,21 +154,25 @@ class Deadline(Policy):
 
     @torch.no_grad()
     def within(self, model: Any, images: Tensor, milliseconds: float | None = None) -> Prediction:
-        """Answer within another time than usual."""
+        """Answer within another time than usual.
+
+        Raises:
+            ValueError: the model is in training mode.
+        """
+        _check_evaluating(model)
         limit = (self.milliseconds if milliseconds is None else milliseconds) / 1e3
         start = before = time.perf_counter()
         slowdown = 1.0
-        with evaluating(model):
-            for step in model.anytime(images):
-                if images.is_cuda:
-                    torch.cuda.synchronize()
-                now = time.perf_counter()
-                slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
-                before = now
-                usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
-                coming = usual * slowdown + self.caution * spread
-                if step.leaves == model.leaves or now - start + coming > limit:
-                    break
+        for step in model.anytime(images):
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
+            before = now
+            usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
+            coming = usual * slowdown + self.caution * spread
+            if step.leaves == model.leaves or now - start + coming > limit:
+                break
         return _uniform(model, images, step.logits, step.leaves)
 
     def _answer(self, model: Any, images: Tensor) -> Prediction:
@@ -262,11 +276,13 @@ class Confidence(Policy):
     goes on, with the activations that it has. All leave at the last depth.
 
     Args:
-        thresholds: for each depth below the full one, from 0 to 1; the last one serves all that are missing.
+        thresholds: for each depth below the full one, from 0 to 1 whatever the measure; the last one serves all that are
+            missing. `NOBODY` (2) lets no image leave at a depth, `EVERYBODY` (-1) all.
         measure: see `hierens.uncertainty.certainty`; the networks are those evaluated so far.
 
     Raises:
-        ValueError: no threshold, or another measure.
+        ValueError: no threshold, one that no certainty can be compared with, or another measure; when called, more
+            thresholds than the model has depths below the full one.
     """
 
     thresholds: tuple[float, ...]
@@ -275,13 +291,23 @@ class Confidence(Policy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", tuple(float(value) for value in self.thresholds))
-        if not self.thresholds or any(value != value for value in self.thresholds):
+        if not self.thresholds:
             raise ValueError(f"thresholds must be at least one number, got {self.thresholds}.")
+        if wrong := [value for value in self.thresholds if not 0 <= value <= 1 and value not in (NOBODY, EVERYBODY)]:
+            raise ValueError(
+                f"thresholds are compared with certainties, which lie from 0 to 1: {wrong[0]} is none (0.9, not 90; "
+                f"{NOBODY:g} lets no image leave, {EVERYBODY:g} all)."
+            )
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}.")
 
     def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
         sizes = model.sizes
+        if len(self.thresholds) > max(len(sizes) - 1, 1):
+            raise ValueError(
+                f"{len(self.thresholds)} thresholds are for a model of {len(self.thresholds) + 1} depths, and this one "
+                f"has {len(sizes)}: give one for each depth below the full one, or fewer, of which the last serves the rest."
+            )
         rows = torch.arange(len(images), device=images.device)
         leaves, macs = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images), dtype=torch.int64)
         votes: list[Tensor] = []
