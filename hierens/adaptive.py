@@ -65,6 +65,8 @@ class Adaptive(nn.Module, ABC):
     levels: nn.ModuleList
     gradient_equilibrium: bool = False
     grad_checkpointing: bool = False
+    num_classes: int
+    head_hidden_size: int
     _model_args: dict[str, Any]
     _macs: dict[tuple[int, ...], tuple[int, ...]]
 
@@ -220,6 +222,16 @@ class Adaptive(nn.Module, ABC):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected images (N, {self.in_chans}, H, W), got a tensor of shape {tuple(x.shape)}.")
         return x
+
+    def _no_logits(self, x: Tensor, leaves: int, reduce: bool) -> Tensor:
+        """What `forward` returns for a batch of no images, which many backbones cannot run."""
+        return x.new_empty(0, *(() if reduce else (leaves,)), self.num_classes or self.head_hidden_size)
+
+    def _walk_of_none(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
+        """What `anytime` yields for such a batch."""
+        logits = self._no_logits(x, 1, reduce=True)
+        for leaves in range(1, self.leaves + 1):
+            yield Step(leaves, logits, self.cost(leaves, tuple(x.shape[1:])), logits)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hierens.modes import evaluating
-from hierens.policies import Confidence
+from hierens.policies import EVERYBODY, NOBODY, Confidence
 from hierens.tree import nested_sizes
 from hierens.uncertainty import Measure, certainty
-
-_NOBODY, _EVERYBODY = 2.0, -1.0  # thresholds beyond every certainty, which JSON can hold
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def calibrate(
 
 def exits(sure: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The depth at which each image leaves, (N,), given the certainties (N, depths) of all depths."""
-    return (sure >= torch.tensor([*thresholds, _EVERYBODY], dtype=sure.dtype)).int().argmax(1)
+    return (sure >= torch.tensor([*thresholds, EVERYBODY], dtype=sure.dtype)).int().argmax(1)
 
 
 def mean_cost(sure: Tensor, thresholds: Sequence[float], macs: Sequence[int]) -> float:
@@ -129,9 +127,9 @@ def _thresholds(sure: Tensor, log_ratio: float) -> tuple[float, ...]:
         leaving = min(round(float(weights[depth]) * count), len(here))
         # Between the last that leaves and the first that stays, so that rounding moves neither.
         if leaving == 0:
-            threshold = _NOBODY
+            threshold = NOBODY
         elif leaving == len(here):
-            threshold = _EVERYBODY
+            threshold = EVERYBODY
         else:
             threshold = float(here[leaving - 1] + here[leaving]) / 2
         found.append(threshold)

@@ -111,17 +111,18 @@ class HierarchicalEnsemble(Adaptive):
             ValueError: depth or leaves out of range, or images of another shape than the model takes.
         """
         n = self.leaves_at(depth, leaves)
-        return self._logits(self._features(x, n), reduce)
+        x = self._prepared(x)
+        return self._logits(self._features(x, n), reduce) if len(x) else self._no_logits(x, n, reduce)
 
     def climb(self, x: Tensor, leaves: int, exits: int = 0) -> Iterator[Activations]:
         """What each level hands on to the next, for the first leaves; a level is run when it is asked for.
 
         Args:
-            x: images (N, C, H, W).
+            x: images (N, C, H, W), as `_prepared` returns them.
             leaves: how many networks will answer; none, if only the first branch of some levels is wanted.
             exits: how many of those first branches answer by an exit, for gradient equilibrium.
         """
-        activations = Activations([self._prepared(x)])
+        activations = Activations([x])
         for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, max(leaves, 1)))]
             if self.gradient_equilibrium and index > 0:
@@ -183,7 +184,7 @@ class HierarchicalEnsemble(Adaptive):
             After each leaf the mean logits so far, what `forward(x, leaves=step.leaves)` returns.
         """
         x = self._prepared(x)
-        return self.walk([x], tuple(x.shape[1:]))
+        return self.walk([x], tuple(x.shape[1:])) if len(x) else self._walk_of_none(x)
 
     @torch.no_grad()
     def walk(self, path: list[Any], size: tuple[int, ...]) -> Generator[Step, Tensor | None, None]:
@@ -339,7 +340,7 @@ class HierarchicalEnsemble(Adaptive):
 
     def forward_features(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
         """Each leaf's features before pooling: the backbone's `forward_features`, stacked to (N, leaves, ...)."""
-        return self._features(x, self.tree.leaves_at(depth, leaves)).stacked()
+        return self._features(self._prepared(x), self.tree.leaves_at(depth, leaves)).stacked()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, reduce: bool = True) -> Tensor:
         """From `forward_features`'s result to mean logits, or with `pre_logits` to mean pooled features."""

@@ -143,6 +143,8 @@ class MultiExit(Adaptive):
         """
         count = self.leaves_at(depth, leaves)
         value: Any = self._prepared(x)
+        if not len(x):
+            return self._no_logits(x, count, reduce)
         answers: list[Tensor] = []
         for index in range(count):
             value, logits = self._next(index, value, answers[-1] if answers else None, count - index)
@@ -198,7 +200,8 @@ class MultiExit(Adaptive):
         Yields:
             After each exit what `forward(x, leaves=step.leaves)` returns.
         """
-        return self._walk(self._prepared(x))
+        x = self._prepared(x)
+        return self._walk(x) if len(x) else self._walk_of_none(x)
 
     @torch.no_grad()
     def _walk(self, x: Tensor) -> Generator[Step, Tensor | None, None]:

@@ -314,7 +314,7 @@ def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0)
     Raises:
         ValueError: shapes that do not fit each other, or a temperature that is not positive.
     """
-    check_logits(leaf_logits)
+    _check_images(leaf_logits)
     _check_teacher(leaf_logits, teacher)
     _check_temperature(temperature)
     log_q = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=-1)[:, None]
@@ -341,7 +341,7 @@ def _fused(
     standardize: bool = False,
 ) -> Tensor:
     """The weighted sum of the named terms in one pass over the predictions."""
-    check_logits(leaf_logits)
+    _check_images(leaf_logits)
     _check_target(leaf_logits, target)
     _check_temperature(temperature)
     nesting = nesting or Nesting(nested_sizes(leaf_logits.shape[1]))
@@ -412,6 +412,12 @@ def _as_probabilities(target: Tensor, like: Tensor) -> Tensor:
     if target.ndim == 2:
         return target.to(like)
     return F.one_hot(target, like.shape[-1]).to(like)
+
+
+def _check_images(leaf_logits: Tensor) -> None:
+    check_logits(leaf_logits)
+    if not len(leaf_logits):
+        raise ValueError("there is no image in the batch, and a loss is a mean over images: leave empty batches out.")
 
 
 def _check_temperature(temperature: float) -> None:

@@ -170,13 +170,13 @@ def _then_act(module: nn.Module, x: Tensor) -> Tensor:
 
 def linear(module: Any, x: Tensor, width: Width) -> Tensor:
     """A linear layer of w branches: one batched matrix product. (w*N, ..., in) -> (w*N, ..., out)."""
-    rows = x.reshape(width.active, -1, x.shape[-1])  # (w, N * positions, in)
+    rows = x.unflatten(0, (width.active, -1)).flatten(1, -2)  # (w, N * positions, in)
     weight = width.stacked(module.weight).transpose(1, 2)  # (w, in, out)
     if module.bias is None:
         rows = torch.bmm(rows, weight)
     else:
         rows = torch.baddbmm(width.stacked(module.bias).unsqueeze(1), rows, weight)
-    return rows.reshape(*x.shape[:-1], -1)
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def layer_norm(module: Any, x: Tensor, width: Width) -> Tensor:

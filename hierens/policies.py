@@ -29,7 +29,6 @@ from torch import Tensor
 from hierens.adaptive import Adaptive
 from hierens.fetching import LoadError, MissingFileError, read_files
 from hierens.files import replacing
-from hierens.modes import evaluating
 from hierens.reading import is_finite, is_whole, read_json, short
 from hierens.uncertainty import MEASURES, Measure, certainty
 
@@ -37,6 +36,7 @@ POLICY = "policy.json"
 _LARGEST = 10**6  # of whole numbers
 _WIDEST = 10_000  # latencies that are sorted for every answer
 _MOST_THRESHOLDS = 4096
+NOBODY, EVERYBODY = 2.0, -1.0  # thresholds beyond every certainty, which JSON can hold
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,13 @@ class Policy(ABC):
 
     @torch.no_grad()
     def __call__(self, model: Any, images: Tensor) -> Prediction:
-        """Answer images (N, C, H, W), in evaluation mode."""
-        with evaluating(model):
-            return self._answer(model, images)
+        """Answer images (N, C, H, W).
+
+        Raises:
+            ValueError: the model is in training mode, or has not the depths that the policy is for.
+        """
+        _check_evaluating(model)
+        return self._answer(model, images)
 
     @abstractmethod
     def _answer(self, model: Adaptive, images: Tensor) -> Prediction: ...
@@ -87,6 +91,12 @@ def _check_positive(policy: Policy, *names: str) -> None:
         value = getattr(policy, name)
         if value is not None and not (is_finite(value) and value > 0):
             raise ValueError(f"{name} must be positive, got {short(value)}: a finite number above 0.")
+
+
+def _check_evaluating(model: Any) -> None:
+    """Refuse a model in training mode: to change that for one call would change it for other threads, too."""
+    if model.training:
+        raise ValueError("policies answer in evaluation mode, and the model is in training mode: call model.eval().")
 
 
 def _uniform(model: Adaptive, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
@@ -173,21 +183,25 @@ class Deadline(Policy):
 
     @torch.no_grad()
     def within(self, model: Any, images: Tensor, milliseconds: float | None = None) -> Prediction:
-        """Answer within another time than usual."""
+        """Answer within another time than usual.
+
+        Raises:
+            ValueError: the model is in training mode.
+        """
+        _check_evaluating(model)
         limit = (self.milliseconds if milliseconds is None else milliseconds) / 1e3
         start = before = time.perf_counter()
         slowdown = 1.0
-        with evaluating(model):
-            for step in model.anytime(images):
-                if images.is_cuda:
-                    torch.cuda.synchronize()
-                now = time.perf_counter()
-                slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
-                before = now
-                usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
-                coming = usual * slowdown + self.caution * spread
-                if step.leaves == model.leaves or now - start + coming > limit:
-                    break
+        for step in model.anytime(images):
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
+            before = now
+            usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
+            coming = usual * slowdown + self.caution * spread
+            if step.leaves == model.leaves or now - start + coming > limit:
+                break
         return _uniform(model, images, step.logits, step.leaves)
 
     def _answer(self, model: Any, images: Tensor) -> Prediction:
@@ -293,11 +307,13 @@ class Confidence(Policy):
     goes on, with the activations that it has. All leave at the last depth.
 
     Args:
-        thresholds: for each depth below the full one, from 0 to 1; the last one serves all that are missing.
+        thresholds: for each depth below the full one, from 0 to 1 whatever the measure; the last one serves all that
+            are missing. `NOBODY` (2) lets no image leave at a depth, `EVERYBODY` (-1) all.
         measure: see `hierens.uncertainty.certainty`; the networks are those evaluated so far.
 
     Raises:
-        ValueError: no threshold, or another measure.
+        ValueError: no threshold, one that no certainty can be compared with, or another measure; when called, more
+            thresholds than the model has depths below the full one.
     """
 
     thresholds: tuple[float, ...]
@@ -311,11 +327,21 @@ class Confidence(Policy):
         object.__setattr__(self, "thresholds", tuple(float(value) for value in self.thresholds))
         if not self.thresholds:
             raise ValueError(f"thresholds must be at least one number, got {self.thresholds}.")
+        if wrong := [value for value in self.thresholds if not 0 <= value <= 1 and value not in (NOBODY, EVERYBODY)]:
+            raise ValueError(
+                f"thresholds are compared with certainties, which lie from 0 to 1: {wrong[0]} is none (0.9, not 90; "
+                f"{NOBODY:g} lets no image leave, {EVERYBODY:g} all)."
+            )
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(self.measure)}.")
 
     def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
         sizes = model.sizes
+        if len(self.thresholds) > max(len(sizes) - 1, 1):
+            raise ValueError(
+                f"{len(self.thresholds)} thresholds are for a model of {len(self.thresholds) + 1} depths, and this one "
+                f"has {len(sizes)}: give one for each depth below the full one, or fewer: the last serves the rest."
+            )
         rows = torch.arange(len(images), device=images.device)
         leaves, macs = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images), dtype=torch.int64)
         votes: list[Tensor] = []

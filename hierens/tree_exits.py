@@ -136,6 +136,9 @@ class TreeWithExits(Adaptive):
             ValueError: depth or leaves out of range, or images of another shape than the model takes.
         """
         count = self.leaves_at(depth, leaves)
+        x = self._prepared(x)
+        if not len(x):
+            return self._no_logits(x, count, reduce)
         early, networks = self._split(count)
         climb = self._tree.climb(x, networks, early)
         answers = []
@@ -166,7 +169,8 @@ class TreeWithExits(Adaptive):
         Yields:
             After each exit or network what `forward(x, leaves=step.leaves)` returns.
         """
-        return self._walk([self._prepared(x)], tuple(x.shape[1:]))
+        x = self._prepared(x)
+        return self._walk([x], tuple(x.shape[1:])) if len(x) else self._walk_of_none(x)
 
     @torch.no_grad()
     def _walk(self, path: list[Any], size: tuple[int, ...]) -> Generator[Step, Tensor | None, None]:

@@ -1,5 +1,6 @@
 """Policies: what each decides, that it costs what it says, and that they survive being saved."""
 
+import copy
 import json
 import time
 
@@ -101,7 +102,7 @@ class Slow(torch.nn.Module):
 
 
 def test_a_deadline_is_kept_to_a_step_once_steps_are_known(model, images):
-    slow, policy = Slow(model, 0.02), Deadline(10_000)
+    slow, policy = Slow(model, 0.02).eval(), Deadline(10_000)
     policy.learn(slow, images)
     for milliseconds in (1, 50, 75, 100, 130):
         start = time.perf_counter()
@@ -160,6 +161,10 @@ def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
     [
         (lambda: Deadline(0), "milliseconds must be positive, got 0"),
         (lambda: Confidence(()), "at least one number"),
+        (lambda: Confidence((90, 80)), "which lie from 0 to 1: 90.0 is none"),
+        (lambda: Confidence((0.9, -0.1), "entropy"), "which lie from 0 to 1: -0.1 is none"),
+        (lambda: Confidence((float("nan"),), "margin"), "which lie from 0 to 1: nan is none"),
+        (lambda: from_dict({"policy": "confidence", "thresholds": [1.5]}), "which lie from 0 to 1: 1.5 is none"),
         (lambda: Confidence((0.5,), "luck"), "measure must be one of probability, margin"),
         (lambda: Load(3, queue_low=8, queue_high=8), "queue_low must be below queue_high"),
         (lambda: Load(3, target_ms=-1), "target_ms must be positive"),
@@ -172,6 +177,33 @@ def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
 def test_bad_values_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_certainties_lie_from_0_to_1_so_that_thresholds_must(measure):
+    logits = torch.cat([torch.zeros(1, 5), 200 * torch.eye(5), torch.randn(50, 5)])
+    for votes in (logits.argmax(-1)[:, None], torch.randint(5, (56, 4))):
+        sure = certainty(logits, votes, measure)
+        assert sure.min() >= -1e-6 and sure.max() <= 1 + 1e-6
+
+
+def test_more_thresholds_than_depths_are_refused(model, images):
+    with pytest.raises(ValueError, match="4 thresholds are for a model of 5 depths, and this one has 4"):
+        Confidence((0.9, 0.8, 0.7, 0.6))(model, images)
+    small = model.at_depth(1)
+    with pytest.raises(ValueError, match="3 thresholds are for a model of 4 depths, and this one has 2"):
+        Confidence((0.9, 0.8, 0.7))(small, images)
+    assert Confidence((0.9,))(model.at_depth(0), images).leaves.tolist() == [1] * 24
+
+
+@pytest.mark.parametrize("policy", [FixedDepth(0), Deadline(1000), Load(1), Confidence((0.5,))])
+def test_a_model_in_training_mode_is_refused_and_left_alone(model, images, policy):
+    training = copy.deepcopy(model).train()
+    before = {name: tensor.clone() for name, tensor in training.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the model is in training mode: call model.eval\(\)"):
+        policy(training, images)
+    assert all(module.training for module in training.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.state_dict().items())
 
 
 def test_a_model_without_a_policy_and_a_file_that_holds_none(tmp_path):
