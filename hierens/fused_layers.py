@@ -132,9 +132,9 @@ if _KNOWN and torch.ops.mkldnn._convolution_pointwise not in flop_registry:
 
 def _onednn(x: Tensor) -> bool:
     """Whether to call oneDNN itself: on CPUs, when nothing is recorded for a backward pass or by a compiler."""
+    if torch.compiler.is_compiling() or not _KNOWN or x.device.type != "cpu":
+        return False  # before anything that a compiler cannot look into
     types = x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    usable = _KNOWN and torch.backends.mkldnn.enabled and x.device.type == "cpu" and types
     recorded = x.requires_grad and torch.is_grad_enabled()
-    return bool(usable and x.is_contiguous(memory_format=torch.channels_last)) and not (
-        recorded or torch.compiler.is_compiling()
-    )
+    ordered = x.is_contiguous(memory_format=torch.channels_last)
+    return bool(torch.backends.mkldnn.enabled and types and ordered and not recorded)

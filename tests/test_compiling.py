@@ -31,6 +31,15 @@ def test_a_graph_for_each_depth_and_no_more(fused, executor):
     assert counter.frame_count == 3
 
 
+@torch.no_grad()
+def test_a_fused_model_in_half_precision_compiles():
+    """As on GPUs; oneDNN's question whether the processor has bfloat16 is nothing a compiler can look into."""
+    model, x = different("test_efficientnet", blocks=2)
+    fused, x = model.fuse().to(torch.bfloat16), x.to(torch.bfloat16)
+    compiled = torch.compile(fused, backend=CompileCounter(), fullgraph=True)
+    torch.testing.assert_close(compiled(x, depth=1), fused(x, depth=1), rtol=0.1, atol=0.1)
+
+
 def test_training_compiles_too():
     model, x = different("resnet10t", blocks=3)
     counter = CompileCounter()

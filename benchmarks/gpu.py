@@ -1,0 +1,161 @@
+"""What a GPU shows, in named steps of at most eight minutes each; writes docs/results/runs/gpu/*.json.
+
+python benchmarks/gpu.py speed                                # time of every depth, by every way to run it
+python benchmarks/gpu.py switching                            # what going from one depth to another costs
+python benchmarks/gpu.py train-distilled-1 --data-dir DIR     # the paper's CIFAR network; then train-distilled-2, ...
+python benchmarks/gpu.py train-labels-1 --data-dir DIR        # the same for labels only
+python benchmarks/gpu.py report                               # docs/results/gpu.md, of what there is
+python benchmarks/gpu.py pack --data-dir DIR                  # images as files small enough to travel one by one
+python benchmarks/gpu.py join                                 # those that have arrived, put together
+python benchmarks/gpu.py plan                                 # epochs for the time; train-distilled-1 does it otherwise
+
+A step that runs out of time says what is left, and goes on when it is called again.
+"""
+
+from __future__ import annotations
+
+import time
+
+START = time.monotonic()  # before torch is imported, which counts to a step's time
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+
+from gpu_steps import page as pages
+from gpu_steps import training
+from gpu_steps.packing import Split, join, pack, read_folders, read_joined
+from gpu_steps.records import Context, Deadline
+from gpu_steps.speed_table import speed
+from gpu_steps.switching import switching
+
+ROOT = Path(__file__).parents[1]
+TRAINING_STEP = re.compile(rf"train-({'|'.join(training.OBJECTIVES)})-([1-9]\d*)")
+WITHOUT_GPU = ("pack", "join", "report")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which step, and how."""
+
+    step: tyro.conf.Positional[str]
+    """speed, switching, plan, train-distilled-N, train-labels-N, pack, join or report"""
+    data_dir: str = ""
+    """CIFAR-100 as train/CLASS/ and test/CLASS/; empty for what `join` put together"""
+    packed: Path | None = None
+    """folder of the parts that `pack` writes and `join` reads; RUNS/packed by default"""
+    results: Path | None = None
+    """folder of the JSON files; docs/results/runs/gpu by default"""
+    runs: Path | None = None
+    """folder of checkpoints and images; runs/gpu by default"""
+    page: Path | None = None
+    """what `report` writes; docs/results/gpu.md by default"""
+    minutes: float = 8.0
+    """a step is over by then"""
+    tiny: bool = False
+    """tiny networks and few of them, also without a GPU: shows that every step works; writes to runs/gpu-tiny"""
+    precisions: tuple[str, ...] = ("bf16", "fp32")
+    """of `speed`: bf16, fp32 or tf32"""
+    batch_sizes: tuple[int, ...] = field(default=())
+    """images per call; 1 32 256 for `speed` and 1 32 for `switching` by default"""
+    seconds: float = 0.6
+    """for the rounds of one cell; at least five rounds are run"""
+    train_steps: int = 3
+    """steps that each training is spread over: sets its epochs, when it begins"""
+    epochs: int | None = None
+    """in place of as many as fit into the steps' time"""
+    train_precision: str = "bf16"
+    """Accelerate's mixed precision for training: bf16, fp16 or no"""
+    updates: int | None = None
+    """a training step stops after so many updates, in place of its time"""
+    part_megabytes: float = 30.0
+    """size of a part at most"""
+
+
+def main(settings: Settings) -> str:
+    """Run a step.
+
+    Returns:
+        What is left for another call, in words; empty if nothing is.
+
+    Raises:
+        ValueError: an unknown step, no GPU where one is needed, or missing data.
+    """
+    steps = _steps(settings)
+    if settings.step not in steps and not TRAINING_STEP.fullmatch(settings.step):
+        raise ValueError(
+            f"there is no step {settings.step!r}: choose {', '.join(steps)}, train-distilled-1, train-labels-1, ..."
+        )
+    if settings.step not in WITHOUT_GPU and not settings.tiny and not torch.cuda.is_available():
+        raise ValueError(f"{settings.step} measures a GPU, and there is none here; --tiny shows that a step works.")
+    warnings.filterwarnings("ignore")
+    left = (steps.get(settings.step) or _training(settings))()
+    print(f"left: {left}" if left else "nothing is left", flush=True)
+    return left
+
+
+def context_of(settings: Settings) -> Context:
+    """Where a step reads and writes; tiny ones stay away from results."""
+    runs = settings.runs or ROOT / "runs" / ("gpu-tiny" if settings.tiny else "gpu")
+    usual = runs / "results" if settings.tiny else ROOT / "docs" / "results" / "runs" / "gpu"
+    return Context(settings.results or usual, runs, settings.tiny, Deadline(60 * settings.minutes, START))
+
+
+def _steps(settings: Settings) -> dict[str, Callable[[], str]]:
+    context = context_of(settings)
+    small = (1, 2) if settings.tiny else (1, 32)
+    usual = small if settings.tiny else (*small, 256)
+    packed = settings.packed or context.runs / "packed"
+    page = settings.page or (context.runs / "gpu.md" if settings.tiny else ROOT / "docs" / "results" / "gpu.md")
+    return {
+        "speed": lambda: _cells(
+            speed(context, settings.precisions, settings.batch_sizes or usual, settings.seconds), settings
+        ),
+        "switching": lambda: _cells(switching(context, settings.batch_sizes or small, settings.seconds), settings),
+        "plan": lambda: str(training.make_plan(context, _images(settings, context), _shape(settings)) and ""),
+        "pack": lambda: _pack(settings, packed),
+        "join": lambda: ", ".join(join(packed, context.runs / "images")),
+        "report": lambda: _said(f"wrote {pages.write(context.results, page)}"),
+    }
+
+
+def _training(settings: Settings) -> Callable[[], str]:
+    objective, number = TRAINING_STEP.fullmatch(settings.step).groups()  # type: ignore[union-attr]
+    context = context_of(settings)
+    read = partial(_images, settings, context)
+    return lambda: training.train(context, objective, int(number), read, _shape(settings))
+
+
+def _images(settings: Settings, context: Context) -> dict[str, Split]:
+    return read_folders(settings.data_dir) if settings.data_dir else read_joined(context.runs / "images")
+
+
+def _shape(settings: Settings) -> training.Shape:
+    return training.Shape(settings.train_steps, settings.epochs, settings.train_precision, settings.updates)
+
+
+def _pack(settings: Settings, packed: Path) -> str:
+    files = pack(read_folders(settings.data_dir), packed, settings.part_megabytes)
+    return _said("\n".join(f"{file.stat().st_size / 1e6:6.2f} MB  {file}" for file in files))
+
+
+def _cells(count: int, settings: Settings) -> str:
+    return f"{count} cells: {settings.step} again" if count else ""
+
+
+def _said(text: str) -> str:
+    print(text)
+    return ""
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,194 @@
+"""The step `report`: docs/results/gpu.md, made of what the steps have written alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_steps.records import read, write_whole
+from gpu_steps.training import OBJECTIVES, PAPERS_EPOCHS
+from hierens.profiling import table
+
+SHOWN = ("backbone", "looped", "grouped", "auto", "fused", "fused, tuned")
+BASES = {"fused": "backbone, fused", "fused, tuned": "backbone, fused", "grouped, channels last": "backbone, channels last"}
+
+INTRODUCTION = """# On a GPU
+
+Made by `benchmarks/gpu.py`, whose steps take at most eight minutes each and may be run one at a time, on any machine with
+a GPU. A step that ran out of time goes on when it is called again.
+
+```bash
+python benchmarks/gpu.py speed
+python benchmarks/gpu.py switching
+python benchmarks/gpu.py train-distilled-1 --data-dir DIR   # then -2, -3; DIR has train/CLASS/ and test/CLASS/
+python benchmarks/gpu.py train-labels-1 --data-dir DIR
+python benchmarks/gpu.py report                             # writes this page
+```
+
+Where images have to travel in small pieces, `pack` writes them into files of at most 30 MB and `join` puts together what has
+arrived; without `--data-dir` training reads what `join` wrote. Training goes on from checkpoints in `runs/gpu/`: bring that
+folder along if the next step runs elsewhere.
+"""
+SPEED = """## Speed
+
+A cell is the microseconds of an image, then *time per MAC*, in relation to the backbone run the same way in the same cell
+(fused for fused, 1.00 at depth 0 but for noise), then the *share of the roofline*: the least time that the device would need,
+over the measured one. The least time is the longer of two: operations over the measured peak of a large matrix product in that precision, and bytes
+over the rate of a large copy. Bytes are a lower bound for kernels that work layer by layer: weights once per call, what
+convolutions and matrix products read and write once each; all that stands between those is free. A share may exceed 100 % where
+activations stay in the cache. *auto* is the executor as it comes; *tuned* is after `tune()`. In `bf16` weights and images are
+bfloat16; `fp32` is float32 throughout, without TF32; `tf32` allows it in products and convolutions.
+"""
+SWITCHING = """## Switching depth
+
+Fused, bfloat16, unless it says *tree*. Every call is waited for. *overhead*: a call of depths that alternate between the first and the last, over
+the mean of calls that stay. *first call*: with compiling or capturing, of the first and the last depth.
+"""
+TRAINING = """## Training
+
+`hne_resnet50_cifar_small`, 16 networks, on CIFAR-100 by the paper's recipe (preset `paper-cifar`: SGD, learning rate 0.1 with a
+cosine, batch 128, weight decay 5e-4, crops and flips), for as many epochs as fit into the time in place of {papers}; the cosine spans
+the whole of that training. Images lie in the GPU's memory.
+"""
+MISSING = "Not measured yet: `python benchmarks/gpu.py {step}`.\n"
+
+
+def write(results: Path, page: Path) -> Path:
+    """Write the page."""
+    parts = [INTRODUCTION, SPEED, speed(read(results, "speed")), SWITCHING, switching(read(results, "switching"))]
+    parts += [TRAINING.format(papers=PAPERS_EPOCHS), plan(read(results, "plan"))]
+    parts += [training(results, objective) for objective in OBJECTIVES]
+    return write_whole(page, "\n".join(parts))
+
+
+def speed(record: dict[str, Any] | None) -> str:
+    """Peaks, a summary and a table for each network and precision."""
+    rows = [row for row in (record or {}).get("rows", []) if "ms" in row]
+    if record is None or not rows:
+        return MISSING.format(step="speed")
+    peaks = "; ".join(
+        f"{name}: {found['operations_per_s'] / 1e12:.0f} TFLOP/s, {found['bytes_per_s'] / 1e9:.0f} GB/s"
+        for name, found in record["peaks"].items()
+    )
+    parts = [f"{measured_on(record)} Measured peaks: {peaks}.\n", summary(rows)]
+    groups = dict.fromkeys((row["network"], row["precision"]) for row in rows)
+    for network, precision in groups:
+        some = [row for row in rows if (row["network"], row["precision"]) == (network, precision)]
+        parts.append(f"### {network}, {precision}\n\n{_speed_table(some)}\n")
+    return "\n".join([*parts, _failures(record)])
+
+
+def _speed_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        cells = []
+        for way in SHOWN:
+            ratio, share = per_mac(row, rows, way), row["least_ms"] / row["ms"][way][1]
+            ratios = "" if way == "backbone" or ratio is None else f"{ratio:.2f}, "
+            cells.append(
+                f"{row['ms'][way][1] / row['batch'] * 1e3:.1f}"
+                + (f" ({ratios}{share:.0%})" if way != "backbone" else "")
+            )
+        lines.append((f"{row['batch']}", f"{row['leaves']}", f"{row['macs'] / 1e6:.0f} M", *cells))
+    return table(("batch", "networks", "MACs", *SHOWN), lines)
+
+
+def per_mac(row: dict[str, Any], rows: Sequence[dict[str, Any]], way: str) -> float | None:
+    """A way's time per MAC over that of the backbone run the same way; None if depth 0, which has its MACs, is missing."""
+    same = ("network", "precision", "batch")
+    first = next((r for r in rows if r["depth"] == 0 and all(r[key] == row[key] for key in same)), None)
+    if first is None:
+        return None
+    return float(row["ms"][way][1] / row["ms"][BASES.get(way, "backbone")][1] / (row["macs"] / first["macs"]))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per precision and way."""
+    lines = []
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        some = [row for row in rows if row["precision"] == precision]
+        for way in (*SHOWN[1:], "grouped, channels last"):
+            ratios = [ratio for row in some if row["depth"] and (ratio := per_mac(row, rows, way)) is not None]
+            fastest = sum(min(SHOWN[1:], key=lambda name, row=row: row["ms"][name][1]) == way for row in some)
+            off = max((row["difference"].get(way, 0.0) for row in some), default=0.0)
+            mean = f"{statistics.geometric_mean(ratios):.2f}" if ratios else ""
+            most = f"{max(ratios):.2f}" if ratios else ""
+            lines.append((precision, way, mean, most, f"{fastest} of {len(some)}", f"{off:.1e}"))
+    header = ("precision", "way", "time per MAC, geometric mean", "largest", "fastest", "difference to looped")
+    return f"Depths beyond the first:\n\n{table(header, lines)}\n"
+
+
+def switching(record: dict[str, Any] | None) -> str:
+    """A line per network, way and batch."""
+    rows = [row for row in (record or {}).get("rows", []) if "same_ms" in row]
+    if record is None or not rows:
+        return MISSING.format(step="switching")
+    lines = [
+        (
+            row["network"] + ("" if row["form"] == "fused" else ", tree"),
+            row["way"],
+            f"{row['batch']}",
+            *(f"{same[1]:.3f}" for same in row["same_ms"]),
+            f"{row['alternating_ms'][1]:.3f}",
+            f"{row['overhead_ms'] * 1e3:+.0f} us",
+            " / ".join(f"{ms:.0f}" for ms in row["first_call_ms"]),
+        )
+        for row in rows
+    ]
+    header = ("network", "way", "batch", "first depth (ms)", "last (ms)", "alternating (ms)", "overhead", "first call (ms)")
+    return f"{measured_on(record)}\n\n{table(header, lines)}\n\n{_failures(record)}"
+
+
+def plan(record: dict[str, Any] | None) -> str:
+    """How a training step is run, and for how many epochs."""
+    if record is None or "plan" not in record:
+        return MISSING.format(step="plan")
+    chosen = record["plan"]
+    lines = [
+        (
+            way["executor"] + (", channels last" if way["channels_last"] else ""),
+            f"{way['images_per_s']:.0f}" if "images_per_s" in way else way["failed"],
+        )
+        for way in record["ways"]
+    ]
+    return (
+        f"{measured_on(record)} {chosen['epochs']} epochs, {chosen['precision']}, {chosen['steps']} steps of "
+        f"{chosen['minutes_per_step']:.0f} minutes.\n\n{table(('training step', 'images/s'), lines)}\n"
+    )
+
+
+def training(results: Path, objective: str) -> str:
+    """The last step's accuracies."""
+    steps = sorted(results.glob(f"train-{objective}-*.json"), key=lambda file: int(file.stem.split("-")[-1]))
+    record = read(results, steps[-1].stem) if steps else None
+    title = f"### {OBJECTIVES[objective]}\n\n"
+    if record is None or "done" not in record:
+        return title + MISSING.format(step=f"train-{objective}-1")
+    minutes = sum(read(results, step.stem)["wall_s"] for step in steps) / 60  # type: ignore[index]
+    said = f"{measured_on(record)} {record['done']} of {record['epochs']} epochs in {minutes:.0f} minutes"
+    if rate := record.get("images_per_s"):
+        said += f", {rate:.0f} images/s, waiting for data {record['data_wait']:.0%} of the time"
+    if not record["history"]:
+        return f"{title}{said}.\n"
+    last = record["history"][-1]
+    header = ("networks", "MACs", "parameters", "accuracy (%)")
+    costs = zip(*(record.get(key, []) for key in ("leaves", "macs", "parameters")), last["accuracy"], strict=False)
+    lines = [(f"{n}", f"{m / 1e6:.1f} M", f"{p / 1e6:.2f} M", f"{a:.2f}") for n, m, p, a in costs]
+    return f"{title}{said}. After epoch {last['epoch']}:\n\n{table(header, lines)}\n"
+
+
+def measured_on(record: dict[str, Any]) -> str:
+    """Device and versions, and whether the figures mean anything."""
+    about = record["machine"]
+    tiny = "**Tiny settings: these figures say nothing of speed.** " if record["tiny"] else ""
+    clocks = about.get("clocks") or {}
+    clock = f", {clocks['clocks.max.sm']} at most" if clocks.get("clocks.max.sm") else ""
+    left = f" Not yet measured: {record['left']} cells." if record.get("left") else ""
+    return f"{tiny}{about['device']}{clock}, torch {about['torch']}, hierens {about['hierens']}.{left}"
+
+
+def _failures(record: dict[str, Any]) -> str:
+    failed = [f"- {row['cell']}: {row['failed']}" for row in record["rows"] if "failed" in row]
+    return "Without a figure:\n\n" + "\n".join(failed) + "\n" if failed else ""

@@ -1,0 +1,169 @@
+"""The step `speed`: time of every depth, by every way to run it, beside the least that the device would need."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_steps.networks import DTYPES, NETWORKS, TINY, built, precision
+from gpu_steps.records import Cell, Context, Record, fill
+from gpu_steps.roofline import activation_values, least_ms, peaks
+from speed import rounds
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network on the device in all its forms.
+
+    Attributes:
+        tree: as it is made.
+        fused: `tree.fuse()`.
+        tuned: the same, tuned.
+        plain, plain_fused: the first network alone.
+        tuning: what tuning measured.
+    """
+
+    tree: Any
+    fused: Any
+    tuned: Any
+    plain: Any
+    plain_fused: Any
+    tuning: str
+
+
+@lru_cache(maxsize=1)
+def prepared(name: str, dtype: torch.dtype, device: torch.device, batch_sizes: tuple[int, ...]) -> Prepared:
+    """Make, move, fuse and tune. Without batch sizes nothing is tuned."""
+    size = {**NETWORKS, **TINY}[name].size
+    tree = copy.deepcopy(built(name)).to(device)
+    fused, plain = tree.fuse(), tree.at_depth(0)
+    models = [model.to(dtype) for model in (tree, fused, copy.deepcopy(fused), plain, plain.fuse())]
+    tuning = ""
+    if batch_sizes:
+        images = torch.randn(1, *size, device=device, dtype=dtype)
+        tuning = str(models[2].tune(images, batch_sizes=batch_sizes))
+    return Prepared(*models, tuning)
+
+
+def speed(context: Context, precisions: Sequence[str], batch_sizes: Sequence[int], seconds: float) -> int:
+    """Time every way to run every depth, and write speed.json.
+
+    Args:
+        context: where and how long.
+        precisions: names of `gpu_steps.networks.DTYPES`.
+        batch_sizes: images per call.
+        seconds: for the rounds of one cell.
+
+    Returns:
+        How many cells are left for another call.
+    """
+    if unknown := [name for name in precisions if name not in DTYPES]:
+        raise ValueError(f"there is no precision {unknown[0]!r}: choose {', '.join(DTYPES)}.")
+    record = Record(context, "speed", go_on=True)
+    known = record.content.setdefault("peaks", {})
+    names = TINY if context.tiny else NETWORKS
+    for name in precisions:
+        if name not in known:
+            with precision(name) as dtype:
+                known[name] = peaks(context.device, dtype, context.tiny)
+            record.write()
+    batches = tuple(batch_sizes)
+    cells = [
+        Cell(
+            f"{name}, {kind}, batch {batch}, depth {depth}",
+            0.5 if context.tiny else 45,
+            lambda name=name, kind=kind, batch=batch, depth=depth: _timed_cell(
+                record, name, kind, batch, depth, batches, seconds
+            ),
+        )
+        for kind in precisions
+        for name in names
+        for batch in batches
+        for depth in range(built(name).depths)
+    ]
+    return fill(record, cells)
+
+
+@torch.no_grad()
+def _timed_cell(
+    record: Record, name: str, kind: str, batch: int, depth: int, batches: tuple[int, ...], seconds: float
+) -> dict[str, Any]:
+    size, device = {**NETWORKS, **TINY}[name].size, record.context.device
+    with precision(kind) as dtype:
+        models = prepared(name, dtype, device, batches)
+        x = torch.randn(batch, *size, device=device, dtype=dtype)
+        ways = ways_to_run(models, x, depth)
+        off = differences(ways)
+        times = rounds(ways, seconds)
+    costs = cost(name, depth)
+    record.content.setdefault("tuning", {})[f"{name}, {kind}"] = models.tuning
+    return {
+        "network": name,
+        "precision": kind,
+        "batch": batch,
+        "depth": depth,
+        "leaves": models.tree.tree.leaves_at(depth),
+        **costs,
+        "least_ms": least_ms(**costs, batch=batch, item=dtype.itemsize, peak=record.content["peaks"][kind]),
+        "ms": {way: quartiles(found) for way, found in times.items()},
+        "difference": off,
+    }
+
+
+def ways_to_run(models: Prepared, x: Tensor, depth: int) -> dict[str, Call]:
+    """The backbone's ways and the tree's, by name."""
+    last = x.contiguous(memory_format=torch.channels_last)
+
+    def by(executor: str, images: Tensor) -> Call:
+        def call() -> Tensor:
+            models.tree.set_executor(executor)
+            return models.tree(images, depth=depth)
+
+        return call
+
+    return {
+        "backbone": lambda: models.plain(x),
+        "backbone, channels last": lambda: models.plain(last),
+        "backbone, fused": lambda: models.plain_fused(x),
+        "looped": by("looped", x),
+        "grouped": by("grouped", x),
+        "grouped, channels last": by("grouped", last),
+        "auto": by("auto", x),
+        "fused": lambda: models.fused(x, depth=depth),
+        "fused, tuned": lambda: models.tuned(x, depth=depth),
+    }
+
+
+def differences(ways: dict[str, Call]) -> dict[str, float]:
+    """How far each way's logits are from the looped ones, at most, in relation to the largest of those."""
+    expected = ways["looped"]().float()
+    largest = float(expected.abs().max())
+    others = {name: way for name, way in ways.items() if name != "looped" and not name.startswith("backbone")}
+    return {name: float((way().float() - expected).abs().max()) / largest for name, way in others.items()}
+
+
+@lru_cache(maxsize=64)
+def cost(name: str, depth: int) -> dict[str, int]:
+    """MACs, weights and activations of a depth, counted on the CPU, where every operator is counted alike."""
+    model, size = built(name), {**NETWORKS, **TINY}[name].size
+    values = _values(name)[depth]
+    return {"macs": model.macs(size)[depth], "parameters": model.parameter_counts()[depth], "values": values}
+
+
+@lru_cache(maxsize=8)
+def _values(name: str) -> list[int]:
+    return activation_values(built(name), {**NETWORKS, **TINY}[name].size)
+
+
+def quartiles(times: Sequence[float]) -> list[float]:
+    """First quartile, median and third."""
+    return list(times) * 3 if len(times) == 1 else statistics.quantiles(times, n=4, method="inclusive")

@@ -1,0 +1,138 @@
+"""The step `switching`: what it costs to go from one depth to another between calls."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_steps.networks import NETWORKS, TINY
+from gpu_steps.records import Cell, Context, Record, fill
+from gpu_steps.speed_table import Call, prepared, quartiles
+
+SWITCHED = {False: ("hne_resnet50_cifar_small", "resnet18"), True: ("tiny_resnet",)}
+EAGER, GRAPHS, COMPILED, REDUCED = "eager", "CUDA graphs", "torch.compile", "torch.compile, reduce-overhead"
+
+
+def switching(context: Context, batch_sizes: Sequence[int], seconds: float) -> int:
+    """Time calls of one depth again and again beside calls that alternate between depths; write switching.json.
+
+    Args:
+        context: where and how long.
+        batch_sizes: images per call.
+        seconds: for the rounds of one cell.
+
+    Returns:
+        How many cells are left for another call.
+    """
+    record = Record(context, "switching", go_on=True)
+    cells = [
+        Cell(
+            f"{name}, {form}, {way}, batch {batch}",
+            0.5 if context.tiny else 150 if way in (COMPILED, REDUCED) else 45,
+            lambda name=name, form=form, way=way, batch=batch: _switched_cell(context, name, form, way, batch, seconds),
+        )
+        for way in (EAGER, GRAPHS, COMPILED, REDUCED)  # the slowest to prepare come last
+        for name in SWITCHED[context.tiny]
+        for form in (("tree", "fused") if way == EAGER else ("fused",))
+        for batch in batch_sizes
+    ]
+    return fill(record, cells)
+
+
+@torch.no_grad()
+def _switched_cell(context: Context, name: str, form: str, way: str, batch: int, seconds: float) -> dict[str, Any]:
+    about = {"network": name, "form": form, "way": way, "batch": batch, "precision": "bf16"}
+    if context.device.type == "cpu" and way in (GRAPHS, REDUCED):
+        return {**about, "failed": "CUDA graphs need a GPU"}
+    models = prepared(name, torch.bfloat16, context.device, ())
+    model = models.tree if form == "tree" else models.fused
+    x = torch.randn(batch, *{**NETWORKS, **TINY}[name].size, device=context.device, dtype=torch.bfloat16)
+    depths = (0, model.depths - 1)
+    expected = {depth: model(x, depth=depth).clone() for depth in depths}
+    calls, first = {}, {}
+    try:
+        run = _runner(model, x, way, context.tiny)
+        for depth in depths:
+            start = time.perf_counter()
+            calls[depth] = run(depth)
+            answer = calls[depth]().clone()
+            _wait(context.device)
+            first[depth] = (time.perf_counter() - start) * 1e3
+            if not torch.allclose(answer, expected[depth], rtol=0.1, atol=0.05 * float(expected[depth].abs().max())):
+                raise ValueError(f"{way} answers otherwise than eager mode at depth {depth}")
+        times = _in_turns(calls, depths, context.device, seconds)
+    finally:
+        torch.compiler.reset()
+    same = statistics.median(times["first"]) / 2 + statistics.median(times["last"]) / 2
+    return {
+        **about,
+        "depths": list(depths),
+        "first_call_ms": [first[depth] for depth in depths],
+        "same_ms": [quartiles(times["first"]), quartiles(times["last"])],
+        "alternating_ms": quartiles(times["alternating"]),
+        "overhead_ms": statistics.median(times["alternating"]) - same,
+    }
+
+
+def _runner(model: Any, x: Tensor, way: str, tiny: bool) -> Callable[[int], Call]:
+    """From a depth to a call of it."""
+    if way == EAGER:
+        return lambda depth: lambda: model(x, depth=depth)
+    if way == GRAPHS:
+        return lambda depth: _captured(model, x, depth)
+    options: dict[str, Any] = {"backend": "eager"} if tiny else {"mode": "reduce-overhead" if way == REDUCED else None}
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, **options)
+
+    def call(depth: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # or the next call's graph would not be free to reuse memory
+        return compiled(x, depth=depth)
+
+    return lambda depth: lambda: call(depth)
+
+
+def _captured(model: Any, x: Tensor, depth: int) -> Call:
+    """A depth as a CUDA graph that reads its images from a fixed place."""
+    images, side = x.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is made at a first call must not be made within the graph
+            model(images, depth=depth)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(images, depth=depth)
+
+    def call() -> Tensor:
+        images.copy_(x)
+        graph.replay()
+        return logits
+
+    return call
+
+
+def _in_turns(
+    calls: dict[int, Call], depths: tuple[int, int], device: torch.device, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds a call, waiting for each answer, of the first depth, the last, and both alternating, in rounds."""
+    orders = {"first": (depths[0],) * 2, "last": (depths[1],) * 2, "alternating": depths}
+    times: dict[str, list[float]] = {name: [] for name in orders}
+    start = time.perf_counter()
+    while len(times["first"]) < 5 or time.perf_counter() - start < seconds:
+        for name, order in orders.items():
+            begin = time.perf_counter()
+            for _ in range(10):
+                for depth in order:
+                    calls[depth]()
+                    _wait(device)
+            times[name].append((time.perf_counter() - begin) / 20 * 1e3)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,266 @@
+"""The steps `plan`, `train-distilled-1`, ... and `train-labels-1`, ...: the paper's CIFAR network in a limited time.
+
+Training is hierens' own: its preset `paper-cifar`, its trainer, its checkpoints. Only the images come another way, from
+the device's memory (`gpu_steps.batches`), and the number of epochs is what fits into the time. That number is fixed
+before the first update, for both objectives alike, so that the learning rate falls over the whole of the training.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import signal
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_steps.batches import DeviceImages, loader
+from gpu_steps.packing import Split
+from gpu_steps.records import Context, Record, read, write_whole
+from hierens.errors import first_line
+from hierens.training.checkpoint import newest_checkpoint
+from hierens.training.config import ModelConfig, Run, to_json
+from hierens.training.presets import preset
+from hierens.training.run import create_ensemble
+from hierens.training.signals import TrainingInterrupted
+from hierens.training.trainer import Trainer
+
+OBJECTIVES = {"distilled": "independent+hierarchical_codistillation", "labels": "independent"}
+PLAN, PAPERS_EPOCHS = "plan", 200
+_START, _STOP = 45.0, 25.0  # seconds a step needs before its first update and after its last
+_TRIAL = 40  # updates
+_TINY = ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [4, 4, 8]}, blocks=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How a training is cut into steps.
+
+    Attributes:
+        steps: that each objective's training is spread over.
+        epochs: in place of as many as fit.
+        precision: Accelerate's.
+        updates: after which a step stops, in place of its time.
+    """
+
+    steps: int
+    epochs: int | None = None
+    precision: str = "bf16"
+    updates: int | None = None
+
+
+class Stopper:
+    """Ends training as a signal would, after a checkpoint, when the time is up: called before every batch."""
+
+    def __init__(self, context: Context, updates: int | None = None) -> None:
+        self.context, self.reserve = context, 0.0 if context.tiny else _STOP
+        self.updates, self.batches, self.stopped = updates, 0, False
+
+    def training(self) -> None:
+        """Before a training batch."""
+        self.batches += 1
+        self._look(self.updates is not None and self.batches > self.updates)
+
+    def validation(self) -> None:
+        """Before a validation batch."""
+        self._look(False)
+
+    def _look(self, enough: bool) -> None:
+        if not self.stopped and (enough or self.context.deadline.left() < self.reserve):
+            self.stopped = True  # a second signal would end the process at once
+            signal.raise_signal(signal.SIGTERM)
+
+
+def recipe(context: Context, plan: dict[str, Any], objective: str, folder: Path) -> Run:
+    """The paper's recipe, with the epochs and the way to run of a plan."""
+    paper = preset("paper-cifar")
+    epochs = int(plan["epochs"])
+    return dataclasses.replace(
+        paper,
+        model=_TINY if context.tiny else dataclasses.replace(paper.model, backbone="hne_resnet50_cifar_small"),
+        train=dataclasses.replace(
+            paper.train,
+            output_dir=str(folder),
+            objective=OBJECTIVES[objective],
+            epochs=epochs,
+            batch_size=16 if context.tiny else paper.train.batch_size,
+            val_batch_size=500,
+            val_epochs=max(1, epochs // 20),
+            precision=plan["precision"],
+            channels_last=bool(plan["channels_last"]),
+            checkpoint_steps=10**9,  # one is written after every epoch
+            keep_checkpoints=1,
+            keep_best=False,
+            log_steps=1 if context.tiny else 50,
+        ),
+    )
+
+
+def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[str, Any]:
+    """Measure the ways to run a training step, and settle epochs and the fastest way: plan.json.
+
+    Raises:
+        ValueError: no way works.
+    """
+    record = Record(context, PLAN)
+    ways = [{"executor": e, "channels_last": last} for e in ("grouped", "looped") for last in (True, False)]
+    base = {"epochs": 1, "precision": shape.precision}
+    model = create_ensemble(recipe(context, {**base, **ways[0]}, "distilled", Path()), len(data["train"].classes))
+    rates: list[float] = []
+    for way in ways:
+        with tempfile.TemporaryDirectory() as folder:
+            run = recipe(context, {**base, **way}, "distilled", Path(folder))
+            try:
+                rates.append(_trial(context, run, copy.deepcopy(model), way["executor"], data["train"]))
+                way["images_per_s"] = rates[-1]
+            except RuntimeError as error:
+                way["failed"] = first_line(error)
+        record.write(ways=ways)
+        print(f"{context.deadline.passed():5.0f} s  {way}", flush=True)
+    if not rates:
+        raise ValueError(f"no way to run a training step works: {ways[0]['failed']}")
+    best = next(way for way in ways if way.get("images_per_s") == max(rates))
+    seconds = 1 + len(data["train"].labels) / max(rates)  # a checkpoint takes the one
+    budget = 0.9 * shape.steps * max(context.deadline.seconds - _START - _STOP, 1.0)  # the rest is for validation
+    fitting = max(1, min(PAPERS_EPOCHS, math.floor(budget / seconds)))
+    plan = {
+        "epochs": shape.epochs or fitting,
+        "steps": shape.steps,
+        "minutes_per_step": context.deadline.seconds / 60,
+        "epoch_s": seconds,
+        "precision": shape.precision,
+        **{key: best[key] for key in ("executor", "channels_last")},
+    }
+    record.write(plan=plan)
+    return plan
+
+
+def _trial(context: Context, run: Run, model: Any, executor: str, images: Split) -> float:
+    """Images per second of some training steps, as the trainer's own log has it."""
+    model.set_executor(executor)
+    updates, size = 2 if context.tiny else _TRIAL, run.train.batch_size
+    some = Split(images.images[: updates * size], images.labels[: updates * size], images.classes)
+    train = DeviceImages(some, run.data, context.device, training=True)
+    few = DeviceImages(Split(some.images[:size], some.labels[:size], some.classes), run.data, context.device)
+    config = dataclasses.replace(run.train, log_steps=updates // 2)
+    Trainer(model, config, loader(train, size, True), loader(few, size, False)).fit()
+    return _rates(Path(config.output_dir))[-1]
+
+
+def train(context: Context, objective: str, number: int, read_data: Callable[[], dict[str, Split]], shape: Shape) -> str:
+    """One step of a training: goes on where the one before it stopped, until it is done or the time is up.
+
+    Args:
+        context: where and how long.
+        objective: `distilled` or `labels`.
+        number: of the step, from 1.
+        read_data: gives the images.
+        shape: how the training is cut.
+
+    Returns:
+        What is left, in words; empty if nothing is.
+
+    Raises:
+        ValueError: a later step without a checkpoint to go on from.
+    """
+    torch.backends.cudnn.benchmark = True
+    folder, name = context.runs / objective, f"train-{objective}-{number}"
+    started = newest_checkpoint(folder)
+    if number > 1 and started is None:
+        raise ValueError(
+            f"{name} goes on from a checkpoint, but there is none in {folder}: bring that folder from where the step "
+            f"before it ran, or begin with train-{objective}-1."
+        )
+    data = read_data()
+    plan = _settled(context, folder, started, data, shape)
+    run = recipe(context, plan, objective, folder)
+    record = Record(context, name)
+    record.content |= {"objective": run.train.objective, "plan": plan, "config": _shared(run)}
+    stopper = Stopper(context, shape.updates)
+    sets = [
+        DeviceImages(
+            data["train"],
+            run.data,
+            context.device,
+            run.train.seed,
+            True,
+            stopper.training,
+            lambda epoch: record.write(**_progress(run)) and None,
+        ),
+        DeviceImages(data["test"], run.data, context.device, before_batch=stopper.validation),
+    ]
+    model: Any = create_ensemble(run, len(data["train"].classes))
+    model.set_executor(plan["executor"])
+    model.pretrained_cfg["label_names"] = list(data["train"].classes)
+    loaders = [loader(images, size, images is sets[0]) for images, size in zip(sets, _sizes(run), strict=True)]
+    trainer = Trainer(model, run.train, loaders[0], loaders[1])
+    costs = {"macs": list(model.macs()), "parameters": list(model.parameter_counts()), "leaves": list(model.sizes)}
+    try:
+        history = trainer.fit()
+    except TrainingInterrupted:
+        record.write(**_progress(run), **costs)
+        if not stopper.stopped:  # somebody else's signal
+            raise
+        return _left(record.content, objective, number)
+    record.write(**_progress(run), **costs, final=history[-1])
+    return ""
+
+
+def _settled(
+    context: Context, folder: Path, started: Path | None, data: dict[str, Split], shape: Shape
+) -> dict[str, Any]:
+    """The plan of a training: its own if it has begun, else the one that is there for both, else a new one."""
+    own = folder / f"{PLAN}.json"
+    if started is not None:
+        if not own.is_file():
+            raise ValueError(f"{folder} has checkpoints but no {own.name}: bring the whole folder.")
+        return dict(json.loads(own.read_text()))
+    there = read(context.results, PLAN)
+    plan = there["plan"] if there and "plan" in there else make_plan(context, data, shape)
+    write_whole(own, json.dumps(plan, indent=1) + "\n")
+    return dict(plan)
+
+
+def _sizes(run: Run) -> tuple[int, int]:
+    return run.train.batch_size, run.train.val_batch_size
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _rates(folder: Path) -> list[float]:
+    return [line["images_per_s"] for line in _lines(folder) if "images_per_s" in line]
+
+
+def _progress(run: Run) -> dict[str, Any]:
+    """How far a run has come, by its log and its newest checkpoint."""
+    folder = Path(run.train.output_dir)
+    lines, newest = _lines(folder), newest_checkpoint(folder)
+    state = json.loads((newest / "trainer.json").read_text())["state"] if newest else {"epoch": 0, "step": 0}
+    validated = [{key: line[key] for key in ("epoch", "accuracy")} for line in lines if "val_loss" in line]
+    steps = [line for line in lines if "images_per_s" in line]
+    middle = {
+        name: statistics.median(line[name] for line in steps) for name in ("images_per_s", "data_wait") if steps
+    }
+    return {"epochs": run.train.epochs, "done": state["epoch"], "updates": state["step"], "history": validated, **middle}
+
+
+def _left(content: dict[str, Any], objective: str, number: int) -> str:
+    epochs = content["epochs"] - content["done"]
+    minutes = epochs * content["plan"]["epoch_s"] / 60
+    return f"{epochs} of {content['epochs']} epochs, about {minutes:.0f} minutes: train-{objective}-{number + 1}"
+
+
+def _shared(run: Run) -> dict[str, Any]:
+    """The configuration without places on a machine."""
+    config = to_json(run)
+    config["train"]["output_dir"] = "DIR"
+    return config
