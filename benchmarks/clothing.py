@@ -143,21 +143,20 @@ def page(directory: Path) -> str:
     """The results page; its picture is drawn into the directory.
 
     Raises:
-        ValueError: no row has a record.
+        ValueError: there is no record at all.
     """
     groups = read_records(DATA)
-    if not groups:
+    if not groups and read_copies() is None:
         raise ValueError("there is no record of a fine-tuned network: run the step train first.")
-    some = next(iter(groups.values())).records[0]
-    train, images = some["config"]["train"], some["test_images"]
-    parts = (_accuracy(groups, directory), _differences(groups, images), _thresholds(groups), _copies())
-    body = "\n\n".join(parts)
+    recipe = RECIPES[DATA]
+    body = "\n\n".join((_accuracy(groups, directory), _differences(groups), _thresholds(groups), _copies()))
+    made = f"{runs(groups)}\n\n{machines(groups)}" if groups else MISSING
     return f"""# Fine-tuned from ImageNet weights: photographs of clothes
 
-`tf_efficientnet_lite0` with its ImageNet weights, fine-tuned on 3,068 photographs of ten kinds of
-clothes at {some["config"]["data"]["input_size"][1]} pixels: a tree of four networks, the backbone alone, and an
-ensemble of three backbones that were fine-tuned apart. All have {train["epochs"]} epochs of the same images in the same
-augmentation, AdamW at one rate, and 341 validation images, which choose thresholds. {images} test images judge.
+`tf_efficientnet_lite0` with its ImageNet weights, fine-tuned on 3,068 photographs of ten kinds of clothes at
+{recipe.data.input_size[1]} pixels: a tree of four networks, the backbone alone, and an ensemble of three backbones that
+were fine-tuned apart. All have {recipe.train.epochs} epochs of the same images in the same augmentation, and AdamW at
+one rate, that of the preset `finetune`. 341 validation images choose thresholds; 372 test images judge.
 
 {body}
 
@@ -169,14 +168,12 @@ python benchmarks/clothing.py imagenet --data-dir DIR    # with a folder per Ima
 python benchmarks/clothing.py page                       # this page
 ```
 
-{runs(groups)}
-
-{machines(groups)}
+{made}
 
 ??? note "The recipe"
 
     ```yaml
-    {indented(dump_run(RECIPES[DATA]))}
+    {indented(dump_run(recipe))}
     ```
 """
 
@@ -187,7 +184,10 @@ def _accuracy(groups: Mapping[str, Group], directory: Path) -> str:
     if DEEP_ENSEMBLE in curves:
         curves[DEEP_ENSEMBLE] = curves[DEEP_ENSEMBLE][-1:]  # one network is the backbone alone
     curves |= {f"{row}+": threshold_points(shown[row]) for row in (TREE, LABELS) if row in shown}
-    draw_costs({"million MACs per image": curves}, directory / f"{DATA}.png")
+    picture = ""
+    if curves:
+        draw_costs({"million MACs per image": curves}, directory / f"{DATA}.png")
+        picture = f"![Accuracy against multiply-accumulates]({DATA}.png)\n\n"
     rows = [
         (
             group.name,
@@ -210,14 +210,16 @@ def _accuracy(groups: Mapping[str, Group], directory: Path) -> str:
     header = ("", "networks", "MACs", "parameters", "accuracy (%)", "NLL", "ECE", "seeds")
     return f"""## Accuracy for a cost
 
-![Accuracy against multiply-accumulates]({DATA}.png)
-
-Mean ± standard deviation over seeds. The ensemble is one: the logits of the three backbones, averaged.
+{picture}Mean ± standard deviation over seeds. The ensemble is one: the logits of the three backbones, averaged.
 
 {table(header, rows)}"""
 
 
-def _differences(groups: Mapping[str, Group], images: int) -> str:
+def _differences(groups: Mapping[str, Group]) -> str:
+    if not groups:
+        return f"## What the test images can tell\n\n{MISSING}"
+    first = next(iter(groups.values()))
+    images, share = first.records[0]["test_images"], first.mean("accuracy")[-1] / 100
     found: list[tuple[str, list[Difference]]] = []
     if TREE in groups and SINGLE in groups:
         found.append(("tree minus backbone alone", over_last(groups[TREE], groups[SINGLE])))
@@ -229,7 +231,6 @@ def _differences(groups: Mapping[str, Group], images: int) -> str:
         )
     rows = [(text, *map(str, values), f"{values[0].seeds}") for text, values in found if values]
     depths = [f"depth {depth}" for depth in range(len(rows[0]) - 2)] if rows else []
-    share = next(iter(groups.values())).mean("accuracy")[-1] / 100
     error = 100 * (share * (1 - share) / images) ** 0.5
     return f"""## What {images} images can tell
 
