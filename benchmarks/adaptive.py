@@ -97,7 +97,7 @@ def models(settings: Settings, objective: str) -> list[Any]:
 
 def test_loader(settings: Settings) -> DataLoader[Any]:
     """The images that no model was trained on."""
-    return DataLoader(test_images(configured(DATA, "tree-labels", 0, settings.data_dir, "")), 500)
+    return DataLoader(test_images(configured(DATA, "tree-labels", 0, settings.data_dir, ""), DATA), 500)
 
 
 def halves(answers: Answers) -> list[Answers]:

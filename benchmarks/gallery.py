@@ -3,14 +3,17 @@
 hierens train --preset demo
 python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-distilled
 python benchmarks/gallery.py --digits runs/demo --fashion-mnist RUN --data-dir DIR
+
+What is not given stays as it is on the page. benchmarks/clothing.py publishes its tree by the same functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +21,14 @@ ROOT = Path(__file__).parents[1]
 
 import torch
 import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import hierens
 from hierens.adaptive import Adaptive
 from hierens.cards import COLUMNS, PICTURE
+from hierens.hub import CARD, WEIGHTS
 from hierens.policies import Confidence
 from hierens.profiling import millions, table
 from hierens.training.data import create_datasets
@@ -31,61 +37,103 @@ from hierens.training.presets import load_run
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
+ORDER = ("clothing-tree", "digits-tree", "fashion-mnist-tree")  # of the page, by the models' folders
+SECTION = re.compile(r"^## .*?`models/(.+?)`\n.*?(?=^## |^```bash)", re.MULTILINE | re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Finished runs, and where their test images lie."""
 
-    digits: str
+    digits: str = ""
     """output directory of a run on scikit-learn's digits"""
-    fashion_mnist: str
+    fashion_mnist: str = ""
     """output directory of a run on Fashion-MNIST"""
-    data_dir: str
+    data_dir: str = ""
     """folder of Fashion-MNIST's idx files"""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the gallery."""
+    """A model of the gallery.
+
+    Attributes:
+        name: of its folder.
+        dataset: what it was trained on, as the card's metadata say it.
+        label_names: of the classes, in order.
+        title: heading on the page.
+        about: of the data and what training began from, on the page and on the card.
+        budget: mean cost that the policy is chosen for, as a share of the full one.
+        chosen_by: the images that choose it, in words.
+        judged_on: the images that judge it.
+        base_model: the repository whose weights training began from, if any.
+    """
 
     name: str
-    run: str
     dataset: str
     label_names: Sequence[str]
     title: str
     about: str
+    budget: float = 1 / 3
+    chosen_by: str = "half of the test images"
+    judged_on: str = "the other half"
+    base_model: str | None = None
+
+
+DIGITS = Entry(
+    "digits-tree",
+    "scikit-learn/digits",
+    [*map(str, range(10))],
+    "Digits",
+    "Scikit-learn's scans of 8x8 pixels, enlarged to 16x16: 1,347 to learn from, 450 to test on.",
+)
+FASHION_MNIST = Entry(
+    "fashion-mnist-tree",
+    "zalando-datasets/fashion_mnist",
+    CLOTHES,
+    "Fashion-MNIST",
+    "Photographs of clothes of 28x28 pixels: 60,000 to learn from, 10,000 to test on.",
+)
 
 
 def main(settings: Settings) -> None:
-    """Publish both runs and write the page."""
-    digits = Entry(
-        "digits-tree",
-        settings.digits,
-        "scikit-learn/digits",
-        [*map(str, range(10))],
-        "Digits",
-        "Scikit-learn's scans of 8x8 pixels, enlarged to 16x16: 1,347 to learn from, 450 to test on.",
-    )
-    clothes = Entry(
-        "fashion-mnist-tree",
-        settings.fashion_mnist,
-        "zalando-datasets/fashion_mnist",
-        CLOTHES,
-        "Fashion-MNIST",
-        "Photographs of clothes of 28x28 pixels: 60,000 to learn from, 10,000 to test on.",
-    )
-    sections = [publish(entry, settings.data_dir) for entry in (digits, clothes)]
-    (ROOT / "docs" / "gallery.md").write_text(page(sections))
+    """Publish the runs that are given, and write the page."""
+    given = ((DIGITS, settings.digits), (FASHION_MNIST, settings.fashion_mnist))
+    write_page({entry.name: publish_run(entry, Path(run), settings.data_dir) for entry, run in given if run})
 
 
-def publish(entry: Entry, data_dir: str) -> str:
-    """Save a run's model with its card, and a policy that half of the test images chose; its part of the page."""
-    directory, run = ROOT / "models" / entry.name, Path(entry.run)
-    model = hierens.from_pretrained(run / "model")
+def publish_run(entry: Entry, run: Path, data_dir: str) -> str:
+    """Publish a run as its last epoch was validated, with a policy that half of the test images chose."""
     record = json.loads((run / "results.json").read_text())
     results = {title: record[field] for field, title in COLUMNS.items()}
     _, images = create_datasets(dataclasses.replace(load_run(run / "run.json").data, data_dir=data_dir))
     ours, others = (DataLoader(Subset(images, range(first, len(images), 2)), 500) for first in (0, 1))
-    policy = hierens.calibrate(model, ours, model.macs()[-1] / 3)
+    return publish(entry, hierens.from_pretrained(run / "model"), results, ours, others)
+
+
+def publish(
+    entry: Entry,
+    model: Adaptive,
+    results: dict[str, list[float]],
+    choosing: DataLoader,
+    judging: DataLoader,
+    half: bool = False,
+) -> str:
+    """Save a model with its card and a policy.
+
+    Args:
+        entry: what it is.
+        model: as trained.
+        results: columns of the card's table, a value per depth.
+        choosing: images and labels that choose the policy.
+        judging: others, that it is judged on.
+        half: store the weights as float16: `rounded` says what that makes of them.
+
+    Returns:
+        Its part of the page.
+    """
+    directory = ROOT / "models" / entry.name
+    policy = hierens.calibrate(model, choosing, model.macs()[-1] * entry.budget)
     model.save_pretrained(
         directory,
         results=results,
@@ -95,9 +143,35 @@ def publish(entry: Entry, data_dir: str) -> str:
         license="apache-2.0",
         datasets=[entry.dataset],
         label_names=entry.label_names,
+        base_model=entry.base_model,
     )
+    if half:
+        weights = {name: _halved(tensor) for name, tensor in load_file(directory / WEIGHTS).items()}
+        save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    card = directory / CARD
+    card.write_text(f"{card.read_text()}\n## Data\n\n{entry.about}\n")
     shutil.copy(directory / PICTURE, ROOT / "docs" / "results" / f"gallery-{entry.name}.png")
-    return section(entry, model, results, *measured(policy, model, others))
+    return section(entry, model, results, *measured(policy, model, judging))
+
+
+def rounded(model: Adaptive) -> Adaptive:
+    """The model with its weights rounded to half precision, in float32 as before: what a file of halves loads as.
+
+    Raises:
+        ValueError: a weight too large for half precision.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            if not bool(_halved(tensor).isfinite().all()):
+                raise ValueError(
+                    f"{name} has values up to {float(tensor.abs().max()):.3g}: half precision ends at 65504."
+                )
+            tensor.copy_(_halved(tensor))
+    return model
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor
 
 
 def measured(policy: Confidence, model: Adaptive, batches: DataLoader) -> tuple[float, float, float]:
@@ -133,30 +207,45 @@ def section(
 
 ![Accuracy against multiply-accumulates](results/gallery-{entry.name}.png)
 
-With the policy beside it, which half of the test images chose for a third of the full cost, the other half take
-{millions(macs)} MACs in the mean ({100 * macs / model.macs()[-1]:.0f} %) for an accuracy of {accuracy:.2f} %;
-all networks give {of_all:.2f} % on these.
+With the policy beside it, which {entry.chosen_by} chose for {100 * entry.budget:.0f} % of the full cost,
+{entry.judged_on} take {millions(macs)} MACs in the mean ({100 * macs / model.macs()[-1]:.0f} %) for an accuracy of
+{accuracy:.2f} %; all networks give {of_all:.2f} % on these.
 """
 
 
-def page(sections: Sequence[str]) -> str:
+def write_page(sections: Mapping[str, str]) -> Path:
+    """Write the gallery with these sections, by the name of the model, in place of those that it has."""
+    file = ROOT / "docs" / "gallery.md"
+    file.write_text(page(read_sections(file.read_text()) | dict(sections)))
+    return file
+
+
+def read_sections(text: str) -> dict[str, str]:
+    """The sections of the page, by the name of the model."""
+    return {match[1]: match[0].rstrip() + "\n" for match in SECTION.finditer(text)}
+
+
+def page(sections: Mapping[str, str]) -> str:
     """The gallery."""
+    shown = [name for name in ORDER if name in sections]
     return f"""# Trained models
 
 Small enough to travel with the repository, each with its card and a policy, as [the Hub](how-to/hub.md) takes them.
-Both are trained by the paper's objective; figures are of the test images after the last epoch.
+All are trained by the paper's objective; figures are of the test images after the last epoch.
 
 ```python
 import hierens
 from hierens.policies import load_policy
 
-model = hierens.from_pretrained("models/digits-tree")
-policy = load_policy("models/digits-tree")  # every image leaves once its answer is sure enough
+model = hierens.from_pretrained("models/{shown[0]}")
+policy = load_policy("models/{shown[0]}")  # every image leaves once its answer is sure enough
 model.pretrained_cfg["label_names"]
 ```
 
-{chr(10).join(sections)}
+{chr(10).join(sections[name] for name in shown)}
 ```bash
+python benchmarks/clothing.py train --data-dir DIR --only tree
+python benchmarks/clothing.py publish --data-dir DIR
 hierens train --preset demo
 python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-distilled
 python benchmarks/gallery.py --digits runs/demo --data-dir DIR \\

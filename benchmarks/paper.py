@@ -15,12 +15,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 from comparison.costs import UNITS, measure, points, read_times, threshold_points
 from comparison.differences import Claim, Point, front, front_table, gains, verdicts
+from comparison.pages import indented, machines, runs
 from comparison.pictures import draw_costs
 from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, SINGLE_WIDTHS
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
@@ -130,14 +131,14 @@ python benchmarks/paper.py --data {data} --data-dir DIR              # trains wh
 python benchmarks/paper.py --data {data} --no-train --measure        # this page, with latencies of your machine
 ```
 
-{_seeds(groups)}
+{runs(groups)}
 
-{_machines(groups)}
+{machines(groups)}
 
 ??? note "The recipe"
 
     ```yaml
-    {_indented(dump_run(RECIPES[data]))}
+    {indented(dump_run(RECIPES[data]))}
     ```
 """
 
@@ -265,21 +266,6 @@ Gain in points over L_I + L_HD at the same number of epochs, losers included.
 
 def _found(groups: Mapping[str, Group], rows: Sequence[str]) -> list[Group]:
     return [groups[row] for row in rows if row in groups]
-
-
-def _seeds(groups: Mapping[str, Group]) -> str:
-    return f"Runs: {', '.join(f'{group.name}: {len(group.records)}' for group in groups.values())}."
-
-
-def _machines(groups: Mapping[str, Group]) -> str:
-    """On what the records were made."""
-    seen = {tuple(map(str, record["machine"].values())) for group in groups.values() for record in group.records}
-    keys: list[Any] = list(next(iter(groups.values())).records[0]["machine"])
-    return f"Trained on:\n\n{table(keys, sorted(seen))}"
-
-
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n    ").rstrip()
 
 
 if __name__ == "__main__":

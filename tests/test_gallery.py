@@ -18,7 +18,7 @@ MODELS = sorted(path.parent for path in (Path(__file__).parents[1] / "models").g
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_a_model_of_the_gallery_is_whole_and_small(folder):
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 30e6
     model, policy = hierens.from_pretrained(folder), load_policy(folder)
     assert len(policy.thresholds) == model.depths - 1
     assert len(json.loads((folder / "config.json").read_text())["label_names"]) == model.num_classes
@@ -28,7 +28,7 @@ def test_a_model_of_the_gallery_is_whole_and_small(folder):
 
 
 def test_the_digits_are_read():
-    model = hierens.from_pretrained(MODELS[0])
+    model = hierens.from_pretrained(MODELS[0].parent / "digits-tree")
     transform, digits = create_transform(**resolve_model_data_config(model)), load_digits()
     scans = (digits.images[::9] * 255 / 16).round().astype("uint8")
     logits = model(torch.stack([transform(Image.fromarray(scan)) for scan in scans]))

@@ -97,7 +97,7 @@ def test_pages_are_made_of_records_alone(rows, tmp_path, monkeypatch):
             made |= {"title": recipes.ROWS[row].title, "macs": [2e6 * (depth + 1) for depth in range(depths)]}
             file = records.record_file("cifar100", row, seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            records._write(file, made)
+            records.write_json(file, made)
     page = paper.page("cifar100", tmp_path)
     assert "tree, L_I + L_HD" in page and "100 test images" in page
     assert all((tmp_path / name).is_file() for name in ("cifar100_costs.png", "cifar100_table1.png"))

@@ -47,6 +47,18 @@ def difference(more: Group, less: Group, field: str = "accuracy") -> list[Differ
     ]
 
 
+def over_last(more: Group, less: Group, field: str = "accuracy") -> list[Difference]:
+    """Per depth of `more`, its difference to the last depth of `less`, paired by seed."""
+    ends = [{**record, field: record[field][-1:] * len(more.macs)} for record in less.records]
+    return difference(more, Group(less.name, less.macs, ends), field)
+
+
+def over_one(more: Group, value: float, field: str = "accuracy") -> list[Difference]:
+    """Per depth of `more`, its difference to a single figure, which has no error of its own here."""
+    constant = [{"seed": record["seed"], field: [value] * len(more.macs)} for record in more.records]
+    return difference(more, Group("", more.macs, constant), field)
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a paper says of two rows.

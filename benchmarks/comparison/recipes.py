@@ -1,17 +1,19 @@
 """What is compared, on which data, by which recipe.
 
 Every row of a table is the recipe of a data set with some fields changed. Families, epochs, optimiser, augmentation and
-images seen are the same for all rows of a data set.
+images seen are the same for all rows of a data set. Most data sets have the rows of the paper's comparison (`ROWS`);
+fine-tuning has its own (`FINE_TUNED`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig
+from hierens.training.presets import PRESETS
 
 LABELS, DISTILLED = "independent", "independent+hierarchical_codistillation"
 BASE_WIDTH = 24
@@ -80,8 +82,35 @@ RECIPES = {
         _MODEL,
         dataclasses.replace(_TRAINING, epochs=6, val_epochs=6, warmup_epochs=0),
     ),
+    # The preset `finetune` for few images and one core: smaller batches, fewer epochs, no average of the weights.
+    # Validation images choose settings and thresholds; the test images judge.
+    "clothing": Run(
+        dataclasses.replace(
+            PRESETS["finetune"].data,
+            input_size=(3, 128, 128),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            crop_pct=0.8888,  # of 144 pixels, the short side that the photographs come with: nothing is resized
+            workers=0,
+        ),
+        ModelConfig(backbone="tf_efficientnet_lite0", pretrained=True, drop_path=0.1, blocks=3),
+        dataclasses.replace(
+            PRESETS["finetune"].train,
+            epochs=12,
+            batch_size=32,
+            ema_decay=None,
+            symmetry_noise=0.1,  # the best of those that docs/results/warm_start.md measured
+            checkpoint_steps=48,
+            keep_checkpoints=1,
+            keep_best=False,
+            cpu=True,
+        ),
+    ),
 }
 """by the name of the data set"""
+
+TEST_SPLITS = {"clothing": "test"}
+"""where other images than those that validate judge; elsewhere the validation images are the test images"""
 
 _EXITS: dict[str, Any] = {"method": "multi_exit", "exits": 4, "head": "conv", "objective": LABELS}
 _EQUILIBRIUM: dict[str, Any] = {"gradient_equilibrium": True}
@@ -173,17 +202,12 @@ ROWS: dict[str, Row] = {
 """by the name of their folder under docs/results/runs"""
 
 
-def configured(data: str, row: str, seed: int, data_dir: str, output_dir: str) -> Run:
-    """A run of hierens: the data set's recipe with a row's changes."""
-    run, changes = RECIPES[data], ROWS[row].changes
-    of_model = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
-    training = {key: value for key, value in changes.items() if key not in of_model}
-    return dataclasses.replace(
-        run,
-        data=dataclasses.replace(run.data, data_dir=data_dir),
-        model=dataclasses.replace(run.model, **{key: changes[key] for key in of_model}),
-        train=dataclasses.replace(run.train, **training, seed=seed, output_dir=output_dir),
-    )
+FINE_TUNED: dict[str, Row] = {
+    "tree": Row("tree, L_I + L_HD", {"objective": DISTILLED}),
+    "tree-labels": Row("tree, L_I", {"objective": LABELS}),
+    "single": Row("backbone alone", {"branching": (1, 1, 1), "objective": LABELS}),
+}
+"""from pretrained weights"""
 
 
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -202,10 +226,58 @@ GROUPS: tuple[tuple[str, ...], ...] = (
 """rows in the order of training: within a group all rows on the first seed, then on the next"""
 
 
-def queue(only: Collection[str] = ()) -> Iterator[tuple[str, int]]:
-    """Rows and seeds in the order of training, all of them or some rows only."""
-    for group in GROUPS:
+@dataclass(frozen=True)
+class Study:
+    """What is compared on one kind of data.
+
+    Attributes:
+        rows: by the name of their folder.
+        groups: rows in the order of training: within a group all rows on the first seed, then on the next.
+        single: the row whose networks, one per seed, make up deep ensembles.
+        sizes: of the deep ensembles; the largest has all seeds of `single`.
+    """
+
+    rows: Mapping[str, Row]
+    groups: tuple[tuple[str, ...], ...]
+    single: str
+    sizes: tuple[int, ...]
+
+
+def study(data: str) -> Study:
+    """What is compared on a data set."""
+    if data == "clothing":
+        return Study(FINE_TUNED, (("tree", "single"), ("tree-labels",)), "single", (1, 3))
+    return Study(ROWS, GROUPS, f"single-{BASE_WIDTH}", (1, 2, 4, 8))
+
+
+def configured(data: str, row: str, seed: int, data_dir: str, output_dir: str, weights: str = "") -> Run:
+    """A run of hierens: the data set's recipe with a row's changes.
+
+    Args:
+        data: name of the recipe.
+        row: one of the study's.
+        seed: of everything random.
+        data_dir: where the images lie.
+        output_dir: of checkpoints, logs and the model.
+        weights: a file of pretrained weights, for recipes that begin with such; timm's own by default.
+    """
+    run, changes = RECIPES[data], study(data).rows[row].changes
+    of_model = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
+    training = {key: value for key, value in changes.items() if key not in of_model}
+    model = {key: changes[key] for key in of_model} | ({"weights": weights} if weights else {})
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, data_dir=data_dir),
+        model=dataclasses.replace(run.model, **model),
+        train=dataclasses.replace(run.train, **training, seed=seed, output_dir=output_dir),
+    )
+
+
+def queue(data: str, only: Collection[str] = (), seeds: Collection[int] = ()) -> Iterator[tuple[str, int]]:
+    """Rows and seeds of a data set in the order of training, all of them or some only."""
+    compared = study(data)
+    for group in compared.groups:
         for seed in ENSEMBLE_SEEDS:
             for row in group:
-                if seed in ROWS[row].seeds and (not only or row in only):
+                if seed in compared.rows[row].seeds and (not only or row in only) and (not seeds or seed in seeds):
                     yield row, seed

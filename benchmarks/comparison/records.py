@@ -6,6 +6,7 @@ images, what calibrated thresholds give, costs, speed of training and the machin
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import hierens
-from comparison.recipes import BASE_WIDTH, ENSEMBLE_SEEDS, ROWS
+from comparison.recipes import TEST_SPLITS, study
 from hierens.calibration import Answers, calibrate, collect, exits
 from hierens.metrics import LeafMetrics, as_record, evaluate_model
 from hierens.nesting import Nesting
@@ -42,7 +43,7 @@ def record_file(data: str, row: str, seed: int) -> Path:
     return RECORDS / data / row / f"{seed}.json"
 
 
-def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path:
+def write_record(run: Run, model: Any, data: str, row: str) -> Path:
     """Evaluate a run that has just finished, and write its record.
 
     Args:
@@ -50,37 +51,50 @@ def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path
         model: the trained network.
         data: name of the recipe.
         row: name of the row.
-        images: the test set.
     """
+    compared, images = study(data), test_images(run, data)
     answers = collect(model, DataLoader(images, 500))
     results = json.loads((Path(run.train.output_dir) / "results.json").read_text())
     lines = [json.loads(line) for line in (Path(run.train.output_dir) / "log.jsonl").read_text().splitlines()]
     rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
     record = {
-        "title": ROWS[row].title,
+        "title": compared.rows[row].title,
         "seed": run.train.seed,
         "test_images": len(answers.labels),
         **results,
         "parameters": list(model.parameter_counts()),
-        "thresholds": thresholds(answers) if model.depths > 1 else {},
+        "thresholds": {},
         "images_per_s": statistics.median(rates) if rates else None,
         "machine": machine(),
         "config": _shared(run),
     }
+    held_out = None
+    if data in TEST_SPLITS:
+        record["validation"] = {name: results[name] for name in ("accuracy", "nll", "val_loss")}
+        record |= as_record(evaluate_model(model, DataLoader(images, 500)))
+        held_out = collect(model, DataLoader(create_datasets(run.data)[1], 500))
+    if model.depths > 1:
+        record["thresholds"] = thresholds(answers, held_out)
     if getattr(model, "weighting", None) is not None:
         record["pruning"] = pruning(model, images)
-    if row == f"single-{BASE_WIDTH}":
+    if row == compared.single:
         np.save(Path(run.train.output_dir) / LOGITS, answers.logits[:, 0].half().numpy())
-    return _write(record_file(data, row, run.train.seed), record)
+    return write_json(record_file(data, row, run.train.seed), record)
 
 
-def thresholds(answers: Answers) -> dict[str, list[float]]:
-    """Mean MACs and accuracy (%) with thresholds chosen for budgets on the other half of the test images."""
+def thresholds(answers: Answers, held_out: Answers | None = None) -> dict[str, list[float]]:
+    """Mean MACs and accuracy (%) on test images with thresholds that held-out images chose for budgets.
+
+    Args:
+        answers: to the test images.
+        held_out: to other images; without them each half of the test images chooses for the other one.
+    """
     halves = [_part(answers, start) for start in (0, 1)]
-    least, most = answers.macs[0], answers.macs[-1]
+    pairs = [(held_out, answers)] if held_out is not None else [(halves[0], halves[1]), (halves[1], halves[0])]
     found: dict[str, list[float]] = {"macs": [], "accuracy": []}
-    for budget in (least + share * (most - least) for share in SHARES):
-        macs, accuracies = zip(*(_judged(a, b, budget) for a, b in (halves, halves[::-1])), strict=True)
+    for share in SHARES:
+        budget = answers.macs[0] + share * (answers.macs[-1] - answers.macs[0])
+        macs, accuracies = zip(*(_judged(chosen, judged, budget) for chosen, judged in pairs), strict=True)
         found["macs"].append(statistics.mean(macs))
         found["accuracy"].append(statistics.mean(accuracies))
     return found
@@ -100,25 +114,26 @@ def pruning(model: Any, images: Any) -> dict[str, Any]:
     }
 
 
-def write_deep_ensemble(data: str, folders: dict[int, Path], images: Any) -> Path | None:
+def write_deep_ensemble(data: str, folder: Path, images: Any) -> Path | None:
     """The record of independently trained networks whose logits are averaged, once all of them have been trained.
 
-    Depth b is an ensemble of 2^b networks; its figures are means over the disjoint groups of so many.
+    Each depth is an ensemble of so many networks as the study says; its figures are means over disjoint groups of them.
 
     Args:
         data: name of the recipe.
-        folders: of the runs, by seed.
+        folder: of the single networks' runs, which lie there by seed.
         images: the test set, which gives the labels.
     """
-    files = [folders[seed] / LOGITS for seed in ENSEMBLE_SEEDS]
+    compared = study(data)
+    sizes, row = compared.sizes, compared.single
+    files = [folder / f"{seed}" / LOGITS for seed in range(sizes[-1])]
     if not all(file.is_file() for file in files):
         return None
-    logits = torch.stack([torch.from_numpy(np.load(file)).float() for file in files], 1)  # (N, 8, classes)
+    logits = torch.stack([torch.from_numpy(np.load(file)).float() for file in files], 1)  # (N, networks, classes)
     labels = torch.tensor([images[index][1] for index in range(len(images))])
-    sizes = (1, 2, 4, 8)
     by_size = {size: [_together(group, labels) for group in logits.split(size, 1)] for size in sizes}
     fields = by_size[1][0].keys()
-    single = json.loads(record_file(data, f"single-{BASE_WIDTH}", 0).read_text())
+    single = json.loads(record_file(data, row, 0).read_text())
     record = {
         "title": "deep ensemble",
         "seed": 0,
@@ -131,13 +146,13 @@ def write_deep_ensemble(data: str, folders: dict[int, Path], images: Any) -> Pat
         "machine": machine(),
         "config": single["config"],
     }
-    return _write(record_file(data, DEEP_ENSEMBLE, 0), record)
+    return write_json(record_file(data, DEEP_ENSEMBLE, 0), record)
 
 
 def read_records(data: str) -> dict[str, Group]:
     """The records of a data set by row, each group's in the order of their seeds."""
     groups: dict[str, Group] = {}
-    for row in (*ROWS, DEEP_ENSEMBLE):
+    for row in (*study(data).rows, DEEP_ENSEMBLE):
         files = sorted((RECORDS / data / row).glob("*.json"), key=lambda file: int(file.stem))
         records = [json.loads(file.read_text()) for file in files]
         if records:
@@ -145,9 +160,10 @@ def read_records(data: str) -> dict[str, Group]:
     return groups
 
 
-def test_images(run: Run) -> Any:
-    """The test set of a run's data, with the evaluation transform."""
-    return create_datasets(run.data)[1]
+def test_images(run: Run, data: str) -> Any:
+    """The test set of a recipe, as a run reads it, with the evaluation transform."""
+    split = TEST_SPLITS.get(data, run.data.val_split)
+    return create_datasets(dataclasses.replace(run.data, val_split=split))[1]
 
 
 def machine() -> dict[str, Any]:
@@ -190,10 +206,13 @@ def _shared(run: Run) -> dict[str, Any]:
     config = to_json(run)
     config["data"]["data_dir"] = "DIR"
     config["train"]["output_dir"] = "DIR"
+    if config["model"]["weights"]:
+        config["model"]["weights"] = "FILE"
     return config
 
 
-def _write(file: Path, record: dict[str, Any]) -> Path:
+def write_json(file: Path, record: dict[str, Any]) -> Path:
+    """Write a record, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(_rounded(record), indent=1) + "\n")

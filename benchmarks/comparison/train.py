@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from comparison.recipes import BASE_WIDTH, ENSEMBLE_SEEDS, configured, queue
+from comparison.recipes import configured, queue, study
 from comparison.records import DEEP_ENSEMBLE, record_file, test_images, write_deep_ensemble, write_record
 from hierens.training.run import train
 
 
-def train_missing(data: str, data_dir: str, runs: Path, only: Collection[str] = (), share: str = "0/1") -> None:
+def train_missing(
+    data: str,
+    data_dir: str,
+    runs: Path,
+    only: Collection[str] = (),
+    share: str = "0/1",
+    seeds: Collection[int] = (),
+    weights: str = "",
+) -> None:
     """Train every row and seed that has no record.
 
     Args:
@@ -19,17 +27,19 @@ def train_missing(data: str, data_dir: str, runs: Path, only: Collection[str] = 
         runs: where runs keep checkpoints and logs.
         only: rows; all by default.
         share: `i/n` trains every n-th run, from the i-th on, so that n processes share the work.
+        seeds: some seeds only; all by default.
+        weights: a file of pretrained weights: see `comparison.recipes.configured`.
     """
     turn, of = map(int, share.split("/"))
-    for row, seed in list(queue(only))[turn::of]:
+    single = study(data).single
+    for row, seed in list(queue(data, only, seeds))[turn::of]:
         if not record_file(data, row, seed).is_file():
             folder = runs / data / row / f"{seed}"
             print(f"{row}, seed {seed}: {folder}", flush=True)
-            run = configured(data, row, seed, data_dir, str(folder))
+            run = configured(data, row, seed, data_dir, str(folder), weights)
             model, _ = train(run)
-            print(f"wrote {write_record(run, model, data, row, test_images(run))}", flush=True)
-        if row == f"single-{BASE_WIDTH}" and not record_file(data, DEEP_ENSEMBLE, 0).is_file():
-            run = configured(data, row, seed, data_dir, "")
-            folders = {seed: runs / data / row / f"{seed}" for seed in ENSEMBLE_SEEDS}
-            if file := write_deep_ensemble(data, folders, test_images(run)):
+            print(f"wrote {write_record(run, model, data, row)}", flush=True)
+        if row == single and not record_file(data, DEEP_ENSEMBLE, 0).is_file():
+            images = test_images(configured(data, row, seed, data_dir, ""), data)
+            if file := write_deep_ensemble(data, runs / data / single, images):
                 print(f"wrote {file}", flush=True)

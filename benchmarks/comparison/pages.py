@@ -1,0 +1,26 @@
+"""What every results page ends with: how many runs there were, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hierens.profiling import table
+from hierens.reporting import Group
+
+
+def runs(groups: Mapping[str, Group]) -> str:
+    """How many runs each row is a mean of."""
+    return f"Runs: {', '.join(f'{group.name}: {len(group.records)}' for group in groups.values())}."
+
+
+def machines(groups: Mapping[str, Group]) -> str:
+    """On what the records were made."""
+    seen = {tuple(map(str, record["machine"].values())) for group in groups.values() for record in group.records}
+    keys: list[Any] = list(next(iter(groups.values())).records[0]["machine"])
+    return f"Trained on:\n\n{table(keys, sorted(seen))}"
+
+
+def indented(text: str) -> str:
+    """By four spaces, as an admonition holds it; for the place behind the first four."""
+    return text.replace("\n", "\n    ").rstrip()
