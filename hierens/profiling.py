@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +93,32 @@ def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> fl
         "model(x, depth=depth)", globals={"model": model, "x": x, "depth": depth}, num_threads=torch.get_num_threads()
     )
     return float(timer.blocked_autorange(min_run_time=seconds).median) * 1e3
+
+
+def call_ms(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Milliseconds of a call: of one, or the mean of several that take `seconds` together where one is shorter.
+
+    Args:
+        call: what is timed.
+        device: where it computes; it is waited for.
+        seconds: how long to repeat a short call.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def elapsed(calls: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+        return time.perf_counter() - start
+
+    # A GPU takes calls much faster than it runs them: calling until the time is up would queue thousands.
+    first = elapsed(1)
+    if first >= seconds:
+        return first * 1e3
+    calls = math.ceil(seconds / first)
+    return elapsed(calls) / calls * 1e3
 
 
 @torch.no_grad()

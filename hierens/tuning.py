@@ -10,11 +10,9 @@ import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,7 @@ from hierens.branching import Activations, Level
 from hierens.ensemble import HierarchicalEnsemble
 from hierens.fused_layers import FusedConvolution
 from hierens.modes import evaluating
-from hierens.profiling import table
+from hierens.profiling import call_ms, table
 from hierens.tree import nested_sizes
 
 _REPEATS = 5  # rounds over all ways, interleaved
@@ -169,23 +167,12 @@ def _ways(level: Level, x: Activations, parents: Sequence[int] | None, branches:
         for repeat in range(_REPEATS + 1):
             for together in ways:
                 level.plan = {(branches, 1): together}
-                milliseconds = _time(lambda: level(x, parents), x.first_tensor().device)
+                milliseconds = call_ms(lambda: level(x, parents), x.first_tensor().device, _SECONDS)
                 if repeat:  # the first round orders weights
                     times[together].append(milliseconds)
     finally:
         level.plan, level.executor = planned, executor
     return {together: statistics.median(values) for together, values in times.items()}
-
-
-def _time(call: Callable[[], Any], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - start < _SECONDS:
-        call()
-        calls += 1
-    wait()
-    return (time.perf_counter() - start) / calls * 1e3
 
 
 def _covered(model: HierarchicalEnsemble, tuning: Tuning) -> set[tuple[int, int]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hierens
+from hierens import profiling
 from hierens.plotting import plot_accuracy
 from hierens.profiling import millions, table
 
@@ -42,3 +43,20 @@ def test_tables_align():
 def test_pictures_are_drawn(tmp_path):
     path = plot_accuracy({"one": ([1e6, 2e6], [90, 91]), "other": ([1e6], [80])}, tmp_path / "a.png", "title")
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
+
+
+def test_timing_queues_no_more_calls_than_it_needs(monkeypatch):
+    """A device that takes calls at once and runs them while it is waited for, 20 ms each."""
+    now, queued, made = [0.0], [], []
+
+    def wait():
+        now[0] += 0.02 * len(queued)
+        queued.clear()
+
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    device = torch.device("cuda")
+    assert profiling.call_ms(lambda: (queued.append(1), made.append(1)), device, 0.05) == pytest.approx(20)
+    assert len(made) == 4
+    assert profiling.call_ms(lambda: (queued.append(1), made.append(1)), device, 0.01) == pytest.approx(20)
+    assert len(made) == 5
