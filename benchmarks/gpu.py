@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 import tyro
-
 from gpu_steps import page as pages
 from gpu_steps import training
 from gpu_steps.packing import Split, join, pack, read_folders, read_joined
@@ -64,8 +63,8 @@ class Settings:
     """of `speed`: bf16, fp32 or tf32"""
     batch_sizes: tuple[int, ...] = field(default=())
     """images per call; 1 32 256 for `speed` and 1 32 for `switching` by default"""
-    seconds: float = 0.6
-    """for the rounds of one cell; at least five rounds are run"""
+    seconds: float = 0.4
+    """for the rounds of one cell; at least three rounds are run"""
     train_steps: int = 3
     """steps that each training is spread over: sets its epochs, when it begins"""
     epochs: int | None = None

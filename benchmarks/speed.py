@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import hierens
-from hierens.profiling import table
+from hierens.profiling import call_ms, table
 from hierens.tree import Tree
 
 ROOT = Path(__file__).parents[1]
@@ -150,14 +150,7 @@ def rounds(ways: dict[str, Way], seconds: float) -> dict[str, list[float]]:
 
 def timed(way: Way) -> float:
     """Milliseconds of one call, of several where one is short."""
-    wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
-    wait()
-    start, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - start < 0.05:
-        way()
-        calls += 1
-    wait()
-    return (time.perf_counter() - start) / calls * 1e3
+    return call_ms(way, DEVICE, 0.05)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -89,20 +90,40 @@ def profile(model: Adaptive, size: tuple[int, ...], batch_size: int = 1) -> Prof
 def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> float:
     """Median milliseconds of a forward pass at a depth, measured for at least `seconds`."""
 
-    def measured(passes: int) -> float:
-        began = time.perf_counter()
-        for _ in range(passes):
-            model(x, depth=depth)
-        if x.device.type != "cpu":
-            torch.accelerator.synchronize(x.device)
-        return (time.perf_counter() - began) / passes
+    def once(at_least: float = 0.0) -> float:
+        return call_ms(partial(model, x, depth=depth), x.device, at_least)
 
-    measured(2)  # what is made at the first call is not a pass's own
-    passes = max(1, int(seconds / 20 / measured(1)))  # together, so that the clock does not count
-    taken = [measured(passes)]
-    while sum(taken) * passes < seconds:
-        taken.append(measured(passes))
-    return statistics.median(taken) * 1e3
+    once(), once()  # what is made at the first call is not a pass's own
+    began, taken = time.perf_counter(), []
+    while not taken or time.perf_counter() - began < seconds:
+        taken.append(once(seconds / 20))  # several short passes together, so that the clock does not count
+    return statistics.median(taken)
+
+
+def call_ms(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Milliseconds of a call: of one, or the mean of several that take `seconds` together where one is shorter.
+
+    Args:
+        call: what is timed.
+        device: where it computes; it is waited for.
+        seconds: how long to repeat a short call.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def elapsed(calls: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+        return time.perf_counter() - start
+
+    # A GPU takes calls much faster than it runs them: calling until the time is up would queue thousands.
+    first = elapsed(1)
+    if first >= seconds:
+        return first * 1e3
+    calls = math.ceil(seconds / first)
+    return elapsed(calls) / calls * 1e3
 
 
 @torch.no_grad()

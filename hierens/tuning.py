@@ -11,8 +11,7 @@ import os
 import platform
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from hierens.fetching import LoadError
 from hierens.files import replacing
 from hierens.fused_layers import FusedConvolution
 from hierens.modes import evaluating
-from hierens.profiling import table
+from hierens.profiling import call_ms, table
 from hierens.reading import is_finite, is_whole, read_json, short
 from hierens.tree import nested_sizes
 
@@ -202,23 +201,12 @@ def _ways(level: Level, x: Activations, parents: Sequence[int] | None, branches:
         for repeat in range(_REPEATS + 1):
             for together in ways:
                 level.plan = {(branches, 1): together}
-                milliseconds = _time(lambda: level(x, parents), x.first_tensor().device)
+                milliseconds = call_ms(lambda: level(x, parents), x.first_tensor().device, _SECONDS)
                 if repeat:  # the first round orders weights
                     times[together].append(milliseconds)
     finally:
         level.plan, level.executor = planned, executor
     return {together: statistics.median(values) for together, values in times.items()}
-
-
-def _time(call: Callable[[], Any], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - start < _SECONDS:
-        call()
-        calls += 1
-    wait()
-    return (time.perf_counter() - start) / calls * 1e3
 
 
 def _covered(model: HierarchicalEnsemble, tuning: Tuning, batches: Iterable[int]) -> set[tuple[int, int]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hierens
+from hierens import profiling
 from hierens.plotting import plot_accuracy
 from hierens.profiling import latency, millions, table
 
@@ -52,3 +53,20 @@ def test_what_is_measured_is_a_pass_at_the_depth_asked_for():
 
     first, second = (latency(Sleeper(), torch.zeros(1), depth, seconds=0.05) for depth in (0, 4))
     assert 2 <= first < second and second >= 10
+
+
+def test_timing_queues_no_more_calls_than_it_needs(monkeypatch):
+    """A device that takes calls at once and runs them while it is waited for, 20 ms each."""
+    now, queued, made = [0.0], [], []
+
+    def wait():
+        now[0] += 0.02 * len(queued)
+        queued.clear()
+
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    device = torch.device("cuda")
+    assert profiling.call_ms(lambda: (queued.append(1), made.append(1)), device, 0.05) == pytest.approx(20)
+    assert len(made) == 4
+    assert profiling.call_ms(lambda: (queued.append(1), made.append(1)), device, 0.01) == pytest.approx(20)
+    assert len(made) == 5

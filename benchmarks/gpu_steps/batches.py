@@ -80,7 +80,9 @@ class DeviceImages(Dataset[Any]):
         """A batch: normalised images (N, C, H, W) and labels (N,), on the device."""
         self.before_batch()
         device, (height, width) = self.labels.device, self.size
-        chosen = torch.tensor(indices, device=device)
+        chosen = torch.tensor(indices)
+        if device.type == "cuda":  # from pinned memory: else every batch would wait for the step before it
+            chosen = chosen.pin_memory().to(device, non_blocking=True)
         top, left = self.corners[:, chosen].unsqueeze(-1)  # (N, 1) each
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         columns = torch.where(self.flips[chosen, None], width - 1 - columns, columns)  # (N, W)

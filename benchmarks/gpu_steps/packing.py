@@ -136,6 +136,11 @@ def _decoded(data: bytes, shape: Sequence[int]) -> Any:
     return mosaic.reshape(SIDE, height, SIDE, width, channels).swapaxes(1, 2).reshape(-1, height, width, channels)
 
 
+def _unpacked(mosaics: dict[str, Any], shape: Sequence[int]) -> Any:
+    with ThreadPoolExecutor() as pool:
+        return np.concatenate(list(pool.map(lambda key: _decoded(mosaics[key].tobytes(), shape), sorted(mosaics))))
+
+
 def join(packed: Path, folder: Path) -> list[str]:
     """Decode the parts that lie in `packed` into `folder`, beside those that earlier calls decoded.
 
@@ -153,11 +158,8 @@ def join(packed: Path, folder: Path) -> list[str]:
         there = {_open(other, labels=False)[0]["data"]: other for other in folder.glob(f"*-of-*{SUFFIX}")}
         if other := next((other for data, other in there.items() if data != about["data"]), None):
             raise ValueError(f"{file} and {other} belong to different data sets: remove {folder} to join anew.")
-        labels = tensors.pop("labels")
-        shape = json.loads(about["shape"])
-        with ThreadPoolExecutor() as pool:
-            mosaics = pool.map(lambda key: _decoded(tensors[key].tobytes(), shape), sorted(tensors))
-            images = np.concatenate(list(mosaics))[: len(labels)]
+        labels, images = tensors.pop("labels"), _unpacked(tensors, json.loads(about["shape"]))
+        images = images[: len(labels)]  # the last mosaic may be in part empty
         if _digest(images) != about["sha256"]:
             raise ValueError(f"{file} is damaged: its images are not those that were packed. Bring it again.")
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,16 @@ from gpu_steps.training import OBJECTIVES, PAPERS_EPOCHS
 from hierens.profiling import table
 
 SHOWN = ("backbone", "looped", "grouped", "auto", "fused", "fused, tuned")
-BASES = {"fused": "backbone, fused", "fused, tuned": "backbone, fused", "grouped, channels last": "backbone, channels last"}
+BASES = {
+    "fused": "backbone, fused",
+    "fused, tuned": "backbone, fused",
+    "grouped, channels last": "backbone, channels last",
+}
 
 INTRODUCTION = """# On a GPU
 
-Made by `benchmarks/gpu.py`, whose steps take at most eight minutes each and may be run one at a time, on any machine with
-a GPU. A step that ran out of time goes on when it is called again.
+Made by `benchmarks/gpu.py`, in steps of at most eight minutes each, which may be run one at a time on any machine
+with a GPU. A step that ran out of time goes on when it is called again.
 
 ```bash
 python benchmarks/gpu.py speed
@@ -27,30 +31,39 @@ python benchmarks/gpu.py train-labels-1 --data-dir DIR
 python benchmarks/gpu.py report                             # writes this page
 ```
 
-Where images have to travel in small pieces, `pack` writes them into files of at most 30 MB and `join` puts together what has
-arrived; without `--data-dir` training reads what `join` wrote. Training goes on from checkpoints in `runs/gpu/`: bring that
-folder along if the next step runs elsewhere.
+If images have to travel in small files, `pack` writes parts of at most 30 MB (CIFAR-100: three for training, one for
+testing, 103 MB in all), and `join` decodes those that have arrived and says which are missing. Without `--data-dir`
+training reads what `join` wrote. Training goes on from checkpoints in `runs/gpu/`: bring that folder along if the next
+step runs elsewhere.
 """
 SPEED = """## Speed
 
-A cell is the microseconds of an image, then *time per MAC*, in relation to the backbone run the same way in the same cell
-(fused for fused, 1.00 at depth 0 but for noise), then the *share of the roofline*: the least time that the device would need,
-over the measured one. The least time is the longer of two: operations over the measured peak of a large matrix product in that precision, and bytes
-over the rate of a large copy. Bytes are a lower bound for kernels that work layer by layer: weights once per call, what
-convolutions and matrix products read and write once each; all that stands between those is free. A share may exceed 100 % where
-activations stay in the cache. *auto* is the executor as it comes; *tuned* is after `tune()`. In `bf16` weights and images are
-bfloat16; `fp32` is float32 throughout, without TF32; `tf32` allows it in products and convolutions.
+A cell holds up to three figures:
+
+- microseconds per image;
+- *time per MAC*, in relation to the backbone run the same way in the same cell (fused for fused). Below 1.00 the
+  ensemble turns its MACs into time better than the backbone does;
+- the *share of the roofline*: the least time that the device would need, over the measured one.
+
+The least time is the longer of two: operations over the measured peak of a large matrix product in that precision, and
+bytes over the measured rate of a large copy. Bytes are a lower bound for kernels that work layer by layer: weights are
+read once per call; of activations, what convolutions and matrix products read and write counts once each, and all that
+stands between those layers is free. A share may exceed 100 % where activations stay in the cache.
+
+*auto* is the executor as it comes, *tuned* is after `tune()`. `bf16`: weights and images are bfloat16; `fp32`: float32
+throughout, without TF32; `tf32`: float32 with TF32 in products and convolutions. Weights are random.
 """
 SWITCHING = """## Switching depth
 
-Fused, bfloat16, unless it says *tree*. Every call is waited for. *overhead*: a call of depths that alternate between the first and the last, over
-the mean of calls that stay. *first call*: with compiling or capturing, of the first and the last depth.
+In bfloat16; fused, unless the row says *tree*. Every call is waited for. *overhead*: a call of depths that alternate
+between the first and the last, less the mean of calls that stay at one of them. *first call*: of the first and of the
+last depth, with compiling or capturing.
 """
 TRAINING = """## Training
 
-`hne_resnet50_cifar_small`, 16 networks, on CIFAR-100 by the paper's recipe (preset `paper-cifar`: SGD, learning rate 0.1 with a
-cosine, batch 128, weight decay 5e-4, crops and flips), for as many epochs as fit into the time in place of {papers}; the cosine spans
-the whole of that training. Images lie in the GPU's memory.
+`hne_resnet50_cifar_small`, 16 networks, on CIFAR-100 by the paper's recipe (preset `paper-cifar`: SGD, learning rate
+0.1 with a cosine, batch 128, weight decay 5e-4, crops and flips), but for as many epochs as fit into the time in place
+of {papers}; the cosine spans the whole of that training. Images lie in the GPU's memory.
 """
 MISSING = "Not measured yet: `python benchmarks/gpu.py {step}`.\n"
 
@@ -96,7 +109,7 @@ def _speed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def per_mac(row: dict[str, Any], rows: Sequence[dict[str, Any]], way: str) -> float | None:
-    """A way's time per MAC over that of the backbone run the same way; None if depth 0, which has its MACs, is missing."""
+    """A way's time per MAC over that of the backbone run the same way; None if the row of depth 0 is missing."""
     same = ("network", "precision", "batch")
     first = next((r for r in rows if r["depth"] == 0 and all(r[key] == row[key] for key in same)), None)
     if first is None:
@@ -137,7 +150,16 @@ def switching(record: dict[str, Any] | None) -> str:
         )
         for row in rows
     ]
-    header = ("network", "way", "batch", "first depth (ms)", "last (ms)", "alternating (ms)", "overhead", "first call (ms)")
+    header = (
+        "network",
+        "way",
+        "batch",
+        "first depth (ms)",
+        "last (ms)",
+        "alternating (ms)",
+        "overhead",
+        "first call (ms)",
+    )
     return f"{measured_on(record)}\n\n{table(header, lines)}\n\n{_failures(record)}"
 
 

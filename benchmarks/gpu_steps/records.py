@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from comparison.records import machine as processor_and_versions
+
 from hierens.errors import first_line
 
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "driver_version")

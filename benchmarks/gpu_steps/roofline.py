@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from speed import timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hierens.modes import evaluating
-from speed import timed
 
 _REPEATS = 5
 

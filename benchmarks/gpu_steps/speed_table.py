@@ -10,12 +10,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from speed import rounds
 from torch import Tensor
 
 from gpu_steps.networks import DTYPES, NETWORKS, TINY, built, precision
 from gpu_steps.records import Cell, Context, Record, fill
 from gpu_steps.roofline import activation_values, least_ms, peaks
-from speed import rounds
 
 Call = Callable[[], Tensor]
 

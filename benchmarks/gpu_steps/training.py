@@ -108,6 +108,7 @@ def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[st
     Raises:
         ValueError: no way works.
     """
+    torch.backends.cudnn.benchmark = True
     record = Record(context, PLAN)
     ways = [{"executor": e, "channels_last": last} for e in ("grouped", "looped") for last in (True, False)]
     base = {"epochs": 1, "precision": shape.precision}
@@ -153,7 +154,9 @@ def _trial(context: Context, run: Run, model: Any, executor: str, images: Split)
     return _rates(Path(config.output_dir))[-1]
 
 
-def train(context: Context, objective: str, number: int, read_data: Callable[[], dict[str, Split]], shape: Shape) -> str:
+def train(
+    context: Context, objective: str, number: int, read_data: Callable[[], dict[str, Split]], shape: Shape
+) -> str:
     """One step of a training: goes on where the one before it stopped, until it is done or the time is up.
 
     Args:
@@ -247,10 +250,14 @@ def _progress(run: Run) -> dict[str, Any]:
     state = json.loads((newest / "trainer.json").read_text())["state"] if newest else {"epoch": 0, "step": 0}
     validated = [{key: line[key] for key in ("epoch", "accuracy")} for line in lines if "val_loss" in line]
     steps = [line for line in lines if "images_per_s" in line]
-    middle = {
-        name: statistics.median(line[name] for line in steps) for name in ("images_per_s", "data_wait") if steps
+    middle = {name: statistics.median(line[name] for line in steps) for name in ("images_per_s", "data_wait") if steps}
+    return {
+        "epochs": run.train.epochs,
+        "done": state["epoch"],
+        "updates": state["step"],
+        "history": validated,
+        **middle,
     }
-    return {"epochs": run.train.epochs, "done": state["epoch"], "updates": state["step"], "history": validated, **middle}
 
 
 def _left(content: dict[str, Any], objective: str, number: int) -> str:
