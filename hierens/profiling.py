@@ -94,7 +94,8 @@ def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> fl
         return call_ms(partial(model, x, depth=depth), x.device, at_least)
 
     once(), once()  # what is made at the first call is not a pass's own
-    began, taken = time.perf_counter(), []
+    began = time.perf_counter()
+    taken: list[float] = []
     while not taken or time.perf_counter() - began < seconds:
         taken.append(once(seconds / 20))  # several short passes together, so that the clock does not count
     return statistics.median(taken)
