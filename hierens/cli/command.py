@@ -97,6 +97,11 @@ class Command:
             **({} if default is None else {"default": default}),
         )
 
+    def given(self, arguments: Sequence[str]) -> set[str]:
+        """The fields that are named among arguments."""
+        names = {_flag_name(argument).removeprefix("--no-").removeprefix("--") for argument in arguments}
+        return {_field(flag) for flag in self.flags() if flag.name.removeprefix("--") in names}
+
     def help(self, default: Any = None, description: str = "") -> str:
         """Usage, the flags used most, examples."""
         flags = self.flags(default)
@@ -119,7 +124,7 @@ class Command:
         known = [flag.name for flag in self.flags() if flag.name.startswith("--")]
         switches = [f"--no-{flag.name[2:]}" for flag in self.flags() if not flag.kind]
         for argument in arguments:
-            name = argument.partition("=")[0].replace("_", "-")
+            name = _flag_name(argument)
             if name.startswith("--") and name not in (*known, *switches, *_HELP):
                 raise UsageError(f"hierens {self.name} has no flag {name}{did_you_mean(name, known)}.")
 
@@ -176,6 +181,10 @@ def _choices(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is Literal:
         return tuple(map(str, inner))
     return _choices(inner[0]) if get_origin(kind) in (Union, UnionType) else ()
+
+
+def _flag_name(argument: str) -> str:
+    return argument.partition("=")[0].replace("_", "-")
 
 
 def _field(flag: Flag) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from hierens.cli.command import Command, UsageError
+from hierens.cli.methods import check_made, check_method
 from hierens.cli.output import complain, machine_readable, print_table, watched
 from hierens.errors import did_you_mean, first_line
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from hierens.adaptive import Adaptive
     from hierens.cutting import Cutting
+
+_OF_TIMM_MODELS = ("method", "blocks", "exits")  # flags of `profile` that saved models have no use for
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,12 @@ def profile(arguments: Sequence[str]) -> None:
     settings = PROFILE.parse(arguments)
     if settings.batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {settings.batch_size}.")
+    given = PROFILE.given(arguments)
+    check_method(given, settings.method)
+    if _is_saved(settings.model):
+        check_made(given, settings.model, _OF_TIMM_MODELS)
     with machine_readable(settings.json) as give:
-        model = _made(settings)
+        model = _made(settings, given)
         try:
             found = model.profile(settings.size, settings.batch_size)
         except (RuntimeError, AssertionError) as error:
@@ -59,7 +66,11 @@ def profile(arguments: Sequence[str]) -> None:
             print_table(*found.cells())
 
 
-def _made(settings: ProfileSettings) -> Adaptive:
+def _is_saved(name: str) -> bool:
+    return Path(name).is_dir() or "/" in name
+
+
+def _made(settings: ProfileSettings, given: set[str]) -> Adaptive:
     import timm
 
     from hierens.adaptive import Adaptive
@@ -69,13 +80,14 @@ def _made(settings: ProfileSettings) -> Adaptive:
     from hierens.tree_exits import tree_with_exits
 
     name = settings.model
-    if Path(name).is_dir() or "/" in name:
+    if _is_saved(name):
         return from_pretrained(name)
     if not timm.is_model(name):
         raise ValueError(f"{name} is neither a folder here nor a timm model{did_you_mean(name, timm.list_models())}.")
     channels = {"in_chans": settings.size[0]} if settings.size else {}
     backbone = timm.create_model(name, **channels).eval()
     if isinstance(backbone, Adaptive):  # hne_...: a tree already
+        check_made(given, name, _OF_TIMM_MODELS)
         return backbone
     if settings.method == "multi_exit":
         return multi_exit(backbone, settings.exits)
@@ -111,6 +123,8 @@ class ZooSettings:
 def zoo(arguments: Sequence[str]) -> None:
     """Cut models that have shapes but no values, and print the blocks' shares of the MACs."""
     settings = ZOO.parse(arguments)
+    if not settings.pattern and "blocks" in ZOO.given(arguments):
+        raise UsageError("--blocks says how to cut models: name one, or a pattern, as in hierens zoo 'convnext*'.")
 
     import timm
     from timm.models import model_entrypoint

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hierens.cli.command import Command, Flag, UsageError
+from hierens.cli.methods import check_made, check_method
 from hierens.cli.output import machine_readable, print_table
 from hierens.cli.results import results
-from hierens.training.config import Run
+from hierens.training.config import ModelConfig, Run
 from hierens.training.presets import PRESETS, dump_run, load_run, preset
 
 
@@ -39,6 +40,7 @@ def train(arguments: Sequence[str], default: Run | None = None, description: str
     try:
         chosen, flags = peek.parse_known_args(arguments)
         run = TRAIN.parse(flags, _start(chosen.preset, chosen.config, default or Run()), description)
+        _check_model_flags(run.model, TRAIN.given(flags))
     except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from error
 
@@ -50,6 +52,18 @@ def train(arguments: Sequence[str], default: Run | None = None, description: str
         if record is not None and chosen.json:
             give(record)
     return None if record is None else run
+
+
+def _check_model_flags(config: ModelConfig, given: set[str]) -> None:
+    """Refuse flags that the network asked for has no use for."""
+    if config.start:
+        check_made(given, config.start)
+    check_method(given, config.method)
+    if config.backbone.startswith("hne_"):  # an ensemble by itself
+        check_made(given, config.backbone, ("blocks", "branching", "exits"))
+    if config.branching and "blocks" in given:
+        branching = " ".join(map(str, config.branching))
+        raise UsageError(f"--branching {branching} says how many blocks there are: leave --blocks out.")
 
 
 def _start(preset_name: str | None, file: str | None, default: Run) -> Run:
