@@ -18,7 +18,7 @@ class DataConfig:
     data_dir: str = ""
     """where the data set lies; `digits` needs none"""
     train_split: str = "train"
-    """name of the training split (a sub-folder, for image folders)"""
+    """name of the training split (a sub-folder, for image folders; empty for data_dir itself)"""
     val_split: str = "validation"
     """name of the validation split"""
     input_size: tuple[int, int, int] = (3, 224, 224)
