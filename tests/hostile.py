@@ -30,6 +30,9 @@ _OFTEN = ["channels", "layers", "depths", "dims", "embed_dim", "depth", "img_siz
 _OFTEN += ["num_heads", "stem_stride", "stem_width", "output_stride", "cardinality", "base_width", "block", "act_layer"]
 _OFTEN += ["norm_layer", "mlp_ratio", "drop_path_rate", "global_pool", "pretrained", "checkpoint_path", "block_args"]
 _OFTEN += ["pretrained_cfg", "features_only", "kernel_size", "channel_multiplier", "depth_multiplier", "fix_stem"]
+_OFTEN += ["a\nb", "\ud800", "\x1b[31m", "x" * 10_000]
+_DESCRIBED = ["input_size", "test_input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode", "pool_size"]
+_DESCRIBED += ["fixed_input_size", "tags", "license", "label_names", "label_descriptions"]
 
 
 def bases(folder):
@@ -83,7 +86,7 @@ def hostile(random, config, backbones):
     config = copy.deepcopy(config)
     for _ in range(random.choice([1, 1, 1, 2, 3, 4])):
         args = config.get("model_args")
-        trick = random.randrange(12)
+        trick = random.randrange(13)
         if trick < 4 and isinstance(args, dict):
             further = args.get("backbone_args")
             further = further if isinstance(further, dict) else args.setdefault("backbone_args", {})
@@ -93,6 +96,11 @@ def hostile(random, config, backbones):
             args["backbone"] = random.choice(backbones)
             if random.random() < 0.5:
                 args["backbone_args"] = {}
+        elif trick == 12 and isinstance(config.get("pretrained_cfg"), dict):
+            name = random.choice(_DESCRIBED)
+            size = [random.choice([1, 3, 32, 1024, 4096, 65_536]) for _ in range(3)]
+            value = size if "size" in name and random.random() < 0.7 else nasty(random)
+            (config if "label" in name else config["pretrained_cfg"])[name] = value
         else:
             *parents, last = random.choice(list(places(config))[1:] or [("model_args",)])
             target = config

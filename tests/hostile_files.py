@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
 from hierens import tuning
-from hierens.fetching import LoadError
 from hierens.policies import Confidence, Deadline, FixedDepth, Load, load_policy
 from hierens.training.config import TrainConfig
 from hierens.training.files import MANIFEST, seal
@@ -322,7 +321,9 @@ def _damage_checkpoint(random, checkpoint, mark):
     names = ["trainer.json"] * 4 + ["optimizer.bin"] * 4 + ["random_states_0.pkl"] * 2
     file = checkpoint / random.choice([*names, "model.safetensors", "model_ema.safetensors", MANIFEST, "log.jsonl"])
     if file.name == "log.jsonl":
-        lines = random.choices(["{}", "[" * 100_000, "null", '{"step": "x"}', '{"val_loss": 1, "step": 1}', "\x00"], k=3)
+        lines = random.choices(
+            ["{}", "[" * 100_000, "null", '{"step": "x"}', '{"val_loss": 1, "step": 1}', "\x00"], k=3
+        )
         with (checkpoint.parents[1] / file.name).open("a") as log:
             log.writelines(f"{line}\n" for line in lines)
     elif not file.exists() or random.randrange(8) == 0:
@@ -350,7 +351,7 @@ def _change_states(random, file, mark):
     with contextlib.suppress(Exception):  # what was spoilt before
         state = torch.load(file, weights_only=False)
         if file.suffix == ".pkl" or trick == 2:
-            target = random.choice([state, *(state["param_groups"] if "param_groups" in state else [])])
+            target = random.choice([state, *state.get("param_groups", [])])
         else:
             target = random.choice(list(state["state"].values()))
         name = random.choice(list(target))
@@ -373,5 +374,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         found = storm(name, count, Path(folder), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
         print(*summary(found, folder).most_common(60), sep="\n")
-        print("cpu", max(o.seconds for o in found), "wall", max(o.wall for o in found), "MiB", max(o.mib for o in found))
+        print(
+            "cpu", max(o.seconds for o in found), "wall", max(o.wall for o in found), "MiB", max(o.mib for o in found)
+        )
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

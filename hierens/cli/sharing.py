@@ -124,7 +124,9 @@ def card_results(file: str, depths: int) -> dict[str, list[float]]:
         raise ValueError(f"{file} cannot be read as results: {first_line(error)}") from error
     values = found if isinstance(found, dict) else {}
     columns = {title: values[name] for name, title in COLUMNS.items() if isinstance(values.get(name), list)}
-    if not columns or any(len(column) != depths or not all(isinstance(v, (int, float)) for v in column) for column in columns.values()):
+    if not columns or any(
+        len(column) != depths or not all(isinstance(v, (int, float)) for v in column) for column in columns.values()
+    ):
         raise ValueError(
             f"{file} holds no results of {depths} depths: it should be the results.json that a run leaves."
         )

@@ -244,9 +244,12 @@ def load_checkpoint(
                 f"{folder} was written with {name}={short(was)}, this run has {new!r}: {where} cannot go on with "
                 "another. Keep it, or start anew with resume='never'."
             )
-    _check_weights(accelerator, folder)
-    _check_layout(accelerator, folder)
     model = _model(accelerator)
+    if (folder / WEIGHTS).is_file():  # DeepSpeed has a layout of its own
+        _check_weights(folder / WEIGHTS, model)
+    if average is not None:
+        _check_weights(folder / _AVERAGE, average)
+    _check_layout(accelerator, folder)
     check_states(folder, None if is_sharded(model) else accelerator._optimizers[0].optimizer)
     try:
         if is_sharded(model):
@@ -294,20 +297,16 @@ def _check_data(folder: Path, before: dict[str, int], now: dict[str, int], state
     )
 
 
-def _check_weights(accelerator: Accelerator, folder: Path) -> None:
-    """Names and shapes alone, so that another architecture is named before anything is overwritten."""
-    file = folder / WEIGHTS
-    if not file.is_file():
-        return  # DeepSpeed's own layout
-    header, own = read_header(file), _model(accelerator).state_dict()
+def _check_weights(file: Path, model: nn.Module) -> None:
+    """Names, shapes and types alone, so that another architecture is named before anything is overwritten."""
+    header, own = read_header(file), model.state_dict()
     there, here = ({name: tuple(part.shape) for name, part in parts.items()} for parts in (header, own))
     if different := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
         name = different[0]
         raise ValueError(
-            f"{folder} holds another model: {len(different)} of {len(here)} tensors differ, such as "
-            f"{short(name, plain=True)} "
-            f"({there.get(name, 'missing')} there, {here.get(name, 'missing')} here). Make the model as it was, or "
-            "start anew with resume='never'."
+            f"{file} holds another model: {len(different)} of {len(here)} tensors differ, such as "
+            f"{short(name, plain=True)} ({there.get(name, 'missing')} there, {here.get(name, 'missing')} here). Make "
+            "the model as it was, or start anew with resume='never'."
         )
     check_types(own, header, file)
 
