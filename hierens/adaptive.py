@@ -258,6 +258,11 @@ class Adaptive(nn.Module, ABC):
         return export(self, directory, format, **kwargs)
 
 
+def is_empty(x: Tensor) -> bool:
+    """Whether a batch has no images; while a graph is made, whose batches may have any size, it has some."""
+    return not torch.compiler.is_compiling() and len(x) == 0
+
+
 def rows(value: Any, kept: Tensor, count: int) -> Any:
     """Some images of what a block handed on: of every tensor that has an entry for each of `count` images."""
     if isinstance(value, tuple):

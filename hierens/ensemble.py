@@ -15,7 +15,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hierens.adaptive import Adaptive, Step, classifier_maker, rows, statistics_once
+from hierens.adaptive import Adaptive, Step, classifier_maker, is_empty, rows, statistics_once
 from hierens.branching import Activations, Executor, Level
 from hierens.checking import self_check
 from hierens.cutting import CutError, Cutting, cut, example_input
@@ -112,7 +112,9 @@ class HierarchicalEnsemble(Adaptive):
         """
         n = self.leaves_at(depth, leaves)
         x = self._prepared(x)
-        return self._logits(self._features(x, n), reduce) if len(x) else self._no_logits(x, n, reduce)
+        if is_empty(x):
+            return self._no_logits(x, n, reduce)
+        return self._logits(self._features(x, n), reduce)
 
     def climb(self, x: Tensor, leaves: int, exits: int = 0) -> Iterator[Activations]:
         """What each level hands on to the next, for the first leaves; a level is run when it is asked for.

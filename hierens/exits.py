@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hierens.adaptive import Adaptive, Step, rows, statistics_once
+from hierens.adaptive import Adaptive, Step, is_empty, rows, statistics_once
 from hierens.cutting import Cutting, cut
 from hierens.equilibrium import scaled
 from hierens.exit_heads import Embedding, Exit, HeadKind, OwnExit, early_exits
@@ -143,7 +143,7 @@ class MultiExit(Adaptive):
         """
         count = self.leaves_at(depth, leaves)
         value: Any = self._prepared(x)
-        if not len(x):
+        if is_empty(x):
             return self._no_logits(x, count, reduce)
         answers: list[Tensor] = []
         for index in range(count):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hierens.adaptive import Adaptive, Step, rows
+from hierens.adaptive import Adaptive, Step, is_empty, rows
 from hierens.branching import Executor
 from hierens.cutting import cut
 from hierens.ensemble import HierarchicalEnsemble, grown_from, planned
@@ -137,7 +137,7 @@ class TreeWithExits(Adaptive):
         """
         count = self.leaves_at(depth, leaves)
         x = self._prepared(x)
-        if not len(x):
+        if is_empty(x):
             return self._no_logits(x, count, reduce)
         early, networks = self._split(count)
         climb = self._tree.climb(x, networks, early)
