@@ -22,9 +22,12 @@ import tyro
 import hierens
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "training")]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hostile_files import storm
+from test_hostile_files import FULL
+
 RESULTS = ROOT / "docs" / "results"
-COUNTS = {"configs": 10_000, "folders": 500, "policies": 100, "tuning files": 100, "checkpoints": 100}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def main(settings: Settings) -> None:
         _run(settings)
         return
     found = {}
-    for part in COUNTS:
+    for part in FULL:
         command = [sys.executable, __file__, "--part", part, "--share", str(settings.share)]
         done = subprocess.run([*command, "--seed", str(settings.seed)], stdout=subprocess.PIPE, text=True, check=True)
         found[part] = json.loads(done.stdout.splitlines()[-1])
@@ -53,12 +56,10 @@ def main(settings: Settings) -> None:
 
 
 def _run(settings: Settings) -> None:
-    from hostile_files import storm
-
     def log(*what: object) -> None:
         print(*what, file=sys.stderr, flush=True)
 
-    count = max(1, int(COUNTS[settings.part] * settings.share))
+    count = max(1, int(FULL[settings.part] * settings.share))
     with tempfile.TemporaryDirectory() as folder:
         outcomes = storm(settings.part, count, Path(folder), settings.seed, log)
     loaded = Counter(outcome.said == "loaded" for outcome in outcomes)[True]

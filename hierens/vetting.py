@@ -259,6 +259,8 @@ def _bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
         if parameter is not None and threading.get_ident() == here:
             # Exits and copies of a layer come on top of the backbone's: what is exact is compared at the end.
             parameters = max(parameters, parameter.numel())
+            if not parameter.numel():
+                raise ValueError(f"its {name} has no elements")
         if parameters > max(weights, 1):
             raise ValueError(f"its {name} has {parameters} elements, and all weights in the file only {weights}")
 

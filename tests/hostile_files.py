@@ -13,9 +13,7 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -84,18 +82,22 @@ def attempt(call):
 
 
 def storm(name, count, folder, seed=0, log=None):
-    """So many attacks of a kind: the outcomes, in order."""
-    attack, outcomes = ATTACKS[name](folder), []
+    """So many attacks of a kind: the outcomes, in order. What ended otherwise is raised at the end, all together."""
+    attack, outcomes, failed = ATTACKS[name](folder), [], []
     for number in range(count):
         own = random.Random(f"{name}-{seed}-{number}")
         torch.manual_seed(number)
         try:
             outcomes.append(attempt(attack(own)))
-        except BaseException as error:
+        except Exception as error:
             error.add_note(f"{name}: number {number} of seed {seed}")
-            raise
-        if log and number % 100 == 99:
+            failed.append(error)
+            if log:
+                log(f"{name}: number {number} of seed {seed}: {type(error).__name__}: {str(error)[:300]}")
+        if log and outcomes and number % 100 == 99:
             log(name, number + 1, max(outcomes, key=lambda outcome: outcome.mib))
+    if failed:
+        raise ExceptionGroup(f"{len(failed)} of {count} ended otherwise", failed)
     return outcomes
 
 
@@ -366,15 +368,3 @@ ATTACKS = {
     "tuning files": _tunings,
     "checkpoints": _checkpoints,
 }
-
-if __name__ == "__main__":
-    import tempfile
-
-    name, count = sys.argv[1], int(sys.argv[2])
-    with tempfile.TemporaryDirectory() as folder:
-        found = storm(name, count, Path(folder), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
-        print(*summary(found, folder).most_common(60), sep="\n")
-        print(
-            "cpu", max(o.seconds for o in found), "wall", max(o.wall for o in found), "MiB", max(o.mib for o in found)
-        )
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -214,3 +214,48 @@ def test_a_model_without_a_policy_and_a_file_that_holds_none(tmp_path):
         (tmp_path / "policy.json").write_text(text)
         with pytest.raises(LoadError, match=message):
             load_policy(tmp_path, FixedDepth(1))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "fixed", "depth": "1"}, "depth must be a whole number from 0 to 1000000, got '1'"),
+        ({"policy": "fixed", "depth": True}, "depth must be a whole number .*, got True"),
+        ({"policy": "fixed", "depth": 1.0}, "depth must be a whole number .*, got 1.0"),
+        ({"policy": "fixed", "depth": -1}, "depth must be a whole number .*, got -1"),
+        ({"policy": "fixed", "leaves": 0}, "leaves must be a whole number from 1 .*, got 0"),
+        ({"policy": "fixed", "depth": 1, "leaves": 2}, "depth or leaves, not both"),
+        ({"policy": "deadline", "milliseconds": "5"}, "milliseconds must be positive, got '5': a finite number"),
+        ({"policy": "deadline", "milliseconds": None}, "milliseconds and caution must be positive, got None"),
+        ({"policy": "deadline", "milliseconds": 10**400}, "milliseconds must be positive, got 1000"),
+        (
+            {"policy": "load", "max_depth": 2, "window": 10**9},
+            "window must be a whole number from 1 to 10000, got 1000",
+        ),
+        ({"policy": "load", "max_depth": 2, "patience": 0.5}, "patience must be a whole number"),
+        ({"policy": "load", "max_depth": [2]}, r"max_depth must be a whole number .*, got \[2\]"),
+        ({"policy": "load", "max_depth": 2, "relax": 2}, "relax must lie between 0 and 1, got 2"),
+        ({"policy": "confidence", "thresholds": "0.9"}, "thresholds must be 1 to 4096 numbers, got '0.9'"),
+        ({"policy": "confidence", "thresholds": [[0.9]]}, r"thresholds must be .*, got \[\[0.9\]\]"),
+        ({"policy": "confidence", "thresholds": [0.9] * 10_000}, "thresholds must be 1 to 4096 numbers"),
+        ({"policy": "confidence", "thresholds": [True]}, "thresholds must be"),
+        ({"policy": "confidence", "thresholds": [0.9], "measure": ["margin"] * 9999}, "measure must be one of .*, got"),
+        ({"policy": ["fixed"] * 9999}, "there is no policy"),
+        ({"policy": "fixed", "a\nb" * 999: 1}, "takes depth, leaves, not a"),
+    ],
+)
+def test_a_strangers_policy_is_refused_in_a_line_that_names_the_field(tmp_path, values, message):
+    (tmp_path / "policy.json").write_text(json.dumps(values))
+    with pytest.raises(LoadError, match=message) as refused:
+        load_policy(tmp_path)
+    text = str(refused.value)
+    assert (
+        text.startswith(f"{tmp_path / 'policy.json'} holds no usable policy: ") and "\n" not in text and len(text) < 500
+    )
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"policy": "deadline", "milliseconds": NaN}', "{}" + " " * 2**23])
+def test_what_is_no_json_is_no_policy(tmp_path, text):
+    (tmp_path / "policy.json").write_text(text)
+    with pytest.raises(LoadError, match=r"policy.json is (not valid JSON|8 MB long)"):
+        load_policy(tmp_path)

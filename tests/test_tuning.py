@@ -9,6 +9,7 @@ import torch
 from test_fusing import close, different
 
 from hierens import tuning
+from hierens.fetching import LoadError
 from hierens.packing import Packed
 from hierens.tuning import Measurement, Tuning
 
@@ -138,3 +139,41 @@ def test_what_cannot_be_tuned_says_why(model, images, tmp_path):
 def test_it_prints_as_a_table():
     found = Tuning("cpu", "{}", (3, 64, 64), (Measurement(2, 4, 8, {1: 3.0, 2: 1.5, 4: 2.0}),))
     assert "|     2 |        4 |     8 |        2 | 1: 3.00, 2: 1.50, 4: 2.00 |" in str(found)
+
+
+def test_a_strangers_tuning_file_is_refused_in_a_line(model, images, quick, tmp_path):
+    file, fused = tmp_path / "tuning.json", model.fuse()
+    fused.tune(images, file=file)
+    good = json.loads(file.read_text())
+    for change, message in (
+        ({"milliseconds": {"-1": 1.0}}, "milliseconds should hold times by numbers of branches"),
+        ({"milliseconds": {"0": 1.0}}, "milliseconds should hold times by numbers of branches"),
+        ({"milliseconds": {"999": 1.0}}, "999 branches cannot run together: there are"),
+        ({"milliseconds": {"1": "fast"}}, "milliseconds must be finite and not negative, got 'fast'"),
+        ({"milliseconds": {"1": -1}}, "milliseconds must be finite and not negative, got -1"),
+        ({"milliseconds": {}}, "milliseconds must tell of at least one way"),
+        ({"level": True}, "level must be a whole number from 0 to 1000000, got True"),
+        ({"level": -1}, "level must be a whole number .*, got -1"),
+        ({"batch_size": 10**30}, "batch_size must be a whole number"),
+        ({"branches": "2"}, "branches must be a whole number .*, got '2'"),
+        ({"level": 99}, "what this model cannot run: .* in level 99, and the model has"),
+        ({"branches": 64}, "what this model cannot run: .* 64 branches were measured"),
+    ):
+        records = json.loads(json.dumps(good))
+        extra = {**records[0]["measurements"][0], **change}
+        records[0]["measurements"].append(extra)
+        file.write_text(json.dumps(records))
+        with pytest.raises(LoadError, match=message) as refused:
+            fused.tune(images, file=file)
+        assert str(refused.value).startswith(str(file)) and "\n" not in str(refused.value)
+    for text, message in (
+        ("[" * 100_000, "nested too deeply"),
+        ("[[]]", r"does not hold what tune\(\) writes \(tunings should be a list"),
+        (json.dumps([good[0] | {"measurements": 3}]), "measurements should be a list"),
+        (json.dumps([good[0] | {"size": ["3"]}]), "size should be a list"),
+        (json.dumps([{"machine": "x"}]), "it has no 'model'"),
+        ("[]" + " " * 2**25, "is 32 MB long"),
+    ):
+        file.write_text(text)
+        with pytest.raises(LoadError, match=message):
+            fused.tune(images, file=file)

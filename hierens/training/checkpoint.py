@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -245,7 +245,7 @@ def load_checkpoint(
                 "another. Keep it, or start anew with resume='never'."
             )
     model = _model(accelerator)
-    if (folder / WEIGHTS).is_file():  # DeepSpeed has a layout of its own
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which has a layout of its own
         _check_weights(folder / WEIGHTS, model)
     if average is not None:
         _check_weights(folder / _AVERAGE, average)

@@ -36,3 +36,16 @@ def test_what_a_kill_cut_short_is_dropped(tmp_path):
         lines.path.write_text(whole[:size])
         lines.restart(lambda record: record["step"] < 3)
         assert lines.path.read_text() == "".join(f"{line}\n" for line in whole.splitlines()[:2] if line in whole[:size])
+
+
+def test_lines_that_are_no_records_are_put_aside_and_said(tmp_path, capsys):
+    lines = JsonLines(tmp_path / "log.jsonl")
+    lines.append({"epoch": 1, "step": 1, "loss": 0.5})
+    foreign = ["null", "{}", "[" * 100_000, '{"step": "x"}', '{"val_loss": 1, "step": 1}', "\x00"]
+    with lines.path.open("a") as file:
+        file.writelines(f"{line}\n" for line in foreign)
+    lines.append({"epoch": 1, "step": 2, "loss": float("nan")})
+    lines.restart(lambda record: record["step"] <= 2)
+    assert [json.loads(line)["step"] for line in lines.path.read_text().splitlines()] == [1, 2]
+    assert (tmp_path / "log.jsonl.foreign").read_text().split("\n") == [*foreign, ""]
+    assert "log.jsonl had 6 lines that are no records of a run, such as 'null': they are put" in capsys.readouterr().out
