@@ -23,7 +23,7 @@ from comparison.costs import UNITS, measure, points, read_times, threshold_point
 from comparison.differences import Claim, Point, front, front_table, gains, verdicts
 from comparison.pages import indented, machines, runs
 from comparison.pictures import draw_costs
-from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, SINGLE_WIDTHS
+from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, ROWS, SINGLE_WIDTHS
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
 from comparison.train import train_missing
 
@@ -156,6 +156,9 @@ def _choice(groups: Mapping[str, Group], directory: Path, stem: str, data: str) 
             panels[label] = of_unit
             tables.append(f"### By {label}\n\n{_sentence(all_points, label)}\n\n{front_table(all_points, label)}")
     draw_costs(panels, directory / f"{stem}_costs.png")
+    titles = {**{row: entry.title for row, entry in ROWS.items()}, DEEP_ENSEMBLE: "deep ensemble"}
+    missing = ", ".join(titles[row] for row in (*TREES, *RIVALS) if row not in shown)
+    missing = f"**Not run yet, and so not in this comparison: {missing}.**\n\n" if missing else ""
     whole = [
         (group.name, f"{group.records[0]['parameters'][-1] * 4 / 1e6:.2f}")
         for row, group in shown.items()
@@ -168,8 +171,8 @@ def _choice(groups: Mapping[str, Group], directory: Path, stem: str, data: str) 
 
 ![Accuracy against MACs, latency and megabytes]({stem}_costs.png)
 
-Of all rows and depths, those that nothing cheaper reaches in mean accuracy. Neighbours can be within the noise of each
-other.
+{missing}Of all rows and depths, those that nothing cheaper reaches in mean accuracy. Neighbours can be within the
+noise of each other.
 
 {chr(10).join(f"{part}{chr(10)}" for part in tables)}
 ### To serve every budget from one machine

@@ -160,7 +160,7 @@ def test_an_image_of_the_size_that_is_described_must_go_through(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["input_size"] = [3, 8, 8]  # less than a patch
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LoadError, match="config.json describes a model that cannot be built: "):
+    with pytest.raises(LoadError, match=r"config\.json describes a model that cannot be built: "):
         hierens.from_pretrained(folder)
 
 

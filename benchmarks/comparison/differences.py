@@ -19,11 +19,13 @@ class Difference:
         mean: in the field's unit.
         error: its standard error; 0 for a single seed, which tells nothing.
         seeds: how many seeds it is a mean of.
+        digits: how many decimals are written.
     """
 
     mean: float
     error: float
     seeds: int
+    digits: int = 2
 
     @property
     def clear(self) -> bool:
@@ -32,8 +34,7 @@ class Difference:
 
     def __str__(self) -> str:
         """Such as `+0.42 ± 0.10`, or `+0.42` of one seed."""
-        digits = 2 if abs(self.mean) >= 0.095 or self.error >= 0.0095 else 3
-        return f"{self.mean:+.{digits}f}" + (f" ± {self.error:.{digits}f}" if self.seeds > 1 else "")
+        return f"{self.mean:+.{self.digits}f}" + (f" ± {self.error:.{self.digits}f}" if self.seeds > 1 else "")
 
 
 def difference(more: Group, less: Group, field: str = "accuracy") -> list[Difference]:
@@ -41,8 +42,9 @@ def difference(more: Group, less: Group, field: str = "accuracy") -> list[Differ
     of_less = {record["seed"]: record[field] for record in less.records}
     pairs = [(record[field], of_less[record["seed"]]) for record in more.records if record["seed"] in of_less]
     columns = zip(*([a - b for a, b in zip(p, q, strict=False)] for p, q in pairs), strict=True)
+    digits = 2 if field == "accuracy" else 3
     return [
-        Difference(mean(column), stdev(column) / len(column) ** 0.5 if len(column) > 1 else 0.0, len(column))
+        Difference(mean(column), stdev(column) / len(column) ** 0.5 if len(column) > 1 else 0.0, len(column), digits)
         for column in columns
     ]
 
