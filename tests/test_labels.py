@@ -39,6 +39,11 @@ def test_names_stay_with_the_classes_that_they_name(model, tmp_path):
     assert "label_names" not in json.loads((tmp_path / "config.json").read_text())
 
 
+def test_models_made_of_a_model_have_its_names(model):
+    made = [model.at_depth(0), *([model.eval().fuse()] if hasattr(model, "fuse") else [])]
+    assert all(label_names(other) == ["ape", "bee", "cat"] for other in made)
+
+
 def test_cards_and_configs_alone_have_them(model, tmp_path):
     assert "Classes, in order: ape, bee, cat." in model_card(model)
     assert "Classes, in order: x, y, z." in model_card(model, label_names=["x", "y", "z"])

