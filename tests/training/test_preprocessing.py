@@ -34,12 +34,12 @@ def test_the_config_says_how(model, tmp_path):
 
 def test_the_run_beside_the_model_knows_better(model, tmp_path):
     run = PRESETS["fashion-mnist"]  # pads 28 pixels to 32, which no config of timm's could say
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, pad=2, data_dir="elsewhere"))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, pad=2, data_dir="elsewhere", max_pixels=99))
     (tmp_path / "run.json").write_text(json.dumps(to_json(run)))
     model.pretrained_cfg.update(input_size=(1, 32, 32))
     model.save_pretrained(tmp_path / "model")
     config = data_config(hierens.from_pretrained(tmp_path / "model"), tmp_path / "model")
-    assert (config.augment, config.pad, config.data_dir) == (run.data.augment, 2, "")
+    assert (config.augment, config.pad, config.data_dir, config.max_pixels) == (run.data.augment, 2, "", 99)
     model.pretrained_cfg.update(input_size=(1, 16, 16))
     assert data_config(model, tmp_path / "model").augment == "imagenet", "a run of another model's"
 
