@@ -2,12 +2,15 @@
 
 import json
 import signal
+import subprocess
+import sys
 from itertools import product
 
 import gpu
 import numpy as np
 import pytest
 import torch
+import tyro
 from accelerate.state import AcceleratorState
 from gpu_steps import packing, page, roofline, speed_table, switching, training
 from gpu_steps.batches import DeviceImages, loader
@@ -385,6 +388,21 @@ def test_unknown_steps_and_a_missing_gpu_are_named(tmp_path, monkeypatch):
         gpu.main(gpu.Settings("speed", runs=tmp_path))
     with pytest.raises(ValueError, match="no precision 'fp8': choose bf16, tf32, fp32"):
         run("speed", tmp_path, precisions=("fp8",))
+
+
+def test_the_page_is_made_of_the_results_that_are_there(tmp_path):
+    context = gpu.context_of(gpu.Settings("report"))
+    made = page.write(context.results, tmp_path / "gpu.md").read_text()
+    assert made == (gpu.ROOT / "docs" / "results" / "gpu.md").read_text(), "run: python benchmarks/gpu.py report"
+
+
+def test_steps_are_told_on_the_command_line():
+    settings = tyro.cli(gpu.Settings, args=["train-labels-2", "--tiny", "--batch-sizes", "1", "2", "--minutes", "4"])
+    assert (settings.step, settings.tiny, settings.batch_sizes, settings.minutes) == ("train-labels-2", True, (1, 2), 4)
+    program = [sys.executable, gpu.__file__, "speed", "--precisions", "fp8", "--tiny"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: there is no precision 'fp8'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_page_without_results_says_so_for_every_step(tmp_path):
