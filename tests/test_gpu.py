@@ -1,6 +1,7 @@
 """Every step of benchmarks/gpu.py works, goes on where it stopped, and says what is missing: on a CPU, in tiny."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 import tyro
 from accelerate.state import AcceleratorState
-from gpu_steps import packing, page, roofline, speed_table, switching, training
+from gpu_steps import packing, page, records, roofline, speed_table, switching, training
 from gpu_steps.batches import DeviceImages, loader
 from gpu_steps.networks import NETWORKS, built, precision
 from gpu_steps.records import Cell, Context, Deadline, Record, fill
@@ -168,6 +169,15 @@ def test_tables_do_not_mix_machines(tmp_path):
         Record(context, "speed", go_on=True)
 
 
+def test_clocks_are_those_that_the_driver_tells(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.clocks() == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700.00 W, 580.1'\n")
+    program.chmod(0o755)
+    assert records.clocks()["clocks.sm"] == "1980 MHz" and records.clocks()["driver_version"] == "580.1"
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +305,8 @@ def test_steps_that_are_stopped_end_in_the_weights_of_one_that_is_not(folders, t
     options = {"data_dir": str(folders), "epochs": 3, "train_precision": "no"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run("train-distilled-1", whole, **options) == ""
+    (parts / "results").mkdir(parents=True)  # the same plan: the fastest way is measured, and may be another each time
+    shutil.copy(whole / "results" / "plan.json", parts / "results")
     # 6 updates an epoch: the first step stops within the first epoch, the second within the last
     left = run("train-distilled-1", parts, updates=4, **options)
     assert "3 of 3 epochs" in left and left.endswith("train-distilled-2")
