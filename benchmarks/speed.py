@@ -419,7 +419,7 @@ INTRODUCTION = """# Speed
 
 What saved multiply-accumulates are worth in milliseconds. Every cell below was measured in one process, all ways in
 turn, at least three rounds, most of them five or more; times are medians, ratios medians of the rounds' own.
-No GPU was to be had, so nothing is said of GPUs. Measured on {machine}.
+Nothing here is said of GPUs: they have [a page of their own](gpu.md). Measured on {machine}.
 
 - *hierens*: `model.fuse()`, then `tune()`. All networks have independent random weights, 224 pixels, 1000 classes.
 - *backbone, fused*: the tree's first network alone, `model.at_depth(0).fuse()`: the backbone run in the same way.

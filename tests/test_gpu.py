@@ -1,15 +1,19 @@
 """Every step of benchmarks/gpu.py works, goes on where it stopped, and says what is missing: on a CPU, in tiny."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 from itertools import product
 
 import gpu
 import numpy as np
 import pytest
 import torch
+import tyro
 from accelerate.state import AcceleratorState
-from gpu_steps import packing, page, roofline, speed_table, switching, training
+from gpu_steps import packing, page, records, roofline, speed_table, switching, training
 from gpu_steps.batches import DeviceImages, loader
 from gpu_steps.networks import NETWORKS, built, precision
 from gpu_steps.records import Cell, Context, Deadline, Record, fill
@@ -165,6 +169,15 @@ def test_tables_do_not_mix_machines(tmp_path):
         Record(context, "speed", go_on=True)
 
 
+def test_clocks_are_those_that_the_driver_tells(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.clocks() == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700.00 W, 580.1'\n")
+    program.chmod(0o755)
+    assert records.clocks()["clocks.sm"] == "1980 MHz" and records.clocks()["driver_version"] == "580.1"
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +305,8 @@ def test_steps_that_are_stopped_end_in_the_weights_of_one_that_is_not(folders, t
     options = {"data_dir": str(folders), "epochs": 3, "train_precision": "no"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run("train-distilled-1", whole, **options) == ""
+    (parts / "results").mkdir(parents=True)  # the same plan: the fastest way is measured, and may be another each time
+    shutil.copy(whole / "results" / "plan.json", parts / "results")
     # 6 updates an epoch: the first step stops within the first epoch, the second within the last
     left = run("train-distilled-1", parts, updates=4, **options)
     assert "3 of 3 epochs" in left and left.endswith("train-distilled-2")
@@ -385,6 +400,21 @@ def test_unknown_steps_and_a_missing_gpu_are_named(tmp_path, monkeypatch):
         gpu.main(gpu.Settings("speed", runs=tmp_path))
     with pytest.raises(ValueError, match="no precision 'fp8': choose bf16, tf32, fp32"):
         run("speed", tmp_path, precisions=("fp8",))
+
+
+def test_the_page_is_made_of_the_results_that_are_there(tmp_path):
+    context = gpu.context_of(gpu.Settings("report"))
+    made = page.write(context.results, tmp_path / "gpu.md").read_text()
+    assert made == (gpu.ROOT / "docs" / "results" / "gpu.md").read_text(), "run: python benchmarks/gpu.py report"
+
+
+def test_steps_are_told_on_the_command_line():
+    settings = tyro.cli(gpu.Settings, args=["train-labels-2", "--tiny", "--batch-sizes", "1", "2", "--minutes", "4"])
+    assert (settings.step, settings.tiny, settings.batch_sizes, settings.minutes) == ("train-labels-2", True, (1, 2), 4)
+    program = [sys.executable, gpu.__file__, "speed", "--precisions", "fp8", "--tiny"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: there is no precision 'fp8'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_page_without_results_says_so_for_every_step(tmp_path):

@@ -45,7 +45,7 @@ class DeviceImages(Dataset[Any]):
         seed: int = 0,
         training: bool = False,
         before_batch: Callable[[], None] = _nothing,
-        before_epoch: Callable[[int], None] = _nothing,
+        before_epoch: Callable[[int], Any] = _nothing,
     ) -> None:
         images = torch.from_numpy(split.images).permute(0, 3, 1, 2)
         if tuple(images.shape[1:]) != config.input_size:

@@ -94,6 +94,11 @@ class Record:
         self.content["wall_s"] = self._before_s + self.context.deadline.passed()
         return write_whole(self.file, json.dumps(rounded(self.content), indent=1) + "\n")
 
+    def note_clocks(self) -> None:
+        """Put down the clocks as they are under load; at the beginning the device was idle."""
+        if "clocks" in self.content["machine"]:
+            self.content["machine"]["clocks"] = clocks()
+
 
 def read(results: Path, step: str) -> dict[str, Any] | None:
     """What a step has written, or None."""
@@ -139,6 +144,7 @@ def fill(record: Record, cells: Sequence[Cell]) -> int:
         rows.append({"cell": cell.name, **row})
         record.write(left=len(waiting))
         print(f"{record.context.deadline.passed():5.0f} s  {cell.name}: {row.get('failed', 'measured')}", flush=True)
+    record.note_clocks()
     record.write(left=len(waiting))
     return len(waiting)
 

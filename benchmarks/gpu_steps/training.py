@@ -186,33 +186,40 @@ def train(
     record = Record(context, name)
     record.content |= {"objective": run.train.objective, "plan": plan, "config": _shared(run)}
     stopper = Stopper(context, shape.updates)
-    sets = [
-        DeviceImages(
-            data["train"],
-            run.data,
-            context.device,
-            run.train.seed,
-            True,
-            stopper.training,
-            lambda epoch: record.write(**_progress(run)) and None,
-        ),
-        DeviceImages(data["test"], run.data, context.device, before_batch=stopper.validation),
-    ]
+    trainer = _trainer(context, run, data, plan, stopper, lambda epoch: record.write(**_progress(run)))
+    model = trainer.ensemble
+    costs = {"macs": list(model.macs()), "parameters": list(model.parameter_counts()), "leaves": list(model.sizes)}
+    final: dict[str, Any] = {}
+    try:
+        final = {"final": trainer.fit()[-1]}
+    except TrainingInterrupted:
+        if not stopper.stopped:  # somebody else's signal
+            raise
+    finally:
+        record.note_clocks()
+        record.write(**_progress(run), **costs, **final)
+    return "" if final else _left(record.content, objective, number)
+
+
+def _trainer(
+    context: Context,
+    run: Run,
+    data: dict[str, Split],
+    plan: dict[str, Any],
+    stopper: Stopper,
+    before_epoch: Callable[[int], Any],
+) -> Trainer:
+    """hierens' trainer on images that lie on the device."""
+    config, device = run.train, context.device
+    train_images = DeviceImages(
+        data["train"], run.data, device, config.seed, True, stopper.training, before_epoch=before_epoch
+    )
+    test_images = DeviceImages(data["test"], run.data, device, before_batch=stopper.validation)
     model: Any = create_ensemble(run, len(data["train"].classes))
     model.set_executor(plan["executor"])
     model.pretrained_cfg["label_names"] = list(data["train"].classes)
-    loaders = [loader(images, size, images is sets[0]) for images, size in zip(sets, _sizes(run), strict=True)]
-    trainer = Trainer(model, run.train, loaders[0], loaders[1])
-    costs = {"macs": list(model.macs()), "parameters": list(model.parameter_counts()), "leaves": list(model.sizes)}
-    try:
-        history = trainer.fit()
-    except TrainingInterrupted:
-        record.write(**_progress(run), **costs)
-        if not stopper.stopped:  # somebody else's signal
-            raise
-        return _left(record.content, objective, number)
-    record.write(**_progress(run), **costs, final=history[-1])
-    return ""
+    loaders = loader(train_images, config.batch_size, True), loader(test_images, config.val_batch_size, False)
+    return Trainer(model, config, *loaders)
 
 
 def _settled(
@@ -228,10 +235,6 @@ def _settled(
     plan = there["plan"] if there and "plan" in there else make_plan(context, data, shape)
     write_whole(own, json.dumps(plan, indent=1) + "\n")
     return dict(plan)
-
-
-def _sizes(run: Run) -> tuple[int, int]:
-    return run.train.batch_size, run.train.val_batch_size
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
