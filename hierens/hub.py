@@ -67,7 +67,8 @@ def save_pretrained(
         The directory.
 
     Raises:
-        SaveError: the backbone was not made by `timm.create_model`, or changed since, so that loading would fail.
+        SaveError: the backbone was not made by `timm.create_model`, or changed since, so that loading would fail; or
+            `pretrained_cfg` says what no model can have.
         ValueError: results or names of classes that do not fit the model.
     """
     return _save(model, directory, name, results, policy, picture, about)
@@ -91,6 +92,10 @@ def _save(
     plain._model_args = _arguments(model)
     extra = {"hierens": hierens.__version__, **_labels(model, about)}
     save_for_hf(plain, str(directory), model_config=extra, safe_serialization=True)
+    try:
+        read_config(directory / CONFIG)
+    except LoadError as error:
+        raise SaveError(f"what was saved could not be loaded: {error}") from error
     drawn = picture and draw_accuracy(model, results or {}, directory)
     (directory / CARD).write_text(model_card(model, results, name, drawn, **about), encoding="utf-8")
     if policy is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hierens.adaptive import Adaptive
+from hierens.describing import unusable
 from hierens.ensemble import hierensify
 from hierens.exits import multi_exit
 from hierens.hub import from_pretrained
@@ -61,6 +62,8 @@ def create_ensemble(run: Run, num_classes: int) -> Adaptive:
     model = _loaded(run, num_classes) if run.model.start else _made(run, num_classes)
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
     model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
+    if wrong := unusable("input_size", run.data.input_size, model.in_chans):
+        raise ValueError(f"a model of this input_size could not be loaded again: {wrong}.")
     return model
 
 
