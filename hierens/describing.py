@@ -98,10 +98,15 @@ def description(found: Any, channels: int, file: Path) -> dict[str, Any]:
         raise LoadError(f"{file} has no usable pretrained_cfg (got {short(found)}): it should hold fields by name.")
     kept = {key: value for key, value in (found or {}).items() if key in _FIELDS and value is not None}
     for key, value in kept.items():
-        field = _FIELDS[key]
-        if not field.fits(value, channels):
-            raise LoadError(f"{file} has no usable {key} (got {short(value)}): allowed is {field.allowed}.")
+        if wrong := unusable(key, value, channels):
+            raise LoadError(f"{file} has no usable {key}: {wrong}.")
     return kept
+
+
+def unusable(key: str, value: Any, channels: int) -> str:
+    """What a field of the description got in place of what is allowed; empty if that is allowed."""
+    field = _FIELDS[key]
+    return "" if field.fits(value, channels) else f"got {short(value)}, allowed is {field.allowed}"
 
 
 def check_labels(config: Mapping[str, Any], num_classes: int, file: Path) -> None:

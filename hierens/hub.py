@@ -83,7 +83,8 @@ def save_pretrained(
         The directory.
 
     Raises:
-        SaveError: the backbone was not made by `timm.create_model`, or changed since, so that loading would fail.
+        SaveError: the backbone was not made by `timm.create_model`, or changed since, so that loading would fail; or
+            `pretrained_cfg` says what no model can have.
         ValueError: results or names of classes that do not fit the model.
     """
     return _save(model, directory, name, results, policy, picture, about)
@@ -106,6 +107,10 @@ def _save(
     extra = {"hierens": hierens.__version__, **_labels(model, about)}
     with saving(directory, replaces=(POLICY, PICTURE)) as partial:
         save_for_hf(plain, str(partial), model_config=extra, safe_serialization=True)
+        try:
+            read_config(partial / CONFIG)
+        except LoadError as error:
+            raise SaveError(f"what was saved could not be loaded: {error}") from error
         drawn = picture and draw_accuracy(model, results or {}, partial)
         (partial / CARD).write_text(model_card(model, results, name, drawn, **about), encoding="utf-8")
         if policy is not None:

@@ -244,3 +244,10 @@ def test_what_could_not_be_loaded_is_not_saved(small_backbone, tmp_path):
     with pytest.raises(SaveError, match="the classifier was removed"):
         headless.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_description_that_could_not_be_loaded_is_not_saved_in_silence(small_backbone, tmp_path):
+    model = hierens.hierensify(small_backbone, 2)
+    model.pretrained_cfg["crop_pct"] = "0.9"
+    with pytest.raises(SaveError, match=r"could not be loaded: .*config.json has no usable crop_pct: got '0.9'"):
+        model.save_pretrained(tmp_path)

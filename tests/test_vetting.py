@@ -138,7 +138,7 @@ def test_what_a_description_cannot_say_is_named(tree, field, value):
     config = json.loads(text)
     config["pretrained_cfg"][field] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LoadError, match=rf"config.json has no usable {field} \(got .*\): allowed is ") as refused:
+    with pytest.raises(LoadError, match=rf"config.json has no usable {field}: got .*, allowed is ") as refused:
         hierens.from_pretrained(folder)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 

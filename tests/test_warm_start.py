@@ -201,6 +201,12 @@ def test_a_weights_file_that_does_not_fit_is_named(fine_tuning):
         create_ensemble(dataclasses.replace(run, model=wider), num_classes=7)
 
 
+def test_a_size_that_could_not_be_loaded_again_is_refused_before_training():
+    run = Run(DataConfig(input_size=(1, 4096, 4096)), ModelConfig("resnet8_cifar", {"channels": (4, 4, 8)}, blocks=2))
+    with pytest.raises(ValueError, match=r"could not be loaded again: got \(1, 4096, 4096\), allowed is three whole"):
+        create_ensemble(run, num_classes=7)
+
+
 def test_pretrained_weights_are_not_thrown_away_in_silence():
     with pytest.raises(ValueError, match="init='reinit' would throw the pretrained weights away"):
         ModelConfig(pretrained=True, init="reinit")

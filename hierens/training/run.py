@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hierens.adaptive import Adaptive
+from hierens.describing import unusable
 from hierens.ensemble import hierensify
 from hierens.exits import multi_exit
 from hierens.files import replacing
@@ -75,6 +76,8 @@ def create_ensemble(run: Run, num_classes: int, names: Sequence[str] | None = No
     model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
     if names:
         name_labels(model, names)
+    if wrong := unusable("input_size", run.data.input_size, model.in_chans):
+        raise ValueError(f"a model of this input_size could not be loaded again: {wrong}.")
     return model
 
 
