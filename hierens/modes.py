@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-
 # Decorates what makes models: called inside torch.inference_mode(), too, they are of tensors that can be trained.
 ordinary_tensors = torch.inference_mode(False)
 

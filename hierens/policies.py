@@ -276,8 +276,8 @@ class Confidence(Policy):
     goes on, with the activations that it has. All leave at the last depth.
 
     Args:
-        thresholds: for each depth below the full one, from 0 to 1 whatever the measure; the last one serves all that are
-            missing. `NOBODY` (2) lets no image leave at a depth, `EVERYBODY` (-1) all.
+        thresholds: for each depth below the full one, from 0 to 1 whatever the measure; the last one serves all that
+            are missing. `NOBODY` (2) lets no image leave at a depth, `EVERYBODY` (-1) all.
         measure: see `hierens.uncertainty.certainty`; the networks are those evaluated so far.
 
     Raises:
@@ -306,7 +306,7 @@ class Confidence(Policy):
         if len(self.thresholds) > max(len(sizes) - 1, 1):
             raise ValueError(
                 f"{len(self.thresholds)} thresholds are for a model of {len(self.thresholds) + 1} depths, and this one "
-                f"has {len(sizes)}: give one for each depth below the full one, or fewer, of which the last serves the rest."
+                f"has {len(sizes)}: give one for each depth below the full one, or fewer; the last serves the rest."
             )
         rows = torch.arange(len(images), device=images.device)
         leaves, macs = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images), dtype=torch.int64)

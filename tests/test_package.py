@@ -45,7 +45,8 @@ try:
 except SystemExit as stop:
     assert not stop.code
 import hierens.training.run
-assert "torch" in sys.modules and "torch.utils.cpp_extension" not in sys.modules, "it needs setuptools, and looks for CUDA"
+assert "torch" in sys.modules
+assert "torch.utils.cpp_extension" not in sys.modules, "it needs setuptools, and looks for CUDA"
 """
 
 

@@ -51,4 +51,4 @@ def test_what_is_measured_is_a_pass_at_the_depth_asked_for():
             time.sleep(0.002 * (depth + 1))
 
     first, second = (latency(Sleeper(), torch.zeros(1), depth, seconds=0.05) for depth in (0, 4))
-    assert 2 <= first < second and 10 <= second
+    assert 2 <= first < second and second >= 10

@@ -320,7 +320,7 @@ class Trainer:
         raise interruption(number)
 
     def _end_trackers(self) -> None:
-        """Accelerate's `end_training`, which parts the processes as well: not before they end, for they may train on."""
+        """As Accelerate's `end_training`, which also parts the processes: they may train on, and part when they end."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         atexit.unregister(_part)
