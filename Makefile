@@ -3,7 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python
+SETTINGS := OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1
+RUN := $(SETTINGS) $(BIN)/python
+
+comma := ,
+LOWEST := .venv-lowest
+LOWEST_TESTS := package tree cutting branching ensemble exits adaptive modes objectives fusing hub policies
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-lowest upgrade lint format types docs docs-serve bench clean
@@ -11,13 +16,21 @@ RUN := OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# $(call install,folder,what uv shall install there)
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "hierens needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[all]"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2)
 	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),--constraint constraints.txt --editable ".[all]")
+
+$(LOWEST)/.installed: pyproject.toml
+	$(call install,$(LOWEST),--resolution lowest-direct --editable ".[train$(comma)demo$(comma)dev]")
 
 demo: $(VENV)/.installed ## train a small ensemble on scikit-learn's digits, on a CPU, in about a minute
 	$(BIN)/python examples/train_imagenet.py
@@ -28,22 +41,16 @@ test: $(VENV)/.installed ## run the tests
 test-slow: $(VENV)/.installed ## run the long tests too
 	$(RUN) -m pytest --numprocesses 2 -m "slow or not slow"
 
-# What trees, exits, objectives, inference, saving and training are; the programs around them need newer packages.
-CORE := $(addprefix tests/,$(addsuffix .py,test_tree test_cutting test_branching test_ensemble test_exits test_objectives \
-	test_fusing test_hub test_policies test_calibration test_metrics training/test_trainer training/test_checkpoint))
-LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.installed ## run the core tests with the lowest versions that pyproject.toml allows (Python 3.11)
+	$(SETTINGS) $(LOWEST)/bin/python -m pytest --numprocesses 2 $(LOWEST_TESTS:%=tests/test_%.py) tests/cli/test_training.py
 
-test-lowest: ## run the core tests with the lowest versions that pyproject.toml allows, in an environment of their own
-	$(PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[train,demo,dev]"
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 $(CORE)
-
-upgrade: $(VENV)/.installed ## install the newest versions, run the tests with them, and write them into constraints.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --upgrade --editable ".[all]"
+upgrade: $(VENV)/.installed ## take the newest versions of everything, into constraints.txt once the tests pass with them
+	$(BIN)/uv pip compile --quiet --universal --upgrade --extra all --no-header --no-annotate pyproject.toml \
+		--output-file $(VENV)/constraints.txt
+	rm $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(VENV)/constraints.txt --upgrade --editable ".[all]"
 	$(RUN) -m pytest --numprocesses 2
-	{ head -n 1 constraints.txt; $(BIN)/uv pip freeze --quiet --python $(BIN)/python --exclude-editable; } > constraints.new
-	mv constraints.new constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
 	@touch $(VENV)/.installed
 
 lint: $(VENV)/.installed ## check style

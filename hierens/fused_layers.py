@@ -7,6 +7,10 @@ applied while the results are still in registers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -40,6 +44,27 @@ def attachable(activation: nn.Module) -> _Attached | None:
         return "gelu", [], activation.approximate
     name = _NAMES.get(type(activation))
     return (name, [], "") if name else None
+
+
+_apart = ContextVar("apart", default=False)
+
+
+@contextmanager
+def activations_apart() -> Iterator[None]:
+    """Inside, activations run after their convolutions: oneDNN's attached ReLU makes 0 of what is not a number."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def loses_no_number(x: Tensor) -> bool:
+    """Whether attached activations may run on images: all finite, or nothing that is attached runs there.
+
+    A sum that overflows says no, too, which costs time alone.
+    """
+    return torch.compiler.is_compiling() or not x.is_cpu or math.isfinite(x.sum().item())
 
 
 class FusedConvolution(nn.Module):
@@ -96,6 +121,11 @@ class FusedConvolution(nn.Module):
             made = self._kernels[key] = version, weight, width.rows(self.bias)
         return made[1], made[2]
 
+    def part_activation(self) -> None:
+        """Run the activation after the convolution from now on, as weights that are not finite need it."""
+        if self.activation is not None:
+            self.attached = None
+
     def forget(self) -> None:
         """Drop the reordered weights; those that are needed are made again."""
         self._kernels.clear()
@@ -114,8 +144,9 @@ def fused_convolution(module: FusedConvolution, x: Tensor, width: Width, shared:
     if _onednn(x):
         weight, bias = module.kernel(width, groups, x)
         stride, padding, *others = geometry
-        x = _run_onednn(x, weight, bias, padding, stride, *others, *(module.attached or ("none", [], "")))
-        return x if module.attached or module.activation is None else module.activation(x)
+        attached = None if _apart.get() else module.attached
+        x = _run_onednn(x, weight, bias, padding, stride, *others, *(attached or ("none", [], "")))
+        return x if attached or module.activation is None else module.activation(x)
     x = F.conv2d(x, width.rows(module.weight), width.rows(module.bias), *geometry)
     return x if module.activation is None else module.activation(x)
 

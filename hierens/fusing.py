@@ -6,8 +6,10 @@ What a fused model answers equals what the model answers, up to rounding (sectio
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
+from collections.abc import Generator
 from typing import Any, NoReturn
 
 import torch
@@ -15,9 +17,10 @@ from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from hierens.adaptive import Step
 from hierens.branching import Level
 from hierens.ensemble import HierarchicalEnsemble
-from hierens.fused_layers import FusedConvolution, attachable
+from hierens.fused_layers import FusedConvolution, activations_apart, attachable, loses_no_number
 from hierens.packed import Width
 from hierens.packed_layers import SAME, STANDARDISED, standardised
 from hierens.packing import traced
@@ -39,6 +42,23 @@ class FusedEnsemble(HierarchicalEnsemble):
             _refuse("trained")
         super().train(False)
         return self
+
+    def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
+        """As `HierarchicalEnsemble.forward`; images that are not finite give what they give unfused, more slowly."""
+        if loses_no_number(x):
+            return super().forward(x, depth, leaves, reduce)
+        with activations_apart():
+            return super().forward(x, depth, leaves, reduce)
+
+    def forward_features(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
+        """As `HierarchicalEnsemble.forward_features`; for images that are not finite, as `forward`."""
+        with contextlib.nullcontext() if loses_no_number(x) else activations_apart():
+            return super().forward_features(x, depth, leaves)
+
+    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
+        """As `HierarchicalEnsemble.anytime`; for images that are not finite, as `forward`."""
+        walk = super().anytime(x)
+        return walk if loses_no_number(x) else _apart_at_every_step(walk)
 
     def _prepared(self, x: Tensor) -> Tensor:
         return super()._prepared(x).contiguous(memory_format=torch.channels_last)
@@ -68,6 +88,18 @@ class FusedEnsemble(HierarchicalEnsemble):
         _refuse("changed")
 
 
+def _apart_at_every_step(walk: Generator[Step, Tensor | None, None]) -> Generator[Step, Tensor | None, None]:
+    """A walk whose consumer does not run inside what its steps run inside."""
+    kept = None
+    while True:
+        with activations_apart():
+            try:
+                step = walk.send(kept)
+            except StopIteration:
+                return
+        kept = yield step
+
+
 def _refuse(what: str) -> NoReturn:
     raise ValueError(
         f"a fused model is for inference only and cannot be {what}: do that with the model it was made from, "
@@ -91,6 +123,10 @@ def fuse(model: HierarchicalEnsemble) -> FusedEnsemble:
     levels = [_fused(level) for level in model.all_levels()]
     *own, head, classifier = levels
     fused = model.with_levels(model.tree, own, head, classifier, FusedEnsemble)
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        for module in fused.modules():
+            if isinstance(module, FusedConvolution):
+                module.part_activation()
     return fused.eval().requires_grad_(False)
 
 

