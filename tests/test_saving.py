@@ -96,7 +96,7 @@ def test_a_model_that_is_replaced_while_it_loads_is_loaded_whole(made, tmp_path,
     """Between its config and its weights, and between its weights and their use."""
     save(made, 0, tmp_path)
     replaced = []
-    for name, call, number in (("read_shapes", hub.read_shapes, 2), ("check_fit", hub.check_fit, 1)):
+    for name, call, number in (("read_header", hub.read_header, 2), ("check_fit", hub.check_fit, 1)):
 
         def and_replace(*args, call=call, number=number):
             if number not in replaced:

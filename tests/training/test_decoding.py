@@ -23,7 +23,7 @@ from hostile_uploads import png_header
 
 import hierens
 from hierens.training.config import DataConfig
-from hierens.training.data import create_datasets, create_loaders
+from hierens.training.data import create_datasets, create_held_out, create_loaders
 from hierens.training.decoding import DecodingError, decode
 from hierens.training.unreadable import UnreadableImageError
 
@@ -152,15 +152,17 @@ def write_folder(root, files):
 
 
 def write_shard(root, files):
-    with tarfile.open(root / "validation.tar", "w") as tar:
-        for number, data in enumerate(files):
-            for kind, content in (("png", data), ("cls", b"0")):
-                member = tarfile.TarInfo(f"{number:02d}.{kind}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    split = {"name": "validation", "filenames": ["validation.tar"], "shard_lengths": [len(files)]}
-    info = {"splits": {"validation": {**split, "num_samples": len(files)}}}
-    (root / "_info.json").write_text(json.dumps(info))
+    splits = {}
+    for split in ("train", "validation"):
+        with tarfile.open(root / f"{split}.tar", "w") as tar:
+            for number, data in enumerate(files):
+                for kind, content in (("png", data), ("cls", b"0")):
+                    member = tarfile.TarInfo(f"{number:02d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        splits[split] = {"name": split, "filenames": [f"{split}.tar"], "shard_lengths": [len(files)]}
+        splits[split]["num_samples"] = len(files)
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
     return root
 
 
@@ -171,7 +173,8 @@ def write_table(root, files):
         "image": [{"bytes": data, "path": f"{n:02d}.png"} for n, data in enumerate(files)],
         "label": [0] * len(files),
     }
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "validation-00000-of-00001.parquet")
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(root / f"{split}-00000-of-00001.parquet")
     return root
 
 
@@ -187,22 +190,22 @@ def evaluation(root, files, mode):
 
 def torchvision(root, files, mode):
     root = write_folder(root, files) / "validation"
-    data, _ = create_datasets(config(root, mode, "torch/image_folder", train_split="", val_split=""))
+    data = create_held_out(config(root, mode, "torch/image_folder", val_split=""))
     return [data[index][0] for index in range(len(data))]
 
 
 def shards(root, files, mode):
-    data = config(write_shard(root, files), mode, "wds/made-up", train_split="validation")
+    data = config(write_shard(root, files), mode, "wds/made-up")
     return [image for images, _ in create_loaders(data, 1, 5, cpu=True)[1] for image in images]
 
 
 def table(root, files, mode):
-    data, _ = create_datasets(config("", mode, f"hfds/{write_table(root, files)}", train_split="validation"))
+    data = create_held_out(config("", mode, f"hfds/{write_table(root, files)}"))
     return [data[index][0] for index in range(len(data))]
 
 
 def table_as_a_stream(root, files, mode):
-    data = config("", mode, f"hfids/{write_table(root, files)}", train_split="validation")
+    data = config("", mode, f"hfids/{write_table(root, files)}")
     return [image for images, _ in create_loaders(data, 1, 5, cpu=True)[1] for image in images]
 
 
@@ -337,7 +340,7 @@ def test_what_is_no_image_is_told_in_the_same_words_everywhere(name, model, tmp_
         held_out[0]
     assert f"{file}: {words}" in str(raised.value)
     (tmp_path / "shard").mkdir()
-    stream = config(write_shard(tmp_path / "shard", [data]), mode, "wds/made-up", train_split="validation")
+    stream = config(write_shard(tmp_path / "shard", [data]), mode, "wds/made-up")
     _, loader = create_loaders(stream, 1, 5, cpu=True)
     assert list(loader) == [] and f"00: {words}" in loader.dataset.unreadable.counts[2][0]
     done = command("predict", folder, file)

@@ -57,9 +57,9 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path, monkeypa
     train(run(tmp_path / "full", weighing, **settings))
     fit = Trainer.fit
 
-    def one_epoch(self):  # stops after an epoch, the schedule being for two
+    def one_epoch(self, **kwargs):  # stops after an epoch, the schedule being for two
         self.config = dataclasses.replace(self.config, epochs=1)
-        return fit(self)
+        return fit(self, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "fit", one_epoch)
