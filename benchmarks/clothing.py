@@ -48,9 +48,9 @@ ENTRY = gallery.Entry(
     "clothing",
     CLASSES,
     "Clothes",
-    """Photographs of ten kinds of clothes, in the public domain (CC0): 3,068 to learn from, 341 to choose by, 372 to test
-on, at 128 pixels. Training began from the ImageNet weights of EfficientNet-Lite0 (Apache-2.0). The weights are stored in
-half precision.""",
+    """Photographs of ten kinds of clothes, in the public domain (CC0): 3,068 to learn from, 341 to choose by, 372 to
+test on, at 128 pixels. Training began from the ImageNet weights of EfficientNet-Lite0 (Apache-2.0). The weights are
+stored in half precision.""",
     budget=0.5,
     chosen_by="the validation images",
     judged_on="the test images",
