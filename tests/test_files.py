@@ -1,6 +1,11 @@
-"""Saving several files at once: killed at any of its calls to the system, it leaves the old ones or the new ones."""
+"""Saving several files at once: killed at any of its calls to the system, it leaves the old ones or the new ones.
+
+What kills forks of itself runs in an interpreter of its own: this file as a script, with a check and a folder.
+"""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,7 +77,20 @@ def kills(tmp_path, content=NEW):
         yield folder
 
 
-def test_killed_at_any_call_all_is_old_or_all_is_new(tmp_path):
+@pytest.mark.parametrize(
+    "check",
+    [
+        "killed_at_any_call_all_is_old_or_all_is_new",
+        "other_programs_find_nothing_rather_than_a_mixture",
+        "the_next_save_finishes_what_a_kill_left",
+    ],
+)
+def test_kills(check, tmp_path):
+    done = subprocess.run([sys.executable, __file__, check, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def killed_at_any_call_all_is_old_or_all_is_new(tmp_path):
     seen = []
     for folder in kills(tmp_path):
         seen.append(state(folder))
@@ -81,7 +99,7 @@ def test_killed_at_any_call_all_is_old_or_all_is_new(tmp_path):
     assert seen == sorted(seen, key=lambda found: found == NEW), "it is new from one moment on"
 
 
-def test_other_programs_find_nothing_rather_than_a_mixture(tmp_path):
+def other_programs_find_nothing_rather_than_a_mixture(tmp_path):
     incomplete = 0
     for folder in kills(tmp_path):
         found = plain(folder)
@@ -91,7 +109,7 @@ def test_other_programs_find_nothing_rather_than_a_mixture(tmp_path):
     assert incomplete, "it was killed while files were moved"
 
 
-def test_the_next_save_finishes_what_a_kill_left(tmp_path):
+def the_next_save_finishes_what_a_kill_left(tmp_path):
     for folder in kills(tmp_path):
         before = state(folder)
         with replacing(folder / "policy.json") as partial:
@@ -127,3 +145,8 @@ def test_what_lies_there_of_others_stays(tmp_path):
     write(tmp_path, NEW)
     assert own.read_text() == "theirs" and (tmp_path / "policy.json").is_dir()
     assert not (tmp_path / ".cache" / "huggingface" / "hierens").exists()
+
+
+if __name__ == "__main__":
+    files.os.fsync = lambda descriptor: None
+    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -194,9 +194,11 @@ def defect(folder: Path) -> str | None:
     if wrong := damage(folder):
         return wrong
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
+        # What holds no weights is named when they are loaded.
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if not bool(tensors.get_tensor(name).isfinite().all()):
+                values = tensors.get_tensor(name)
+                if not bool((values if values.itemsize > 1 else values.double()).isfinite().all()):
                     return f"{name} in {file.name} is not finite"
     return None
 
@@ -205,7 +207,7 @@ def last_good_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint without a defect, whose last validation gave finite numbers."""
     for folder in reversed(_checkpoints(Path(output_dir) / "checkpoints")):
         if defect(folder) is None:
-            history = json.loads((folder / _STATE).read_text())["state"]["history"]
+            history = read_trainer(folder / _STATE, TrainState)[0].history
             if not history or score(history[-1]) > -math.inf:
                 return folder
     return None
@@ -214,7 +216,8 @@ def last_good_checkpoint(output_dir: str | Path) -> Path | None:
 def score(record: Mapping[str, Any]) -> float:
     """By what one validation is better than another: its accuracy, but below any other if a number is not finite."""
     values = [value for entry in record.values() for value in (entry if isinstance(entry, list) else [entry])]
-    return float(record["accuracy"][-1]) if all(map(math.isfinite, values)) else -math.inf
+    lost = any(isinstance(value, float) and not math.isfinite(value) for value in values)
+    return -math.inf if lost else float(record["accuracy"][-1])
 
 
 def load_checkpoint(
