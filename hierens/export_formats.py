@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import tempfile
@@ -151,13 +152,23 @@ class OpenVino(Format):
 
     def runner(self, name: str) -> Run:
         """A session on the CPU."""
-        import openvino
-
-        core = openvino.Core()
+        core = _openvino_core()
         model = core.read_model(self.folder / name, self.folder / WEIGHTS)
         # By default it computes in bfloat16 where the processor can.
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return lambda images: compiled(images)[0]
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """OpenVINO, once for the process and to its end.
+
+    Every Core gives the thread another stack for signals and unmaps it when it goes (OpenVINO 2026.4). Of two at a time
+    the thread keeps a stack that is gone, and the next signal, Ctrl-C too, ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class TorchExport(Format):
