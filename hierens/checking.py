@@ -6,9 +6,12 @@ import contextlib
 import copy
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from hierens.branching import Activations, Executor, Level, Value
 from hierens.errors import first_line
@@ -16,6 +19,7 @@ from hierens.modes import quiet_dropout
 from hierens.packed import state_of
 
 _HEAVY = 50_000_000  # weights of a block from which float64 would need many GB
+_DRAWN = 65_521  # a prime, so that no two channels get the same
 
 
 def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
@@ -83,7 +87,8 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
 @torch.no_grad()
 def _run(level: Level, executor: Executor, inputs: list[Value], parents: Sequence[int]) -> list[Value]:
     level.executor = executor
-    return level(Activations([_copied(value) for value in inputs]), parents).listed()
+    with _ManyGroups():
+        return level(Activations([_copied(value) for value in inputs]), parents).listed()
 
 
 def _copied(value: Value) -> Value:
@@ -114,13 +119,55 @@ def _same(a: Value, b: Value) -> bool:
 def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """A branch's own weights: none zero, so that no path of the block stays untried."""
     state, parameters = {}, dict(block.named_parameters())
+    normal = torch.randn(_DRAWN, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(_DRAWN, generator=generator, dtype=torch.float64)
     for name, tensor in state_of(block):
         tensor = tensor.detach().clone()
         if name in parameters:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            tensor += noise * (0.1 + 0.5 * tensor.std(correction=0))
+            tensor.add_(_spread(normal, tensor), alpha=0.1 + 0.5 * tensor.std(correction=0).item())
         elif tensor.is_floating_point():  # running variances stay positive
-            noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+            noise = _spread(uniform, tensor)
             tensor = tensor * (1 + noise) + 0.1 * noise
         state[name] = tensor
     return state
+
+
+def _spread(drawn: Tensor, like: Tensor) -> Tensor:
+    """Random numbers over a tensor, again and again the same: drawing all of them would take longer than all else."""
+    repeats = -(-like.numel() // len(drawn))
+    return drawn.to(like.dtype).repeat(repeats)[: like.numel()].view(like.shape)
+
+
+class _ManyGroups(TorchFunctionMode):
+    """Computes grouped 2-D convolutions in float64 by unfolded images, where torch runs group after group.
+
+    A level of a depthwise layer has thousands of groups, which made nine tenths of a conversion's time.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.conv2d and not kwargs and len(args) == 7 and args[6] > 1:
+            x, _, _, _, padding, *_ = args
+            if x.dtype is torch.float64 and not isinstance(padding, str):
+                return _convolved(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """What `F.conv2d` returns."""
+    kernel = weight.shape[2:]
+    rows = F.unfold(x, kernel, dilation, padding, stride).unflatten(1, (groups, -1))  # (N, groups, inputs, positions)
+    weight = weight.reshape(groups, -1, rows.shape[2])
+    alone = weight.shape[1] == 1  # one output in each group
+    flat = (rows * weight.transpose(1, 2)).sum(2) if alone else (weight @ rows).flatten(1, 2)
+    size = [
+        (x.shape[2 + i] + 2 * _pair(padding)[i] - _pair(dilation)[i] * (kernel[i] - 1) - 1) // _pair(stride)[i] + 1
+        for i in (0, 1)
+    ]
+    out = flat.unflatten(2, size)
+    return out if bias is None else out + bias.view(-1, 1, 1)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
