@@ -1,8 +1,8 @@
 """Trained models that travel: finished runs into models/, in the Hub's layout, with cards; writes docs/gallery.md.
 
-hierens train --preset demo
+hierens train --preset digits
 python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-distilled
-python benchmarks/gallery.py --digits runs/demo --fashion-mnist RUN --data-dir DIR
+python benchmarks/gallery.py --digits runs/digits --fashion-mnist RUN --data-dir DIR
 
 What is not given stays as it is on the page. benchmarks/clothing.py publishes its tree by the same functions.
 """
@@ -246,9 +246,9 @@ model.pretrained_cfg["label_names"]
 ```bash
 python benchmarks/clothing.py train --data-dir DIR --only tree
 python benchmarks/clothing.py publish --data-dir DIR
-hierens train --preset demo
+hierens train --preset digits
 python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-distilled
-python benchmarks/gallery.py --digits runs/demo --data-dir DIR \\
+python benchmarks/gallery.py --digits runs/digits --data-dir DIR \\
     --fashion-mnist runs/comparison/fashion_mnist/tree-distilled/0
 ```
 """

@@ -17,17 +17,19 @@ import argparse
 import sys
 
 from hierens import cli
-from hierens.cli.training import compare_without_distillation
+from hierens.cli.demo import compare_with_labels_only
 from hierens.training.config import Run
 from hierens.training.presets import PRESETS
+
+BUILT_IN = {"clothing": "demo", "digits": "digits", "fashion_mnist": "fashion-mnist"}
 
 
 def recipe(dataset: str, data_dir: str) -> Run:
     """The recipe that fits the data."""
     if not dataset and not data_dir:
         return PRESETS["demo"]
-    if dataset in ("digits", "fashion_mnist"):
-        return PRESETS["demo" if dataset == "digits" else "fashion-mnist"]
+    if dataset in BUILT_IN:
+        return PRESETS[BUILT_IN[dataset]]
     return PRESETS["paper-cifar" if "cifar" in dataset else "paper-imagenet"]
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     known, _ = peek.parse_known_args()
     run = cli.train(sys.argv[1:], recipe(known.dataset, known.data_dir), description=__doc__)
     if run == PRESETS["demo"]:
-        compare_without_distillation(run)
+        compare_with_labels_only(run)
 
 
 if __name__ == "__main__":

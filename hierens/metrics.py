@@ -152,6 +152,10 @@ class LeafMetrics:
             leaf_accuracy=[100 * share for share in mean["leaf"]],
         )
 
+    def right(self) -> Tensor:
+        """Whether each depth named the class of each image so far, (images, depths)."""
+        return torch.cat(self._correct)
+
     def _add(self, name: str, values: Tensor) -> None:
         values = values.double().cpu()
         self._sums[name] = self._sums[name] + values if name in self._sums else values
@@ -165,11 +169,69 @@ def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
         model: answers `model(images, reduce=False)` with (N, leaves, classes); without a `nesting` it counts as a tree.
         batches: images (N, C, H, W) and class indices (N,).
     """
+    return _metrics(model, batches).compute()
+
+
+@torch.no_grad()
+def right_answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Which labelled images each depth of an ensemble names rightly, (images, depths); arguments as `evaluate_model`."""
+    return _metrics(model, batches).right()
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How many more of the same images one answer gets right than another (the numbers of McNemar's test).
+
+    Attributes:
+        more: images that only the first gets right.
+        fewer: images that only the second gets right.
+        count: images in all.
+    """
+
+    more: int
+    fewer: int
+    count: int
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> PairedDifference:
+        """Of two answers, each right or wrong on every image, (images,).
+
+        Examples:
+            >>> first, second = torch.tensor([True, True, True, False]), torch.tensor([True, False, False, True])
+            >>> str(PairedDifference.of(first, second))
+            '+25.00 ± 47.87 (+1)'
+        """
+        return cls(int((first & ~second).sum()), int((second & ~first).sum()), len(first))
+
+    @property
+    def images(self) -> int:
+        """The difference in images."""
+        return self.more - self.fewer
+
+    @property
+    def percent(self) -> float:
+        """The difference in percentage points."""
+        return 100 * self.images / self.count
+
+    @property
+    def error(self) -> float:
+        """Its standard error over images, in percentage points; 0 for a single image, which tells nothing."""
+        if self.count < 2:
+            return 0.0
+        squares = self.more + self.fewer - self.images**2 / self.count
+        return float(100 * (squares / (self.count - 1) / self.count) ** 0.5)
+
+    def __str__(self) -> str:
+        """Such as `+1.38 ± 0.79 (+26)`: percentage points, their standard error, and images."""
+        return f"{self.percent:+.2f} ± {self.error:.2f} ({self.images:+d})"
+
+
+def _metrics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafMetrics:
     device, metrics = next(model.parameters()).device, LeafMetrics(getattr(model, "nesting", None))
     with evaluating(model):
         for images, targets in batches:
             metrics.update(model(images.to(device), reduce=False), targets.to(device))
-    return metrics.compute()
+    return metrics
 
 
 def ood_auroc(unsure: Tensor, unsure_strangers: Tensor) -> float:

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from hierens import cli
 
-SMALL = ["--preset", "demo", "--epochs", "1", "--batch-size", "64", "--blocks", "2"]
+SMALL = ["--preset", "digits", "--epochs", "1", "--batch-size", "64", "--blocks", "2"]
 
 
 @dataclass

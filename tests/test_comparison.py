@@ -15,9 +15,9 @@ from hierens.training.presets import preset
 def digits(monkeypatch, tmp_path):
     """A recipe of seconds, and a folder for its records."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    demo = preset("demo")
-    train = dataclasses.replace(demo.train, epochs=1, batch_size=256, warmup_epochs=0, val_epochs=1)
-    monkeypatch.setitem(recipes.RECIPES, "digits", dataclasses.replace(demo, train=train))
+    run = preset("digits")
+    train = dataclasses.replace(run.train, epochs=1, batch_size=256, warmup_epochs=0, val_epochs=1)
+    monkeypatch.setitem(recipes.RECIPES, "digits", dataclasses.replace(run, train=train))
     monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(recipes, "ROWS", {name: shortened(row) for name, row in recipes.ROWS.items()})
     return tmp_path / "records" / "digits"

@@ -56,7 +56,7 @@ assert "torch.utils.cpp_extension" not in sys.modules, "it needs setuptools, and
     "command",
     [
         ["profile", "resnet8_cifar", "--blocks", "2", "--size", "3", "32", "32"],
-        ["train", "--preset", "demo", "--epochs", "1", "--batch-size", "64", "--blocks", "2", "--workers", "0"],
+        ["train", "--preset", "digits", "--epochs", "1", "--batch-size", "64", "--blocks", "2", "--workers", "0"],
     ],
     ids=lambda command: command[0],
 )

@@ -19,9 +19,10 @@ from hierens.cli.answers import PREDICT
 from hierens.cli.command import Command, UsageError
 from hierens.cli.completion import completion_of
 from hierens.cli.costs import PROFILE, ZOO
+from hierens.cli.demo import DEMO
 from hierens.cli.results import EVAL, REPORT, results_table
 from hierens.cli.sharing import EXPORT, PUSH
-from hierens.cli.training import DEMO, TRAIN, train
+from hierens.cli.training import TRAIN, train
 from hierens.errors import did_you_mean
 
 __all__ = ["COMMANDS", "main", "results_table", "train"]

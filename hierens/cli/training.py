@@ -1,13 +1,10 @@
-"""`hierens train` and `hierens demo`."""
+"""`hierens train`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hierens.cli.command import Command, Flag, UsageError
@@ -48,7 +45,7 @@ def train(arguments: Sequence[str], default: Run | None = None, description: str
         print(dump_run(run), end="")
         return None
     with machine_readable(chosen.json) as give:
-        record = _trained(run, quiet=chosen.json)
+        record = trained(run, quiet=chosen.json)
         if record is not None and chosen.json:
             give(record)
     return None if record is None else run
@@ -72,8 +69,8 @@ def _start(preset_name: str | None, file: str | None, default: Run) -> Run:
     return load_run(file) if file else preset(preset_name) if preset_name else default
 
 
-def _trained(run: Run, quiet: bool = False) -> dict[str, Any] | None:
-    """Train; the results, in the process that speaks for all."""
+def trained(run: Run, quiet: bool = False) -> dict[str, Any] | None:
+    """Train and print; the results, in the process that speaks for all."""
     from accelerate import PartialState
 
     from hierens.training.run import train as run_training
@@ -114,59 +111,4 @@ TRAIN = Command(
         *("precision", "seed", "resume"),
     ),
     examples=("hierens train --preset finetune --data-dir DIR --backbone efficientnet_b0",),
-)
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """Scikit-learn's digits, eight small networks."""
-
-    output_dir: str = "runs/demo"
-    """where models, results and the picture land"""
-    epochs: int = 40
-    """passes over the 1,347 training images"""
-    json: bool = False
-    """print the results as one JSON object"""
-
-
-def demo(arguments: Sequence[str]) -> None:
-    """Train the preset `demo`, once more without distillation, and compare."""
-    settings = DEMO.parse(arguments)
-
-    start = preset("demo")
-    wanted = dataclasses.replace(start.train, output_dir=settings.output_dir, epochs=settings.epochs)
-    run = dataclasses.replace(start, train=wanted)
-    with machine_readable(settings.json) as give:
-        record = _trained(run, quiet=settings.json)
-        if record is not None:
-            compared = compare_without_distillation(run)
-            if settings.json:
-                give({**record, **compared})
-
-
-def compare_without_distillation(run: Run) -> dict[str, Any]:
-    """A finished run again with labels alone, for what distillation gives the small depths."""
-    from hierens.plotting import plot_accuracy
-    from hierens.reporting import read_runs
-    from hierens.training.run import train as run_training
-
-    directory = f"{run.train.output_dir}/independent"
-    run_training(
-        dataclasses.replace(run, train=dataclasses.replace(run.train, objective="independent", output_dir=directory))
-    )
-    groups = read_runs([run.train.output_dir, directory], ["with co-distillation", "labels only"])
-    curves = {group.name: (group.macs, group.mean("accuracy")) for group in groups}
-    (_, with_), (_, without) = curves.values()
-    picture = plot_accuracy(curves, Path(run.train.output_dir) / "accuracy.png", title="digits")
-    print(f"\naccuracy at depth 0: {with_[0]:.2f} % with co-distillation, {without[0]:.2f} % without\n")
-    print(f"picture: {picture}")
-    return {"accuracy_without_distillation": list(without), "picture": str(picture)}
-
-
-DEMO = Command(
-    "demo",
-    "train eight small networks on scikit-learn's digits, on the CPU, in a minute or two",
-    DemoSettings,
-    demo,
-    examples=("hierens predict runs/demo/model IMAGE.png", "hierens profile runs/demo/model"),
 )

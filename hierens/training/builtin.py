@@ -1,4 +1,6 @@
-"""Two small data sets of real images, read without a download: scikit-learn's digits, and Fashion-MNIST's idx files."""
+"""Small data sets of real images, read without a download: photographs that come with hierens, scikit-learn's digits,
+and Fashion-MNIST's idx files.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from hierens.training.config import DataConfig
 
+CLOTHING = Path(__file__).with_name("clothing")
+"""the folder of the photographs, with where they are from; benchmarks/clothing_strips.py wrote it"""
+CLOTHING_SIDE = 32
 _DIGITS_HELD_OUT = 450
+_PHOTOGRAPHED = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
 _CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-CLASSES = {"digits": tuple(map(str, range(10))), "fashion_mnist": _CLOTHES}
+CLASSES = {"clothing": _PHOTOGRAPHED, "digits": tuple(map(str, range(10))), "fashion_mnist": _CLOTHES}
 """of each data set, by name"""
 
 
 def read_built_in(config: DataConfig, split: str) -> tuple[Any, Any]:
-    """Images (N, H, W) in bytes and labels (N,) of a split.
+    """Images (N, H, W), or (N, H, W, 3) in colour, in bytes and labels (N,) of a split.
 
     Raises:
         ValueError: there is no such split, or data that are missing or damaged.
     """
-    read = digits if config.dataset == "digits" else fashion_mnist
+    read = {"clothing": clothing, "digits": digits, "fashion_mnist": fashion_mnist}[config.dataset]
     if split not in ("train", "validation"):
         raise ValueError(f"{config.dataset} has the splits train and validation, not {split!r}.")
     return read(config, split == "train")
+
+
+def clothing(config: DataConfig, training: bool) -> tuple[Any, Any]:
+    """3,781 photographs of clothes at 32x32 pixels: 1,893 to learn from and 1,888 held out, always the same.
+
+    A class is a JPEG whose photographs stand one below the other.
+    """
+    folder = CLOTHING / ("train" if training else "validation")
+    strips = []
+    for name in _PHOTOGRAPHED:
+        with Image.open(folder / f"{name}.jpg") as strip:
+            strips.append(np.asarray(strip).reshape(-1, CLOTHING_SIDE, CLOTHING_SIDE, 3))
+    return np.concatenate(strips), np.repeat(np.arange(len(strips)), [len(strip) for strip in strips])
 
 
 def digits(config: DataConfig, training: bool) -> tuple[Any, Any]:

@@ -14,9 +14,9 @@ class DataConfig:
     """Which images, and how they become tensors."""
 
     dataset: str = ""
-    """`digits`, `fashion_mnist`, a name of timm's (`torch/..`, `hfds/..`, `hfids/..`, `wds/..`); empty for a folder"""
+    """`clothing`, `digits`, `fashion_mnist`, or of timm's `torch/..`, `hfds/..`, `hfids/..`, `wds/..`; empty: a folder"""
     data_dir: str = ""
-    """where the data set lies; `digits` needs none"""
+    """where the data set lies; `clothing` and `digits` need none"""
     train_split: str = "train"
     """name of the training split (a sub-folder, for image folders; empty for data_dir itself)"""
     val_split: str = "validation"

@@ -271,8 +271,12 @@ def _check_apart(config: DataConfig, train: Any, val: Any) -> None:
 
 
 def _warn_of_lost_colours(config: DataConfig, dataset: Any) -> None:
-    if isinstance(dataset, StoredImages) and config.input_size[0] == 1:
+    if config.input_size[0] != 1:
+        return
+    if isinstance(dataset, StoredImages):
         warn_of_lost_colours(dataset.dataset)
+    elif isinstance(dataset, ArrayImages):
+        warn_of_lost_colours([(Image.fromarray(image),) for image in dataset.images[:8]])
 
 
 def _dataset(config: DataConfig, split: str, training: bool, place: str | None) -> Any:

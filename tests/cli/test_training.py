@@ -30,7 +30,7 @@ def test_the_configuration_that_is_printed_trains_the_same(tmp_path):
     done = hierens("train", *SMALL, "--print-config")
     assert done.code == 0, done.err
     config = yaml.safe_load(done.out)
-    expected = to_json(preset("demo"))
+    expected = to_json(preset("digits"))
     expected["train"] |= {"epochs": 1, "batch_size": 64}
     expected["model"]["blocks"] = 2
     assert config == expected

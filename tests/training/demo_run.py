@@ -1,4 +1,4 @@
-"""The example's demo, shortened, as a process of its own that tests can kill or start twice: OUTPUT_DIR [JSON]."""
+"""The preset `digits`, shortened, as a process of its own that tests can kill or start twice: OUTPUT_DIR [JSON]."""
 
 import dataclasses
 import json
@@ -21,15 +21,15 @@ def main(output_dir, settings):
             main(f"{output_dir}/{number}", dict(settings))
         return
     data = {key: settings.pop(key) for key in ("augment", "workers") if key in settings}
-    demo = PRESETS["demo"]
-    blocks = settings.pop("blocks", demo.model.blocks)
+    digits = PRESETS["digits"]
+    blocks = settings.pop("blocks", digits.model.blocks)
     executor = settings.pop("executor", "auto")
-    backbone_args = demo.model.backbone_args | settings.pop("backbone_args", {})
+    backbone_args = digits.model.backbone_args | settings.pop("backbone_args", {})
     short = {"epochs": 2, "batch_size": 32, "checkpoint_steps": 7, "log_steps": 1, "output_dir": output_dir}
     run = Run(
-        dataclasses.replace(demo.data, **data),
-        dataclasses.replace(demo.model, blocks=blocks, backbone_args=backbone_args),
-        dataclasses.replace(demo.train, **short | settings),
+        dataclasses.replace(digits.data, **data),
+        dataclasses.replace(digits.model, blocks=blocks, backbone_args=backbone_args),
+        dataclasses.replace(digits.train, **short | settings),
     )
     if executor != "auto":
         run_as(executor)

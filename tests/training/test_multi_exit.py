@@ -99,7 +99,7 @@ def test_flags_alone_train_a_multi_exit_network(tmp_path):
     flags = ["--method", "multi_exit", "--exits", "2", "--exit-weights", "uniform", "--objective", "ensemble"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        cli.main(["train", "--preset", "demo", *flags, "--epochs", "1", "--output-dir", str(tmp_path)])
+        cli.main(["train", "--preset", "digits", *flags, "--epochs", "1", "--output-dir", str(tmp_path)])
     assert "exits" in out.getvalue() and "accuracy" in out.getvalue()
     with contextlib.redirect_stdout(out):
         cli.main(["eval", str(tmp_path / "model")])

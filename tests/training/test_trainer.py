@@ -28,7 +28,7 @@ DEMO = Path(__file__).with_name("demo_run.py")
 
 
 def start(output, settings, processes=1):
-    """The example's demo in processes of their own."""
+    """The preset `digits` in processes of their own."""
     launch = [sys.executable]
     if processes > 1:
         port = str(random.Random(os.getpid()).randint(20000, 40000))
@@ -54,7 +54,7 @@ def weights(directory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The demo's two epochs of 42 steps, run through."""
+    """Two epochs of 42 steps, run through."""
     directory = tmp_path_factory.mktemp("undisturbed")
     finish(start(directory, {}))
     return directory
