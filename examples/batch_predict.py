@@ -64,7 +64,7 @@ class Settings:
     input: str = ""
     """a folder of images, read with all that is below it; or where the data set lies"""
     dataset: str = ""
-    """`clothing`, `digits`, `fashion_mnist`, or of timm's `torch/..`, `hfds/..`, `hfids/..`, `wds/..`; empty: a folder"""
+    """`clothing`, `digits`, `fashion_mnist`; timm's `torch/..`, `hfds/..`, `hfids/..`, `wds/..`; empty for a folder"""
     split: str = "validation"
     """of the data set"""
     policy: str = ""

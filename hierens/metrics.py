@@ -174,7 +174,7 @@ def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
 
 @torch.no_grad()
 def right_answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Which labelled images each depth of an ensemble names rightly, (images, depths); arguments as `evaluate_model`."""
+    """Which labelled images each depth of an ensemble gets right, (images, depths); arguments as `evaluate_model`."""
     return _metrics(model, batches).right()
 
 

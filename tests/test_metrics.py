@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from hierens.metrics import LeafMetrics, evaluate_model, ood_auroc
+from hierens.metrics import LeafMetrics, PairedDifference, evaluate_model, ood_auroc, right_answers
 from hierens.uncertainty import mutual_information
 
 
@@ -89,6 +89,37 @@ def test_a_model_is_evaluated_as_it_answers_and_left_in_its_mode():
     found = evaluate_model(model, zip(logits.split(20), labels.split(20), strict=True))
     assert_equal(found, evaluation(logits, labels))
     assert model.training
+
+
+def test_two_answers_are_compared_image_by_image():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(500, generator=generator) < share for share in (0.7, 0.6))
+    found = PairedDifference.of(first, second)
+    each = first.double() - second.double()
+    assert found.images == each.sum() and found.count == 500
+    assert found.percent == pytest.approx(100 * each.mean().item())
+    assert found.error == pytest.approx(100 * each.std().item() / 500**0.5)
+    same = PairedDifference.of(first, first)
+    assert (same.images, same.error) == (0, 0.0)
+    assert PairedDifference.of(first[:1], second[:1]).error == 0, "one image tells nothing"
+
+
+def test_right_answers_are_those_that_accuracy_counts():
+    logits, targets = torch.randn(40, 4, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    targets[7] = -1  # of no class
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, images, reduce):
+            return logits[images.long()]
+
+    batches = [(part, targets[part]) for part in torch.arange(40).split(16)]
+    right = right_answers(Model(), batches)
+    assert right.shape == (39, 3) and right.dtype == torch.bool
+    assert (100 * right.double().mean(0)).tolist() == pytest.approx(evaluate_model(Model(), batches).accuracy)
 
 
 def test_strangers_are_told_apart_by_rank_alone():

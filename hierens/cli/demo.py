@@ -68,8 +68,8 @@ def compare_with_labels_only(run: Run) -> dict[str, Any]:
     print("\ngain over depth 0, of the same network\n")
     print_table(*_gained(ours, theirs))
     print(
-        f"\nDifferences and gains: in percent of the {len(ours):,} test images ± standard error, paired image by image,\n"
-        f"and in images. This is one run of each, of seed {run.train.seed}; docs/results/demo.md has five.\n"
+        f"\nDifferences and gains: in percent of the {len(ours):,} test images ± standard error, paired image by image,"
+        f"\nand in images. This is one run of each, of seed {run.train.seed}; docs/results/demo.md has five.\n"
     )
     curves = {
         name: (model.macs(), (100 * right.double().mean(0)).tolist())

@@ -1,5 +1,6 @@
-"""Small data sets of real images, read without a download: photographs that come with hierens, scikit-learn's digits,
-and Fashion-MNIST's idx files.
+"""Small data sets of real images, read without a download.
+
+They are photographs of clothes, which come with hierens, scikit-learn's digits, and Fashion-MNIST's idx files.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class DataConfig:
     """Which images, and how they become tensors."""
 
     dataset: str = ""
-    """`clothing`, `digits`, `fashion_mnist`, or of timm's `torch/..`, `hfds/..`, `hfids/..`, `wds/..`; empty: a folder"""
+    """`clothing`, `digits`, `fashion_mnist`; timm's `torch/..`, `hfds/..`, `hfids/..`, `wds/..`; empty for a folder"""
     data_dir: str = ""
     """where the data set lies; `clothing` and `digits` need none"""
     train_split: str = "train"

@@ -23,7 +23,10 @@ from hierens.training.unreadable import Unreadable, UnreadableImageError
 
 
 class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
-    """Images that fit into memory: an array (N, H, W), or (N, H, W, 3), of bytes and a label each; `classes` names them, if known."""
+    """Images that fit into memory: an array (N, H, W) or (N, H, W, 3) of bytes and a label each.
+
+    `classes` names them, if known.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`hierens train` and `hierens demo`."""
+"""`hierens train`."""
 
 import json
 
@@ -37,12 +37,3 @@ def test_the_configuration_that_is_printed_trains_the_same(tmp_path):
     (tmp_path / "run.yaml").write_text(done.out)
     again = hierens("train", "--config", tmp_path / "run.yaml", "--print-config")
     assert again.out == done.out
-
-
-def test_the_demo_compares_with_and_without_distillation(tmp_path):
-    done = hierens("demo", "--epochs", "1", "--output-dir", tmp_path, "--json")
-    assert done.code == 0, done.err
-    record = json.loads(done.out)
-    assert len(record["accuracy"]) == len(record["accuracy_without_distillation"]) == 4
-    assert record["networks"] == [1, 2, 4, 8] and (tmp_path / "accuracy.png").is_file()
-    assert "without" in done.err and (tmp_path / "model" / "config.json").is_file()

@@ -1,5 +1,6 @@
 """Data: every way in, the same tensors whatever the workers, and clear words where there is nothing to read."""
 
+import dataclasses
 import gzip
 import random
 import struct
@@ -63,6 +64,23 @@ def test_digits_are_real_images_split_the_same_way_every_time():
     assert np.bincount(val.labels).min() >= 40, "every class is held out in its share"
     seen = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in seen for image in val.images) == 0
+
+
+def test_photographs_of_clothes_come_with_the_package():
+    clothing = DataConfig(dataset="clothing", input_size=(3, 32, 32), augment="none", **GREY)
+    train, val = create_datasets(clothing)
+    assert (len(train), len(val), count_classes(train)) == (1893, 1888, 10)
+    assert class_names(val)[:2] == ["dress", "hat"] and class_names(val)[9] == "t-shirt"
+    assert np.bincount(val.labels).tolist() == [144, 74, 288, 123, 279, 172, 148, 128, 68, 464]
+    image, label = val[1000]
+    assert image.shape == (3, 32, 32) and label == val.labels[1000]
+    pixels = torch.from_numpy(val.images[1000]).permute(2, 0, 1) / 255
+    assert (image * 0.25 + 0.5 - pixels).abs().max() < 1e-6, "the photograph as it is, upright and in its colours"
+    assert (pixels.amax(0) - pixels.amin(0)).max() > 0.1, "in colours"
+    seen = {image.tobytes() for image in train.images}
+    assert len(seen) == 1893 and sum(image.tobytes() in seen for image in val.images) == 0
+    with pytest.warns(UserWarning, match="the images have colours, and input_size asks for 1 channel"):
+        assert create_datasets(dataclasses.replace(clothing, input_size=(1, 32, 32)))[0][0][0].shape == (1, 32, 32)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ""])

@@ -26,7 +26,9 @@ def losses(directory):
 
 def check_validation(directory):
     """What several processes found together is what the saved model gives alone."""
-    images = DataLoader(create_datasets(PRESETS["digits"].data)[1], 256)  # 450 of them do not divide by 2 * 256 or 4 * 64
+    images = DataLoader(
+        create_datasets(PRESETS["digits"].data)[1], 256
+    )  # 450 of them do not divide by 2 * 256 or 4 * 64
     expected = evaluate_model(hierens.from_pretrained(directory / "model"), images)
     found = next(record for record in log(directory) if "val_loss" in record)
     assert found["accuracy"] == pytest.approx(expected.accuracy), "every image is validated once"
