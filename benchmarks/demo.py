@@ -87,26 +87,27 @@ def page(settings: Settings, model: hierens.HierarchicalEnsemble, groups: Sequen
     channels = ", ".join(map(str, model._model_args["backbone_args"]["channels"]))
     return f"""# The demo: photographs of clothes
 
-What `make demo` trains, on {settings.seeds} seeds: eight networks of `resnet8_cifar` with {channels} channels, {DEMO.train.epochs} epochs on
-{learned:,} photographs of ten kinds of clothes at 32x32 pixels, tested on {held_out:,} others; one of these is {100 / held_out:.2f} %.
+What `make demo` trains, on {settings.seeds} seeds: eight networks of `resnet8_cifar` with {channels} channels,
+{DEMO.train.epochs} epochs on {learned:,} photographs of ten kinds of clothes at 32x32 pixels, tested on {held_out:,} others.
 The photographs are in the public domain (CC0) and come with hierens (`--dataset clothing`).
 
-Accuracy in percent, mean ± standard deviation over seeds; the difference with its standard error, paired by seed, and the number
-of test images that it stands for:
+Accuracy in percent, mean ± standard deviation over seeds; the difference with its standard error, paired by seed, and
+the number of test images that it stands for (one is {100 / held_out:.2f} %):
 
 {table(("depth", "networks", "MACs", "parameters", *(g.name for g in groups), "difference"), rows)}
 
 ![Accuracy against multiply-accumulates](demo.png)
 
-What more networks bring over depth 0 of the same runs, with the standard error, paired by seed, and the number of test images:
+What more networks bring over depth 0 of the same runs, with the standard error, paired by seed, and in test images:
 
 {table(("depth", *(group.name for group in groups)), gained)}
 
 {says(gains, between, groups)}
 
-The setting was chosen, by pilots on seeds 0 to 3, so that depth matters: narrow networks without augmentation overfit, and an
-ensemble mends a part of that. With random crops and flips the same networks gain about half as much from depth.
-Seeds differ in the weights and the order of the images; the division into images to learn from and to test on is always the same.
+The setting was chosen, by pilots on seeds 0 to 3, so that depth matters: narrow networks without augmentation overfit,
+and an ensemble mends a part of that. With random crops and flips the gain of eight networks over one was half as large
+in a pilot. Seeds differ in the weights and in the order of the images, never in which images are tested on; so the
+errors do not say what other photographs would give. `hierens demo` gives the error over images, for one seed.
 
 Every run, as it came out:
 

@@ -54,9 +54,8 @@ def test_the_differences_are_those_of_the_models_that_it_left(done):
         assert torch.allclose(100 * of.double().mean(0), torch.tensor(record[name]).double(), atol=1e-4)
     for depth in range(4):
         both = right[0][:, depth].int().sum() - right[1][:, depth].int().sum()
-        line = next(
-            one for one in result.err.splitlines() if re.match(rf"\|\s+{depth} \|.*M \|.* \|$", one) and "±" in one
-        )
+        row = rf"\|\s+{depth} \|.*M \|.*±.* \|$"
+        line = next(line for line in result.err.splitlines() if re.match(row, line))
         assert f"({both:+d})" in line
 
 
