@@ -88,8 +88,8 @@ def page(settings: Settings, model: hierens.HierarchicalEnsemble, groups: Sequen
     return f"""# The demo: photographs of clothes
 
 What `make demo` trains, on {settings.seeds} seeds: eight networks of `resnet8_cifar` with {channels} channels,
-{DEMO.train.epochs} epochs on {learned:,} photographs of ten kinds of clothes at 32x32 pixels, tested on {held_out:,} others.
-The photographs are in the public domain (CC0) and come with hierens (`--dataset clothing`).
+{DEMO.train.epochs} epochs on {learned:,} photographs of ten kinds of clothes at 32x32 pixels, tested on {held_out:,}
+others. The photographs are in the public domain (CC0) and come with hierens (`--dataset clothing`).
 
 Accuracy in percent, mean ± standard deviation over seeds; the difference with its standard error, paired by seed, and
 the number of test images that it stands for (one is {100 / held_out:.2f} %):
