@@ -130,7 +130,7 @@ def over_first(group: Group) -> list[Difference]:
 
 def in_images(found: Difference, count: int) -> str:
     """Such as `+1.38 ± 0.79 (+26)`."""
-    return f"{found} ({found.mean * count / 100:+.0f})"
+    return f"{found} ({round(found.mean * count / 100):+d})"
 
 
 def says(gains: Sequence[Sequence[Difference]], between: Sequence[Difference], groups: Sequence[Group]) -> str:
