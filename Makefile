@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(LOWEST)/.installed: pyproject.toml
 	$(call install,$(LOWEST),--resolution lowest-direct --editable ".[train$(comma)demo$(comma)dev]")
 
-demo: $(VENV)/.installed ## train a small ensemble on photographs of clothes, on a CPU, in about a minute
+demo: $(VENV)/.installed ## train a small ensemble on photographs of clothes, on a CPU, in a minute or two
 	$(BIN)/python examples/train_imagenet.py
 
 test: $(VENV)/.installed ## run the tests
