@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class KernelCache:
             left: how many weights the other sets may have.
             before: when the set was asked for the time before.
         """
-        held = sum(kernel.numel() for kernel in self._made.values())
+        held = self.numel()
         oldest_first = sorted(self._made, key=self._asked.__getitem__)
         dropped = []
         while held > left:
@@ -142,6 +143,10 @@ class KernelCache:
     def bytes(self) -> int:
         """How much memory the reordered weights take."""
         return sum(torch.ops.mkldnn._nbytes(kernel) for kernel in list(self._made.values()))
+
+    def numel(self) -> int:
+        """How many weights are held."""
+        return sum(kernel.numel() for kernel in list(self._made.values()))
 
     def __len__(self) -> int:
         """How many sets of branches have them."""
@@ -208,12 +213,13 @@ class FusedConvolution(nn.Module):
         if weight.requires_grad and torch.is_grad_enabled():
             return None
 
-        def reorder(rows: Tensor) -> Tensor:
-            geometry = (self.padding, self.stride, self.dilation, groups)
-            reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(rows, *geometry, list(x.shape))
-            return reordered
+        return self._kernels.get(weight, width, groups, partial(self.reorder, groups, list(x.shape)))
 
-        return self._kernels.get(weight, width, groups, reorder)
+    def reorder(self, groups: int, shape: Sequence[int], rows: Tensor) -> Tensor:
+        """Weights in the order in which oneDNN reads them for images of a shape."""
+        geometry = (self.padding, self.stride, self.dilation, groups)
+        reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(rows, *geometry, shape)
+        return reordered
 
     def attach_activation(self, attached: bool) -> None:
         """Run the activation within the convolution, if oneDNN knows it, or after it."""
