@@ -122,7 +122,7 @@ class KernelCache:
         """
         held = self.numel()
         oldest_first = sorted(self._made, key=self._asked.__getitem__)
-        dropped = []
+        dropped: list[Any] = []
         while held > left:
             key = oldest_first[len(dropped)]
             if self._asked[key] > before:

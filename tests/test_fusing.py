@@ -282,7 +282,7 @@ def test_weights_are_held_at_most_twice():
         for step in fused.anytime(x):
             assert step.leaves
     layers = convolutions(fused)
-    weights, kernels = (sum(sizes) for sizes in zip(*((m.weight.nbytes, m._kernels.bytes) for m in layers)))
+    weights, kernels = sum(m.weight.nbytes for m in layers), sum(m._kernels.bytes for m in layers)
     assert 0.5 * weights < kernels <= 1.02 * weights, "oneDNN rounds channels up to whole blocks"
     own = {tensor.data_ptr() for tensor in model.state_dict().values()}
     assert not own & {tensor.data_ptr() for tensor in fused.state_dict().values()}
