@@ -134,7 +134,8 @@ class _Layers:
 
     def __init__(self, levels: Iterable[nn.Module]) -> None:
         modules = [module for level in levels for name, module in level.named_modules() if name]
-        self._owners = [module._modules for module in modules]
+        self._owners = [module._modules for module in modules if module._modules]
+        self._leaves = [module._modules for module in modules if not module._modules]
         self._parts = self._present()
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
 
@@ -142,13 +143,15 @@ class _Layers:
         return tuple(chain.from_iterable(map(dict.values, self._owners)))
 
     def check(self) -> None:
-        """Compare them with what is there now; some 20 microseconds, for it is done at every call.
+        """Compare them with what is there now: 10 to 20 microseconds for 200 layers, since it is done at every call.
 
         Raises:
-            ValueError: a layer was replaced, or has a hook.
+            ValueError: a layer was replaced, changed, or has a hook.
         """
         if any(self._hooks):
             _refuse("hooked into at single layers")
+        if any(self._leaves):
+            _refuse("changed layer by layer (a layer got parts of its own, as by a parametrisation)")
         if (present := self._present()) != self._parts:
             new = next((type(module).__name__ for module in present if module not in self._parts), "nothing")
             _refuse(f"changed layer by layer ({new} took the place of what was there)")
