@@ -333,18 +333,18 @@ def hasty_threads():
 
 def test_threads_do_not_corrupt_what_a_load_policy_keeps_in_mind(hasty_threads):
     """Every observation counts once: of 8 threads' calm ones exactly every fifth lets the depth rise."""
-    policy = Load(10_000, target_ms=100.0, patience=5, window=500)
-    for _ in range(1000):
+    policy = Load(100_000, target_ms=100.0, patience=5, window=3)
+    for _ in range(20_000):
         policy.observe(queue=9)
-    assert policy.depth == 9000
+    assert policy.depth == 80_000
 
     def observe(thread):
-        for call in range(500):
+        for call in range(5_000):
             policy.observe(0, latency_ms=1.0)
-            assert call % 25 or copy.deepcopy(policy).depth >= 9000
+            assert call % 500 or copy.deepcopy(policy).depth >= 80_000
 
     in_threads(observe)
-    assert policy.depth == 9000 + 8 * 500 // 5
+    assert policy.depth == 80_000 + 8 * 5_000 // 5
 
 
 def test_threads_do_not_corrupt_what_a_deadline_keeps_in_mind(hasty_threads):
