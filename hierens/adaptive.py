@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from hierens.cutting import Cutting, input_size
 from hierens.labels import forget_labels
 from hierens.nesting import Nesting
 from hierens.profiling import Profile, profile
+
+_COUNTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,17 @@ class Adaptive(nn.Module, ABC):
             True
         """
         return tuple(self.cost(leaves, size) for leaves in self.sizes)
+
+    def _counted(
+        self, size: tuple[int, ...] | None, count: Callable[[tuple[int, ...]], tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """MACs for one image of a size (C, H, W), by default that of the model's images, counted once."""
+        size = tuple(size or self.pretrained_cfg["input_size"])
+        if (known := self._macs.get(size)) is None:
+            with _COUNTING:  # threads that ask for the same wait, rather than all count
+                if (known := self._macs.get(size)) is None:
+                    known = self._macs[size] = count(size)
+        return known
 
     def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
         """Leaves, parameters, MACs and latency of every depth: a table to print, a picture to draw."""

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from hierens.counting import MacCounter
 from hierens.errors import first_line
-from hierens.modes import frozen
 
 
 class CutError(ValueError):
@@ -327,7 +326,7 @@ class _Weigher(fx.Interpreter):
 
     def measure(self, example: Tensor) -> None:
         self.images = len(example)
-        with torch.no_grad(), frozen(self.trace.backbone), FlopCounterMode(display=False) as self.counter:
+        with torch.no_grad(), MacCounter() as self.counter:
             self.run(example)
         self.mutated = {position for position, tensor, version in self.seen if tensor._version != version}
 

@@ -320,12 +320,11 @@ class HierarchicalEnsemble(Adaptive):
 
     def branch_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """MACs of one branch of each level for one image (C, H, W); a leaf's head counts to the last level."""
-        size = tuple(size or self.pretrained_cfg["input_size"])
-        if size not in self._macs:
-            *blocks, head, classifier = branch_macs(self.all_levels(), size)
-            blocks[-1] += head + classifier
-            self._macs[size] = tuple(blocks)
-        return self._macs[size]
+        return self._counted(size, self._count_branches)
+
+    def _count_branches(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        *blocks, head, classifier = branch_macs(self.all_levels(), size)
+        return (*blocks[:-1], blocks[-1] + head + classifier)
 
     def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
         """Multiply-accumulates of the first leaves (all by default) for one image (C, H, W)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hierens.adaptive import Adaptive, Step, is_empty, rows, statistics_once
+from hierens.counting import count_macs
 from hierens.cutting import Cutting, cut
 from hierens.equilibrium import scaled
 from hierens.exit_heads import Embedding, Exit, HeadKind, OwnExit, early_exits
 from hierens.exit_weights import ExitWeights, prior
 from hierens.modes import ordinary_tensors
 from hierens.nesting import Nesting
-from hierens.profiling import counted_run
 
 if TYPE_CHECKING:
     from hierens.pruning import Pruning
@@ -275,16 +274,13 @@ class MultiExit(Adaptive):
 
     def exit_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """MACs from every exit to the next for one image (C, H, W): the blocks between, its head and its embedding."""
-        size = tuple(size or self.pretrained_cfg["input_size"])
-        if size not in self._macs:
-            like = next(self.parameters())
-            value, logits = torch.zeros(1, *size, device=like.device, dtype=like.dtype), None
-            counted = []
-            for index in range(self.leaves):
-                (value, logits), macs = counted_run(self, partial(self._next, index), value, logits)
-                counted.append(macs)
-            self._macs[size] = tuple(counted)
-        return self._macs[size]
+        return self._counted(size, lambda size: count_macs(self, size, MultiExit._exit_by_exit))
+
+    def _exit_by_exit(self, value: Any) -> Iterator[Tensor]:
+        logits = None
+        for index in range(self.leaves):
+            value, logits = self._next(index, value, logits)
+            yield logits
 
     def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
         """Multiply-accumulates up to an exit, with the heads on the way, for one image (C, H, W)."""

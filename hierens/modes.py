@@ -29,18 +29,6 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     return in_mode(model, False)
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient inside: the counter of MACs follows gradients, which some expanded ones lack."""
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
-
-
 def quiet_dropout(model: nn.Module) -> None:
     """Every kind of dropout in evaluation mode: two ways to run a model draw in different orders."""
     for module in model.modules():

@@ -2,7 +2,7 @@
 
 A policy is called with a model and images and answers with a `Prediction`. It is a frozen set of plain values, so that
 it goes into JSON and is saved beside the model (`save_policy`, `load_policy`); what a policy learns while it works (the
-speed of this machine, the recent load) is state of its own and is not saved.
+speed of this machine, the recent load) is state of its own and is not saved. Threads may share a policy.
 
 - `FixedDepth`: always the same networks.
 - `Deadline`: as many networks as fit into a time.
@@ -13,8 +13,10 @@ speed of this machine, the recent load) is state of its own and is not saved.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -133,6 +135,17 @@ class FixedDepth(Policy):
         return _uniform(model, images, model(images, leaves=leaves), leaves)
 
 
+class _State:
+    """What a policy keeps in mind, behind a lock: threads share policies. A copy has a lock and values of its own."""
+
+    def __init__(self, values: dict[Any, Any] | None = None) -> None:
+        self.values, self.lock = values or {}, threading.RLock()
+
+    def __reduce__(self) -> tuple[type[_State], tuple[dict[Any, Any]]]:
+        with self.lock:
+            return type(self), (copy.deepcopy(self.values),)
+
+
 class _Usual(NamedTuple):
     """Seconds that a step takes, and its mean deviation from that."""
 
@@ -160,7 +173,7 @@ class Deadline(Policy):
     milliseconds: float
     caution: float = 4.0
     kind: ClassVar[str] = "deadline"
-    _learned: dict[tuple[int, ...], _Usual] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _learned: _State = field(default_factory=_State, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.milliseconds is None or self.caution is None:
@@ -176,8 +189,9 @@ class Deadline(Policy):
             repeats: walks, after one that warms up.
         """
         self.within(model, example, float("inf"))
-        for known in [step for step in self._learned if step[:-1] == example.shape]:
-            del self._learned[known]
+        with self._learned.lock:
+            for known in [step for step in self._learned.values if step[:-1] == example.shape]:
+                del self._learned.values[known]
         for _ in range(repeats):
             self.within(model, example, float("inf"))
 
@@ -198,7 +212,7 @@ class Deadline(Policy):
             now = time.perf_counter()
             slowdown = self._note((*images.shape, step.leaves), now - before, slowdown)
             before = now
-            usual, spread = self._learned.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
+            usual, spread = self._learned.values.get((*images.shape, step.leaves + 1), _Usual(now - start, 0.0))
             coming = usual * slowdown + self.caution * spread
             if step.leaves == model.leaves or now - start + coming > limit:
                 break
@@ -209,9 +223,10 @@ class Deadline(Policy):
 
     def _note(self, step: tuple[int, ...], taken: float, slowdown: float) -> float:
         """Keep what a step took; how much slower than usual the machine is at the moment, never below 1."""
-        usual, spread = self._learned.get(step, _Usual(taken, taken / 2))
-        error = taken - usual
-        self._learned[step] = _Usual(usual + error / 8, spread + (abs(error) - spread) / 4)
+        with self._learned.lock:
+            usual, spread = self._learned.values.get(step, _Usual(taken, taken / 2))
+            error = taken - usual
+            self._learned.values[step] = _Usual(usual + error / 8, spread + (abs(error) - spread) / 4)
         return max(1.0, 0.5 * slowdown + 0.5 * taken / usual)
 
 
@@ -244,7 +259,7 @@ class Load(Policy):
     patience: int = 20
     window: int = 100
     kind: ClassVar[str] = "load"
-    _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _state: _State = field(default_factory=_State, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_whole(self, 0, "max_depth", "queue_high", "queue_low")
@@ -255,12 +270,13 @@ class Load(Policy):
             raise ValueError(f"queue_low must be below queue_high, got {self.queue_low} and {self.queue_high}.")
         if not self.relax < 1:
             raise ValueError(f"relax must lie between 0 and 1, got {self.relax}.")
-        self._state.update(depth=self.max_depth, calm=0, since=self.patience, latencies=deque(maxlen=self.window))
+        latencies: deque[float] = deque(maxlen=self.window)
+        self._state.values.update(depth=self.max_depth, calm=0, since=self.patience, latencies=latencies)
 
     @property
     def depth(self) -> int:
         """The depth at the moment."""
-        return int(self._state["depth"])
+        return int(self._state.values["depth"])
 
     def observe(self, queue: int, latency_ms: float | None = None) -> int:
         """Take note of the load.
@@ -272,7 +288,11 @@ class Load(Policy):
         Returns:
             The depth from now on.
         """
-        state = self._state
+        with self._state.lock:
+            self._note(self._state.values, queue, latency_ms)
+            return self.depth
+
+    def _note(self, state: dict[str, Any], queue: int, latency_ms: float | None) -> None:
         state["since"] += 1
         late = 0.0
         if latency_ms is not None and self.target_ms is not None:
@@ -287,10 +307,9 @@ class Load(Policy):
                 self._change(+1)
         else:
             state["calm"] = 0
-        return self.depth
 
     def _change(self, by: int) -> None:
-        state = self._state
+        state = self._state.values
         state["depth"] = min(max(state["depth"] + by, 0), self.max_depth)
         state["calm"] = state["since"] = 0
         state["latencies"].clear()  # they tell of the depth before

@@ -6,16 +6,16 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from hierens.modes import evaluating, frozen
+from hierens.counting import count_macs
+from hierens.modes import evaluating
 
 if TYPE_CHECKING:
     from hierens.adaptive import Adaptive
@@ -127,35 +127,20 @@ def call_ms(call: Callable[[], Any], device: torch.device, seconds: float) -> fl
     return elapsed(calls) / calls * 1e3
 
 
-@torch.no_grad()
-def branch_macs(levels: Sequence[Any], size: Sequence[int]) -> list[int]:
-    """Multiply-accumulates of one branch of each level, for one image, counted while it runs.
+def branch_macs(levels: Sequence[Any], size: Sequence[int]) -> tuple[int, ...]:
+    """Multiply-accumulates of one branch of each level, for one image.
 
     Args:
         levels: the levels of a tree in order, as `hierens.branching.Level`.
         size: (C, H, W) of the image.
     """
-    parameter = next(p for level in levels for p in level.parameters())
-    value: Any = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
-    counted = []
-    for level in levels:
-        value, macs = counted_run(level, partial(level.run_branch, 0), value)
-        counted.append(macs)
-    return counted
 
+    def one_branch_each(copies: Sequence[Any], value: Any) -> Iterator[Any]:
+        for level in copies:
+            value = level.run_branch(0, value)
+            yield
 
-@torch.no_grad()
-def counted_run(module: nn.Module, run: Callable[..., Any], *inputs: Any) -> tuple[Any, int]:
-    """What a run gives in evaluation mode, and its multiply-accumulates.
-
-    Args:
-        module: holds the weights that are used.
-        run: called with the inputs.
-        inputs: of a single image.
-    """
-    with evaluating(module), frozen(module), FlopCounterMode(display=False) as counter:
-        result = run(*inputs)
-    return result, int(counter.get_total_flops()) // 2
+    return count_macs(nn.ModuleList(levels), size, one_branch_each)
 
 
 def millions(count: float) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from hierens.adaptive import Adaptive, Step, is_empty, rows
 from hierens.branching import Executor
+from hierens.counting import count_macs
 from hierens.cutting import cut
 from hierens.ensemble import HierarchicalEnsemble, grown_from, planned
 from hierens.equilibrium import scaled
@@ -23,7 +23,6 @@ from hierens.exit_heads import ConvExit, HeadKind, PooledExit, early_exits
 from hierens.exits import MultiExit
 from hierens.modes import ordinary_tensors
 from hierens.nesting import Nesting
-from hierens.profiling import counted_run
 from hierens.tree import nested_sizes
 
 __all__ = ["TreeWithExits", "tree_with_exits"]
@@ -203,16 +202,18 @@ class TreeWithExits(Adaptive):
 
     def exit_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """MACs of every exit's head for one image (C, H, W)."""
-        size = tuple(size or self.pretrained_cfg["input_size"])
-        if size not in self._macs:
-            like = next(self.parameters())
-            value: Any = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
-            counted = []
-            for index, exit in enumerate(self.exits):
-                value, _ = counted_run(self, partial(self._first_branch, index), value)
-                counted.append(counted_run(self, exit, value)[1])
-            self._macs[size] = tuple(counted)
-        return self._macs[size]
+        return self._counted(size, self._count_exits)
+
+    def _count_exits(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        levels = [self._tree.level(index) for index in range(len(self.exits))]
+
+        def one_branch_and_exit_each(copies: Any, value: Any) -> Iterator[Any]:
+            for level, exit in zip(*copies, strict=True):
+                value = level.run_branch(0, value)
+                yield value
+                yield exit(value)
+
+        return count_macs(nn.ModuleList([nn.ModuleList(levels), self.exits]), size, one_branch_and_exit_each)[1::2]
 
     def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
         """Multiply-accumulates of the first exits and networks for one image (C, H, W)."""

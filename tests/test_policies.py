@@ -2,13 +2,18 @@
 
 import copy
 import json
+import pickle
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import timm
 import torch
 
 import hierens
+from hierens.adaptive import Step
 from hierens.fetching import LoadError
 from hierens.policies import (
     Confidence,
@@ -259,3 +264,131 @@ def test_what_is_no_json_is_no_policy(tmp_path, text):
     (tmp_path / "policy.json").write_text(text)
     with pytest.raises(LoadError, match=r"policy.json is (not valid JSON|8 MB long)"):
         load_policy(tmp_path)
+
+
+def in_threads(call, threads=8):
+    """What each thread's calls returned."""
+    with ThreadPoolExecutor(threads) as pool:
+        return [future.result() for future in [pool.submit(call, thread) for thread in range(threads)]]
+
+
+@pytest.fixture(scope="module", params=["fused", "grouped"])
+def shared(request, model):
+    if request.param == "fused":
+        return model.fuse()
+    grouped = copy.deepcopy(model)
+    grouped.set_executor("grouped")
+    return grouped
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FixedDepth(2),
+        FixedDepth(leaves=3),
+        Confidence((0.5, 0.6, 0.7)),
+        Confidence((0.8,), "agreement"),
+        Deadline(1e6),
+        Deadline(2.0),
+        Load(2, target_ms=50.0, patience=2, queue_high=4),
+    ],
+    ids=repr,
+)
+def test_threads_share_a_policy_and_a_model(shared, images, policy):
+    batches = [images[start : start + 1 + size] for start, size in ((0, 0), (3, 4), (9, 2), (12, 11))]
+    alone = {leaves: [shared(batch, leaves=leaves, reduce=True) for batch in batches] for leaves in range(1, 9)}
+    sure = isinstance(policy, (FixedDepth, Confidence))
+    expected = [policy(shared, batch) for batch in batches] if sure else []
+
+    def calls(thread):
+        random = Random(thread)
+        for call in range(100):
+            which = random.randrange(len(batches))
+            if isinstance(policy, Load):
+                policy.observe(random.randrange(7), random.random() * 100)
+            if isinstance(policy, Deadline) and call == 50:
+                policy.learn(shared, batches[which], repeats=2)
+            found = policy(shared, batches[which])
+            if sure:
+                assert torch.equal(found.leaves, expected[which].leaves)
+                assert torch.equal(found.macs, expected[which].macs)
+                assert torch.allclose(found.logits, expected[which].logits, atol=1e-5)
+            else:
+                leaves = int(found.leaves[0])
+                assert torch.allclose(found.logits, alone[leaves][which], atol=1e-5)
+                assert found.macs[0] == shared.cost(leaves, tuple(images.shape[1:]))
+
+    with torch.no_grad():
+        in_threads(calls)
+
+
+@pytest.fixture
+def hasty_threads():
+    """Threads that give way to each other at every occasion."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_threads_do_not_corrupt_what_a_load_policy_keeps_in_mind(hasty_threads):
+    """Every observation counts once: of 8 threads' calm ones exactly every fifth lets the depth rise."""
+    policy = Load(100_000, target_ms=100.0, patience=5, window=3)
+    for _ in range(20_000):
+        policy.observe(queue=9)
+    assert policy.depth == 80_000
+
+    def observe(thread):
+        for call in range(5_000):
+            policy.observe(0, latency_ms=1.0)
+            assert call % 500 or copy.deepcopy(policy).depth >= 80_000
+
+    in_threads(observe)
+    assert policy.depth == 80_000 + 8 * 5_000 // 5
+
+
+def test_threads_do_not_corrupt_what_a_deadline_keeps_in_mind(hasty_threads):
+    policy = Deadline(10.0)
+
+    class Model:
+        """Of one leaf, for images of many sizes."""
+
+        training, leaves = False, 1
+
+        def anytime(self, x):
+            logits = torch.zeros(len(x), 2)
+            yield Step(1, logits, 1, logits)
+
+        def cost(self, leaves, size):
+            return 1
+
+    def learn(thread):
+        for call in range(100):
+            policy(Model(), torch.empty(1, 1, 1 + thread, 1 + call))
+            policy.learn(Model(), torch.empty(1, 2, 1, 1), repeats=1)
+            assert call % 10 or pickle.loads(pickle.dumps(policy)) == policy
+
+    in_threads(learn)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("policy", [FixedDepth(1), Deadline(5.0), Load(2, target_ms=5.0), Confidence((0.5,))])
+def test_policies_are_copied_and_pickled(model, images, policy, copied):
+    policy = from_dict(policy.to_dict())
+    policy(model, images)
+    if isinstance(policy, Load):
+        policy.observe(99, 10.0)
+    other = copied(policy)
+    assert other == policy and hash(other) == hash(policy) and repr(other) == repr(policy)
+    assert other(model, images).logits.shape == (24, 10)
+    if isinstance(policy, Load):
+        assert other.depth == policy.depth == 1 and other.observe(99) == 0
+        assert policy.depth == (0 if copied is copy.copy else 1), "a deep copy has a state of its own"
+
+
+@pytest.mark.parametrize("policy", [FixedDepth(1), Deadline(1e6), Load(2), Confidence((0.5,))])
+def test_a_request_walks_no_modules(model, images, policy, monkeypatch):
+    fused = model.fuse()
+    policy(fused, images)
+    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda *args, **kwargs: pytest.fail("modules are walked"))
+    policy(fused, images)

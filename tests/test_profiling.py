@@ -2,12 +2,16 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hierens
 from hierens import profiling
+from hierens.counting import count_macs
 from hierens.plotting import plot_accuracy
 from hierens.profiling import latency, millions, table
 
@@ -70,3 +74,123 @@ def test_timing_queues_no_more_calls_than_it_needs(monkeypatch):
     assert len(made) == 4
     assert profiling.call_ms(lambda: (queued.append(1), made.append(1)), device, 0.01) == pytest.approx(20)
     assert len(made) == 5
+
+
+def everything(model):
+    """Flags, tensors and caches of a model: what a request may not change."""
+    return [
+        (
+            module.training,
+            {k: (v.clone(), v, v.requires_grad, v._version) for k, v in module.named_parameters(recurse=False)},
+            {k: (v.clone(), v, v._version) for k, v in module.named_buffers(recurse=False)},
+            {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and k.endswith(("cache", "hooks"))},
+            set(vars(module)),
+        )
+        for module in model.modules()
+    ]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a is b or (a.shape == b.shape and torch.equal(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return all(map(same, a, b)) if isinstance(a, (tuple, list)) else a == b
+
+
+MODELS = {
+    "tree": lambda: hierens.hierensify(timm.create_model("levit_128s", num_classes=3), 2, looped={}),
+    "training": lambda: hierens.hierensify(timm.create_model("resnet10t", num_classes=3), 3, looped={}).train(),
+    "fused": lambda: hierens.hierensify(timm.create_model("resnet10t", num_classes=3), 3, looped={}).fuse(),
+    "exits": lambda: hierens.multi_exit(timm.create_model("resnet10t", num_classes=3), 3, collaborate=True),
+    "tree with exits": lambda: hierens.tree_with_exits(
+        timm.create_model("resnet10t", num_classes=3), 3, looped={}
+    ).train(),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_counting_leaves_a_live_model_alone(kind):
+    """Threads ask for the costs of several sizes while the main one looks at the model all the time."""
+    torch.manual_seed(0)
+    model, seen = MODELS[kind](), []
+    if kind != "fused":
+        next(model.parameters()).requires_grad_(False)
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        layers[1].register_forward_hook(lambda *args: seen.append(1))
+    sizes = [(3, s, s) for s in ((224,) if kind == "tree" else (32, 48, 64, 96))]
+    before = everything(model)
+
+    def ask(thread):
+        counted = []
+        for size in sizes[thread % len(sizes) :] + sizes[: thread % len(sizes)]:
+            counted.append((size, model.macs(size), model.cost(1, size)))
+            if kind == "fused":
+                counted[-1] += ([step.macs for step in model.anytime(torch.zeros(1, *size))],)
+        return sorted(counted)
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(ask, thread) for thread in range(8)]
+        while not all(future.done() for future in futures):
+            assert same(before, everything(model))
+            assert not torch.nn.modules.module._has_any_global_hook(), "which would be called in all threads"
+    assert same(before, everything(model)) and not seen
+    answers = [future.result() for future in futures]
+    assert all(answer == answers[0] for answer in answers)
+    assert [size for size, *_ in answers[0]] == sizes and all(macs[0] == cost for _, macs, cost, *_ in answers[0])
+
+
+def test_a_walk_counts_without_touching_requires_grad():
+    model = hierens.hierensify(timm.create_model("resnet10t", num_classes=3), 2, looped={}).eval()
+    flips = []
+
+    class Watched(torch.nn.Parameter):
+        def requires_grad_(self, mode=True):
+            flips.append(mode)
+            return super().requires_grad_(mode)
+
+    for parameter in model.parameters():
+        parameter.__class__ = Watched
+    assert [step.macs for step in model.anytime(torch.zeros(1, 3, 64, 64))] == list(model.macs((3, 64, 64)))
+    assert not flips
+
+
+class Looker(torch.nn.Module):
+    """One that wants to see values: without them there is no answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x.flatten(1)) if float(x.sum()) == 0 and len(x.nonzero()) == 0 else x
+
+
+def test_what_wants_to_see_values_is_counted_on_a_copy():
+    looker = Looker().train()
+    looker.register_forward_pre_hook(lambda *args: pytest.fail("the live module's hook was called"))
+
+    def twice(module, image):
+        yield module(image)
+        yield module(image), module(image)
+
+    assert count_macs(looker, (8, 1, 1), twice) == (32, 64)
+    assert looker.calls == 0 and looker.training and all(p.requires_grad for p in looker.parameters())
+
+
+def test_counting_takes_no_memory_for_weights():
+    model = hierens.hierensify(timm.create_model("resnet10t", num_classes=3), 3, looped={}).eval()
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not out.is_meta:
+                made.append(out.nbytes)
+            return out
+
+    with Watch():
+        model.macs((3, 64, 64))
+    assert sum(made) < 1e4

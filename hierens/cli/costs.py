@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -190,15 +190,18 @@ def cut_report(name: str, blocks: int, places: bool = False) -> dict[str, Any]:
 
 def _macs(backbone: nn.Module, cutting: Cutting) -> list[int]:
     """Of each block, of the head and of the classifier."""
-    from hierens.cutting import example_input
-    from hierens.profiling import counted_run
+    from torch import nn
 
-    value: Any = example_input(backbone)
-    counted = []
-    for piece in (*cutting.blocks, cutting.head, cutting.classifier):
-        value, macs = counted_run(piece, piece, *(value if isinstance(value, tuple) else (value,)))
-        counted.append(macs)
-    return counted
+    from hierens.counting import count_macs
+    from hierens.cutting import input_size
+
+    def piece_by_piece(pieces: Iterable[nn.Module], value: Any) -> Iterator[Any]:
+        for piece in pieces:
+            value = piece(*value) if isinstance(value, tuple) else piece(value)
+            yield
+
+    pieces = nn.ModuleList([*cutting.blocks, cutting.head, cutting.classifier])
+    return list(count_macs(pieces, input_size(backbone), piece_by_piece))
 
 
 def _line(record: dict[str, Any]) -> tuple[str, ...]:
