@@ -105,9 +105,9 @@ class Vmapped:
             inner = index < model.tree.levels
             width = model.tree.width(index, self.leaves) if inner else self.leaves
             parents = [model.tree.parent(index, branch) for branch in range(width)] if inner else None
-            states = level.weights(width)
-            stacked = {key: torch.stack([state[key].detach() for state in states]) for key in states[0]}
-            self.steps.append((level.block, stacked, parents))
+            states = [branch.state_dict() for branch in level[:width]]
+            stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+            self.steps.append((level[0], stacked, parents))
 
     def __call__(self, x: Tensor) -> Tensor:
         values = x.unsqueeze(0)

@@ -184,7 +184,7 @@ def _executor(level: Any) -> str:
     if level.looped_because:
         return "looped"
     inner = ", layers looped" if level.looped_layers else ""
-    return ("grouped" if level._packed[0].channelwise else "batched") + inner
+    return ("grouped" if level.channelwise else "batched") + inner
 
 
 def _looped_layers(model: hierens.HierarchicalEnsemble) -> dict[str, str]:

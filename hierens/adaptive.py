@@ -101,8 +101,8 @@ class Adaptive(nn.Module, ABC):
         """Parameters that each depth reads."""
 
     @abstractmethod
-    def backbone_parts(self) -> Iterator[tuple[nn.Module, int]]:
-        """The modules that hold the backbone's weights, under its names, and how many copies of them each holds."""
+    def backbone_parts(self) -> Iterator[nn.Module]:
+        """The modules that hold the backbone's weights, each under its names."""
 
     # --- depths -----------------------------------------------------------------------------------------------------
 

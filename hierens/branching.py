@@ -1,33 +1,36 @@
-"""A level of the tree: one block in several independent copies, its branches.
+"""A level of the tree: one block in several independent copies, its branches, each an ordinary module.
 
-A level keeps the block's own module tree, in which every parameter and persistent buffer holds all branches' values
-concatenated along dim 0, branch by branch. So the first w branches are a view, `ndim` and names are the backbone's,
-and the state dict does not depend on how the level is run. There are two ways to run it:
+There are two ways to run a level:
 
-- looped: the block is called once per branch, with that branch's slices put in place of its weights. Always available;
-  it defines what is right.
+- looped: each branch is called. Always available; it defines what is right.
 - grouped: `hierens.packing` runs several branches in one call: all of them, or for inference a few at a time, whatever
-  is fastest. A block earns it at conversion by `hierens.checking.self_check`.
+  is fastest. A block earns it at conversion by `hierens.checking.self_check`; the form is derived from the branches'
+  own modules when it runs, and left where it would not do what they do (`hierens.branches`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import re
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from hierens.packed import Width, branch_states, caches_of, concatenate, forget, replace, state_of
-from hierens.packing import Packed
-from hierens.packing_rules import PackError
+from hierens.branches import GroupedForm, kind_of
+from hierens.packed import Width, concatenate, lay, state_of
 
 Executor = Literal["auto", "looped", "grouped"]
 Value = Any  # what one branch hands on: a tensor, or the tuple of values that cross a cut
 # Weights per branch up to which one grouped call beats a loop on CPUs (docs/architecture.md).
-_LIGHT, _LIGHT_FROZEN = 1_000_000, 4_000_000
+LIGHT, LIGHT_FROZEN = 1_000_000, 4_000_000
+_MOST_FORMS = 3  # that a level keeps: for evaluation, for training, and for some layers frozen
+_PACKED = re.compile(r"(networks\.)?(levels\.\d+|head|classifier)\.block\.")
+_FINDING = threading.RLock()
 
 
 class Activations:
@@ -118,42 +121,60 @@ def _next_larger(plan: Mapping[tuple[int, int], int], wanted: tuple[int, int]) -
     return min(found, wanted[0])
 
 
-class Level(nn.Module):
-    """One block in `branches` independent copies.
-
-    Args:
-        block: the block, as `hierens.cutting` makes it, with the branches' parameters packed (see `Level.of`).
-        branches: how many there are.
-        scalars: names of the values that have no dimensions in a single branch.
+class AnyLevel(nn.Module):
+    """What levels have in common, whatever holds their weights.
 
     Attributes:
-        block: the block's module tree, with packed parameters if there are two or more branches.
-        branches: number of copies.
-        size: weights and statistics of one copy.
+        executor: how it is run: `looped`, `grouped` where it can be, or `auto`, by device and batch size.
         looped_because: why the level has no grouped form; empty if it has one.
         plan: how many branches to run in one call, by their number and the batch size, as `hierens.tuning` measured.
-        frozen: whether its weights are never trained, as after `fuse`.
+        size: weights and statistics of one branch.
     """
 
-    def __init__(self, block: fx.GraphModule, branches: int, scalars: frozenset[str]) -> None:
-        super().__init__()
-        self.block, self.branches, self.scalars = block, branches, scalars
-        self.executor: Executor = "auto"
-        self.looped_because = ""
-        self.frozen = False
-        self.plan: dict[tuple[int, int], int] = {}
-        self.constants = nn.Module()
-        self._packed: list[Packed] = []  # in a list, so that deep copies keep it beside the block, unregistered
-        self.size = sum(tensor.numel() for _, tensor in state_of(block)) // branches  # weights of one
-        self._caches = caches_of(block)
+    executor: Executor
+    looped_because: str
+    plan: dict[tuple[int, int], int]
+    size: int
+    light = LIGHT
 
-    @classmethod
-    def of(cls, block: fx.GraphModule, states: Sequence[Mapping[str, Tensor]]) -> Level:
-        """A level of a block, which it takes over, and the state dict of each branch, by the block's own names."""
-        for name, tensor in list(state_of(block)):
-            own = [state[name] for state in states]
-            replace(block, name, tensor, own[0] if len(states) == 1 else concatenate(own))
-        return cls(block, len(states), frozenset(name for name, tensor in states[0].items() if tensor.ndim == 0))
+    @property
+    @abstractmethod
+    def branches(self) -> int:
+        """How many there are."""
+
+    @property
+    @abstractmethod
+    def channelwise(self) -> bool:
+        """Whether the grouped form keeps the branches side by side in channels, but into a last linear layer."""
+
+    @abstractmethod
+    def run_branch(self, branch: int, value: Value) -> Value:
+        """Run a single branch."""
+
+    @abstractmethod
+    def first(self) -> Any:
+        """The module of the first branch, of a level that has one branch."""
+
+    @abstractmethod
+    def narrowed(self, branches: int) -> AnyLevel:
+        """A level with copies of the first `branches` branches only, run the same way."""
+
+    @abstractmethod
+    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, Width], Value] | None:
+        """What runs branches `start` to `stop` in one call; None where only a loop does what they do."""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the block has a grouped form."""
+        return not self.looped_because
+
+    def loop(self, because: str) -> None:
+        """Give up the grouped form for a reason."""
+        self.looped_because = because
+
+    def without_gradients(self) -> bool:
+        """Whether nothing will be differentiated with respect to the weights."""
+        return not torch.is_grad_enabled()
 
     def forward(self, x: Activations, parents: Sequence[int] | None = None) -> Activations:
         """Run the first branches.
@@ -164,107 +185,224 @@ class Level(nn.Module):
         """
         parents = range(x.count) if parents is None else parents
         together = self._together(x, len(parents))
-        if not together:
-            values, states = x.some(parents).listed(), self.states(len(parents))
-            return Activations([self._call(state, v) for state, v in zip(states, values, strict=True)])
-        starts = range(0, len(parents), together)
-        runs = [self._packed_run(x, parents[start : start + together], start) for start in starts]
+        if together < 2:
+            values = x.some(parents).listed()
+            return Activations([self.run_branch(branch, value) for branch, value in enumerate(values)])
+        runs = [self._run(x, parents[start : start + together], start) for start in range(0, len(parents), together)]
         return runs[0] if len(runs) == 1 else Activations([value for run in runs for value in run.listed()])
 
-    def _packed_run(self, x: Activations, parents: Sequence[int], start: int) -> Activations:
-        """Run some branches in one call of the packed form."""
+    def _run(self, x: Activations, parents: Sequence[int], start: int) -> Activations:
+        """Run some branches in one call if they can be."""
+        form = self.grouped_form(start, start + len(parents)) if len(parents) > 1 else None
+        if form is None:
+            values = x.some(parents).listed()
+            return Activations([self.run_branch(start + i, value) for i, value in enumerate(values)])
         siblings = _siblings(parents)
         family = x.some(range(parents[0], parents[-1] + 1)) if siblings else x.some(parents)
-        width = Width(len(parents), self.branches, start, siblings or 1)
-        return Activations(packed=self._packed[0](family.side_by_side(), width, self.training), count=len(parents))
+        width = Width(len(parents), self.branches, start, siblings or 1, self.laid)
+        return Activations(packed=form(family.side_by_side(), width), count=len(parents))
 
-    def run_branch(self, branch: int, value: Value) -> Value:
-        """Run a single branch."""
-        without_gradients = self.frozen or not torch.is_grad_enabled()
-        if self.branches > 1 and self._packed and self.executor != "looped" and without_gradients:
-            return self._packed[0](value, Width(1, self.branches, branch), self.training)
-        return self._call(self.states(branch + 1, start=branch)[0], value)
-
-    def states(self, stop: int, start: int = 0) -> list[dict[str, Tensor]]:
-        """The weights of branches `start` to `stop`, as views; nothing to put in place for a level of one branch."""
-        if self.branches == 1:
-            return [{}]
-        return branch_states(self.block, self.scalars, self.branches, stop, start)
-
-    def weights(self, stop: int) -> list[dict[str, Tensor]]:
-        """The weights of the first `stop` branches, as views, also for a level of one branch."""
-        return self.states(stop) if self.branches > 1 else [dict(state_of(self.block))]
-
-    def _call(self, state: dict[str, Tensor], value: Value) -> Value:
-        args = value if isinstance(value, tuple) else (value,)
-        forget(self._caches)
-        return functional_call(self.block, state, args) if state else self.block(*args)
+    @property
+    def laid(self) -> bool:
+        """Whether the branches' tensors lie one after another in memory."""
+        return True
 
     def _together(self, x: Activations, count: int) -> int:
-        """How many branches to run in one call of the packed form; 0: loop over the block itself."""
-        if self.branches == 1 or not self._packed or self.executor == "looped":
+        """How many branches to run in one call; less than 2: loop."""
+        if count == 1 or not self.grouped or self.executor == "looped":
             return 0
         if self.executor == "grouped":
             return count
-        without_gradients = self.frozen or not torch.is_grad_enabled()
-        if self.plan and without_gradients:
+        if self.plan and self.without_gradients():
             return _next_larger(self.plan, (count, x.first_tensor().shape[0]))
         # On CPUs only small layers gain, and those not at all that work per sample.
-        light = self.size <= (_LIGHT_FROZEN if self.frozen else _LIGHT)
-        gains = x.first_tensor().device.type != "cpu" or (light and self._packed[0].channelwise)
-        return count if gains else int(without_gradients)  # the backward pass of slices would be slow
-
-    def group(self) -> None:
-        """Take up the grouped form, if the block has one; `looped_because` tells otherwise."""
-        self._packed, self.constants = [], nn.Module()
-        try:
-            self._packed, self.looped_because = [Packed(self.block, self.scalars, self.constants)], ""
-        except PackError as error:
-            self.looped_because = str(error)
-
-    def loop(self, because: str) -> None:
-        """Give up the grouped form for a reason."""
-        self._packed, self.looped_because = [], because
-
-    @property
-    def grouped(self) -> bool:
-        """Whether the block has a grouped form."""
-        return bool(self._packed)
-
-    @property
-    def channelwise(self) -> bool:
-        """Whether the grouped form keeps the branches side by side in channels, but into a last linear layer."""
-        return self.grouped and self._packed[0].channelwise
-
-    @property
-    def looped_layers(self) -> dict[str, str]:
-        """Modules that a grouped level calls once per branch, in place, and why."""
-        return self._packed[0].looped if self._packed else {}
-
-    def narrowed(self, branches: int) -> Level:
-        """A level with copies of the first `branches` branches only, run the same way."""
-        names = [name for name, _ in state_of(self.block)]
-        with torch.no_grad():
-            block = copy.deepcopy(self.block)
-            level = Level.of(block, [{name: state[name].clone() for name in names} for state in self.weights(branches)])
-        level.executor, level.frozen = self.executor, self.frozen
-        if self._packed:
-            level.group()
-        else:
-            level.loop(self.looped_because)
-        return level
-
-    def replace(self, name: str, modules: Sequence[nn.Module]) -> None:
-        """Put a new module in place of the one called `name`, given one for every branch."""
-        owner, _, key = name.rpartition(".")
-        packed = copy.deepcopy(modules[0])
-        setattr(self.block.get_submodule(owner), key, packed)
-        for tensor_name, tensor in state_of(packed):
-            own = [dict(state_of(module))[tensor_name] for module in modules]
-            replace(packed, tensor_name, tensor, own[0] if self.branches == 1 else concatenate(own))
-        if self._packed:
-            self.group()
+        gains = x.first_tensor().device.type != "cpu" or (self.size <= self.light and self.channelwise)
+        return count if gains else 0
 
     def extra_repr(self) -> str:
         """How many branches, and how they are run."""
         return f"branches={self.branches}, " + (f"looped: {self.looped_because}" if self.looped_because else "grouped")
+
+
+class Level(AnyLevel, nn.ModuleList):
+    """One block in several independent copies, each an ordinary module: `level[branch]`.
+
+    The branches' tensors of one layer lie one after another in memory wherever they can, so that a grouped call needs
+    no copy of them; each is an ordinary tensor nevertheless.
+    """
+
+    def __init__(self, branches: Iterable[nn.Module]) -> None:
+        """A level of these branches, which it takes over: copies of one block, with weights of their own."""
+        super().__init__(branches)
+        self.executor, self.looped_because, self.plan = "auto", "", {}
+        self.size = sum(tensor.numel() for _, tensor in state_of(self[0]))
+        self.known = {name: kind_of(module) for name, module in self[0].named_modules()}
+        self._forms: list[GroupedForm] = []
+        self._wholes: dict[str, Tensor] = {}
+        self.lay()
+
+    @property
+    def branches(self) -> int:
+        """How many there are."""
+        return len(self)
+
+    def _graphs(self) -> list[Any]:
+        return list(self)
+
+    def run_branch(self, branch: int, value: Value) -> Value:
+        """Run a single branch."""
+        return self[branch](*value) if isinstance(value, tuple) else self[branch](value)
+
+    def first(self) -> Any:
+        """See `AnyLevel.first`."""
+        return self[0]
+
+    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, Width], Value] | None:
+        """See `AnyLevel.grouped_form`."""
+        form = self._form(start, stop)
+        if form is None or form.packed is None or torch_module._has_any_global_hook():
+            return None
+        if not form.laid and (form.moves or self.executor != "grouped"):
+            return None  # running statistics of tensors put together for a call would be lost
+        return form.packed
+
+    def _form(self, start: int = 0, stop: int | None = None) -> GroupedForm | None:
+        """The grouped form of the branches as they are; a compiler takes the last one that was found."""
+        if torch.compiler.is_compiling():
+            return self._forms[0] if self._forms else None
+        forms = self._forms
+        if forms and forms[0].holds(start, stop):
+            return forms[0]
+        with _FINDING:
+            found = next((form for form in forms if form.holds()), None) or GroupedForm(
+                self._graphs(), self.known, self._wholes
+            )
+            self._forms = [found, *(form for form in forms if form is not found)][:_MOST_FORMS]
+        return found
+
+    @property
+    def laid(self) -> bool:
+        """Whether the branches' tensors lie one after another in memory."""
+        return not torch.compiler.is_compiling() and bool(self._forms) and self._forms[0].laid
+
+    def group(self) -> None:
+        """Find the grouped form now; `looped_because` tells if there is none."""
+        form = self._form() if self.branches > 1 else None
+        self.looped_because = form.because if form else ""
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether the grouped form keeps the branches side by side in channels, but into a last linear layer."""
+        form = self._forms[0] if self._forms else self._form()  # what it was last time: that is only to choose a way
+        return bool(form and form.packed and form.packed.channelwise)
+
+    @property
+    def looped_layers(self) -> dict[str, str]:
+        """Modules that a grouped level calls once per branch, in place, and why."""
+        form = self._form() if self.grouped else None
+        return form.packed.looped if form and form.packed else {}
+
+    def narrowed(self, branches: int) -> Level:
+        """A level with copies of the first `branches` branches only, run the same way."""
+        level = Level(copy.deepcopy(self[branch]) for branch in range(branches))
+        level.executor, level.looped_because, level.known = self.executor, self.looped_because, self.known
+        return level
+
+    def lay(self) -> None:
+        """Let the branches' tensors of each layer lie one after another in memory, wherever they can."""
+        self._wholes = lay(list(self), self._wholes)
+
+    def replace(self, name: str, modules: Sequence[nn.Module]) -> None:
+        """Put a new module in the place of the one called `name`, one for every branch."""
+        owner, _, key = name.rpartition(".")
+        for branch, module in zip(self, modules, strict=True):
+            setattr(branch.get_submodule(owner), key, module)
+        self.lay()
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Put branch `sources[i]` in place i, for every place."""
+        branches = [self[source] for source in sources]
+        for place, branch in enumerate(branches):
+            self[place] = branch
+        self.lay()
+
+    # --- what torch does to modules ---------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Level:
+        """As every module's; the grouped form of the mode is found now, since a compiler cannot find it."""
+        super().train(mode)
+        if self.branches > 1 and self.grouped and not self.is_meta:
+            self._form()
+        return self
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are no values."""
+        return any(parameter.is_meta for parameter in self.parameters())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Level:
+        super()._apply(fn, recurse)
+        self.lay()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is derived from the branches."""
+        return {**self.__dict__, "_forms": [], "_wholes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lay()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Level:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return other
+
+    def rename_packed(self, state: dict[str, Any], prefix: str) -> None:
+        """Rename, in place, what files of the first layout hold: weights packed along dim 0, under `block.`.
+
+        Args:
+            state: tensors by name; those of other levels are left.
+            prefix: what begins the names of this level's tensors.
+        """
+        for name, own in state_of(self[0]):
+            packed = state.get(f"{prefix}block.{name}")
+            if packed is None or (packed.ndim and packed.shape[0] % self.branches):
+                continue  # what belongs to another model loading refuses
+            alone = [packed] if self.branches == 1 else packed.chunk(self.branches)
+            del state[f"{prefix}block.{name}"]
+            for branch, tensor in enumerate(alone):
+                state[f"{prefix}{branch}.{name}"] = tensor.view(()) if own.ndim == 0 else tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.rename_packed(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def in_first_layout(names: Iterable[str]) -> bool:
+    """Whether tensors have the names of the first layout, in which levels were packed."""
+    return any(_PACKED.match(name) for name in names)
+
+
+def first_layout(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors by name, as the first layout had them: a level's packed along dim 0."""
+    state = dict(model.state_dict())
+    for prefix, level in model.named_modules():
+        if isinstance(level, Level):
+            for name, _ in state_of(level[0]):
+                own = [state.pop(f"{prefix}.{branch}.{name}") for branch in range(level.branches)]
+                state[f"{prefix}.block.{name}"] = own[0] if len(own) == 1 else concatenate(own)
+    return state
+
+
+def copies(block: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> list[nn.Module]:
+    """Copies of a block, each with the weights of one state dict, by the block's own names."""
+    made = []
+    for state in states:
+        branch = copy.deepcopy(block)
+        with torch.no_grad():
+            for name, tensor in state_of(branch):
+                tensor.copy_(state[name])
+        made.append(branch)
+    return made

@@ -1,4 +1,4 @@
-"""The proof that a block's packed form is right: both ways to run it, compared at conversion."""
+"""The proof that a block's grouped form is right: both ways to run it, compared at conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from hierens.branching import Activations, Executor, Level, Value
+from hierens.branching import Activations, Executor, Level, Value, copies
 from hierens.errors import first_line
 from hierens.modes import quiet_dropout
 from hierens.packed import state_of
@@ -53,16 +53,16 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
     """What differs between the two ways to run a level; and whether that is because even the loop fails."""
     generator = torch.Generator().manual_seed(seed)
     probe = copy.deepcopy(block).to("cpu", dtype)
-    level = Level.of(probe, [_perturbed(probe, generator) for _ in range(3)])
-    level.group()
-    if level.looped_because:
-        return level.looped_because, False
-    statistics = dict(probe.named_buffers())
+    level = Level(copies(probe, [_perturbed(probe, generator) for _ in range(3)]))
+    statistics = dict(level.named_buffers())
     for training, batch, parents in ((False, 1, (0, 1, 2)), (True, 2, (0, 1)), (False, 2, (0, 0))):
         mode = "training" if training else "evaluation"
         inputs = [_drawn_like(example, batch, dtype, generator) for _ in range(parents[-1] + 1)]
-        level.train(training)
+        nn.ModuleList.train(level, training)
         quiet_dropout(level)
+        level.group()
+        if level.looped_because:
+            return level.looped_because, False
         before = {name: tensor.clone() for name, tensor in statistics.items()}
         try:
             expected = _run(level, "looped", inputs, parents)
@@ -78,7 +78,8 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
         if not all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
             return f"its grouped form differs in {mode}", False
         if other := [name for name, tensor in moved.items() if not _close(statistics[name], tensor)]:
-            return f"its grouped form leaves other statistics in {', '.join(other)}", False
+            names = dict.fromkeys(name.split(".", 1)[1] for name in other)
+            return f"its grouped form leaves other statistics in {', '.join(names)}", False
         if len(inputs) > 1 and _same(actual[0], actual[1]):
             return f"branches of other weights and inputs agree in {mode}, so that nothing can be told", False
     return "", False

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from hierens.counting import MacCounter
 from hierens.errors import first_line
+from hierens.graphs import Block
 
 
 class CutError(ValueError):
@@ -274,7 +275,7 @@ class CoarseTrace:
         *blocks, head, classifier = pieces
         return Cutting(tuple(blocks), head, classifier, names, self.classifier_names)
 
-    def _piece(self, start: int, end: int) -> fx.GraphModule:
+    def _piece(self, start: int, end: int) -> Block:
         graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in self.crossing(start):
             made[node] = graph.placeholder(node.name)
@@ -293,7 +294,7 @@ class CoarseTrace:
             elif node.op == "get_attr":
                 owner, _, name = node.target.rpartition(".")
                 parts[node.target] = getattr(self.backbone.get_submodule(owner), name)
-        piece = fx.GraphModule(parts, graph, class_name="Block")
+        piece = Block(parts, graph, class_name="Block")
         for target, value in parts.items():
             if isinstance(value, Tensor) and target not in self.saved:
                 owner, _, name = target.rpartition(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hierens.adaptive import Adaptive, Step, classifier_maker, is_empty, rows, statistics_once
-from hierens.branching import Activations, Executor, Level
+from hierens.branching import Activations, AnyLevel, Executor, Level, copies
 from hierens.checking import self_check
 from hierens.cutting import CutError, Cutting, cut, example_input
 from hierens.equilibrium import scale_gradient, scaled
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hierens.ordering import Reordering
     from hierens.tuning import Tuning
 
+_OWN = re.compile(r"^(levels\.\d+|head|classifier)\.\d+\.")  # before a backbone's own name of a parameter
 _CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
 
@@ -66,17 +68,17 @@ class HierarchicalEnsemble(Adaptive):
         """
         super().__init__()
         self.tree = tree
+        leaves, last = tree.leaves, tree.levels - 1
         self.levels = nn.ModuleList(
-            Level.of(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))])
+            Level(copies(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))]))
             for level, block in enumerate(cutting.blocks)
         )
-        last = tree.levels - 1
-        self.head = Level.of(cutting.head, [self._drawn(cutting.head, last, b, init) for b in range(tree.leaves)])
-        self.classifier = Level.of(
-            cutting.classifier, [self._drawn(cutting.classifier, last, b, init) for b in range(tree.leaves)]
+        self.head, self.classifier = (
+            Level(copies(piece, [self._drawn(piece, last, leaf, init) for leaf in range(leaves)]))
+            for piece in (cutting.head, cutting.classifier)
         )
-        self._describe(backbone, cutting, "block.", branching=list(tree.branching), leaves=tree.leaves)
-        names = tuple(f"classifier.block.{name}" for name in cutting.classifier_names)
+        self._describe(backbone, cutting, "0.", branching=list(tree.branching), leaves=leaves)
+        names = tuple(f"classifier.{leaf}.{name}" for leaf in range(leaves) for name in cutting.classifier_names)
         self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names
         self.train(backbone.training)
 
@@ -210,15 +212,19 @@ class HierarchicalEnsemble(Adaptive):
                 count = len(total)
                 path, total = [rows(value, kept, count) for value in path], total[kept]
 
-    def level(self, index: int) -> Level:
+    def level(self, index: int) -> AnyLevel:
         """A level of the tree."""
         level = self.levels[index]
-        assert isinstance(level, Level)
+        assert isinstance(level, AnyLevel)
         return level
 
-    def all_levels(self) -> list[Level]:
+    def all_levels(self) -> list[AnyLevel]:
         """The levels of the tree, then the head and the classifier, which have a copy per leaf."""
         return [*(self.level(i) for i in range(self.tree.levels)), self.head, self.classifier]
+
+    def _plain_levels(self) -> list[Level]:
+        """All levels of a model that is not fused."""
+        return [level for level in self.all_levels() if isinstance(level, Level)]
 
     # --- smaller trees, other weights -------------------------------------------------------------------------------
 
@@ -273,7 +279,12 @@ class HierarchicalEnsemble(Adaptive):
         return reorder(self, loader)
 
     def with_levels(
-        self, tree: Tree, levels: Sequence[Level], head: Level, classifier: Level, kind: type[Any] | None = None
+        self,
+        tree: Tree,
+        levels: Sequence[AnyLevel],
+        head: AnyLevel,
+        classifier: AnyLevel,
+        kind: type[Any] | None = None,
     ) -> Any:
         """A model of its own (of this class, or of `kind`) that is described as this one but has other levels."""
         other: Any = object.__new__(kind or type(self))
@@ -292,12 +303,12 @@ class HierarchicalEnsemble(Adaptive):
         deviation of each of its weights; biases, norms and buffers are left. So after `init="copy"` depth 0 stays
         exactly the network that was copied, and after `grow` every first child stays what its parent was.
         """
-        break_symmetry(self.all_levels(), noise, seed)
+        break_symmetry(self._plain_levels(), noise, seed)
 
     @property
     def symmetric(self) -> bool:
         """Whether any two leaves have the same weights all along their paths, as after `init="copy"` or `grow`."""
-        return symmetric(self.tree, self.all_levels())
+        return symmetric(self.tree, self._plain_levels())
 
     @property
     def looped(self) -> dict[str, str]:
@@ -352,9 +363,17 @@ class HierarchicalEnsemble(Adaptive):
         return self._logits(features, reduce)
 
     def get_classifier(self) -> Any:
-        """The classifier, its weights packed: leaf n has rows n * classes to (n + 1) * classes; a tuple if several."""
-        modules = tuple(self.classifier.block.get_submodule(name) for name in self.classifier_names)
-        return modules[0] if len(modules) == 1 else modules
+        """The last linear layers, one per leaf, in a ModuleList; a tuple of such lists for a distilled backbone."""
+        lists = tuple(
+            nn.ModuleList(leaf.get_submodule(name) for leaf in self._leaves()) for name in self.classifier_names
+        )
+        return lists[0] if len(lists) == 1 else lists
+
+    def _leaves(self) -> list[nn.Module]:
+        """Each leaf's own classifier, as the backbone has it."""
+        if not isinstance(self.classifier, Level):
+            raise ValueError("a fused model's classifiers are packed: ask the model that it was made from.")
+        return list(self.classifier)
 
     @ordinary_tensors
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -366,9 +385,9 @@ class HierarchicalEnsemble(Adaptive):
         if global_pool is not None:
             raise ValueError("the pooling is part of the tree: set global_pool when making the backbone.")
         for name in self.classifier_names:
-            old = self.classifier.block.get_submodule(name)
+            old = self._leaves()[0].get_submodule(name)
             if num_classes == 0:
-                fresh: list[nn.Module] = [nn.Identity()]
+                fresh: list[nn.Module] = [nn.Identity() for _ in range(self.tree.leaves)]
             else:
                 like = next(self.parameters())
                 make = classifier_maker(old, self.head_hidden_size)
@@ -378,7 +397,7 @@ class HierarchicalEnsemble(Adaptive):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the backbone wants spared from weight decay."""
-        return {name for name, _ in self.named_parameters() if name.partition(".block.")[2] in self._no_weight_decay}
+        return {name for name, _ in self.named_parameters() if _OWN.sub("", name) in self._no_weight_decay}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Timm's layer groups, for layer-wise learning rates: a group per level, the classifier last."""
@@ -390,9 +409,9 @@ class HierarchicalEnsemble(Adaptive):
         """What the entry point `hne` needs to make the model again."""
         return {**super().arguments(), "looped": self.looped}
 
-    def backbone_parts(self) -> Iterator[tuple[nn.Module, int]]:
-        """The levels' blocks, whose tensors hold as many copies as there are branches."""
-        return ((level.block, level.branches) for level in self.all_levels())
+    def backbone_parts(self) -> Iterator[nn.Module]:
+        """The branches of all levels."""
+        return (branch for level in self.all_levels() if isinstance(level, Level) for branch in level)
 
 
 @ordinary_tensors
@@ -463,9 +482,9 @@ def grown_from(
     reasons = reasons_to_loop(cutting, backbone) if looped is None else looped
     ensemble = HierarchicalEnsemble(backbone, cutting, tree, drawn)
     for index, level in enumerate(ensemble.all_levels()):
-        level.group()
         if because := reasons.get(str(index)):
             level.loop(because)
+    ensemble.train(ensemble.training)  # which finds the grouped forms
     return ensemble
 
 

@@ -359,11 +359,11 @@ class MultiExit(Adaptive):
         """What the entry point `multi_exit` needs to make the model again."""
         return {**super().arguments(), "kept": list(self.positions)}
 
-    def backbone_parts(self) -> Iterator[tuple[nn.Module, int]]:
+    def backbone_parts(self) -> Iterator[nn.Module]:
         """The blocks and the backbone's own head."""
-        yield from ((level, 1) for level in self.levels)
+        yield from self.levels
         if isinstance(last := self.exits[-1], OwnExit):
-            yield from ((last.head, 1), (last.classifier, 1))
+            yield from (last.head, last.classifier)
 
 
 @ordinary_tensors

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from hierens.adaptive import Adaptive
-from hierens.branching import Activations, Level
+from hierens.branching import Activations, AnyLevel
 from hierens.ensemble import HierarchicalEnsemble
 from hierens.exits import MultiExit
+from hierens.fused_level import FusedLevel
 from hierens.fusing import FusedEnsemble, fold
 from hierens.packing_rules import PackError
 from hierens.tree_exits import TreeWithExits
@@ -23,12 +24,11 @@ _TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
 
 
 class _Apart(nn.Module):
-    """A level that is looped, its branches as modules of their own: sliced weights would stay slices in the graph."""
+    """A level whose branches are modules of their own: sliced weights would stay slices in the graph."""
 
-    def __init__(self, level: Level) -> None:
+    def __init__(self, level: FusedLevel) -> None:
         super().__init__()
-        copies = [Level.of(copy.deepcopy(level.block), [state]) for state in level.weights(level.branches)]
-        self.branches = nn.ModuleList(copies)
+        self.branches = nn.ModuleList(level.part(branch, branch + 1) for branch in range(level.branches))
 
     def forward(self, x: Activations, parents: Any = None) -> Activations:
         values = x.some(range(x.count) if parents is None else parents).listed()
@@ -105,7 +105,7 @@ def graph(
 
 def _taken_apart(level: nn.Module, tokens: bool = False) -> nn.Module:
     """A level that runs all its branches in one call, or as one module each if it cannot (or `tokens`: should not)."""
-    assert isinstance(level, Level)
+    assert isinstance(level, AnyLevel)
     level.plan = {}
     together = level.grouped and (level.channelwise or not tokens)
-    return level if level.branches == 1 or together else _Apart(level)
+    return _Apart(level) if isinstance(level, FusedLevel) and level.branches > 1 and not together else level

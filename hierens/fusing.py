@@ -19,13 +19,15 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hierens.adaptive import Step
-from hierens.branching import Level
+from hierens.branching import AnyLevel, Level
 from hierens.ensemble import HierarchicalEnsemble
 from hierens.fused_layers import FusedConvolution, activations_apart, attachable, loses_no_number
+from hierens.fused_level import Apart, FusedLevel, apart_in, packed_state
+from hierens.graphs import Block
 from hierens.modes import ordinary_tensors
-from hierens.packed import Width
+from hierens.packed import concatenate, replace, state_of
 from hierens.packed_layers import SAME, STANDARDISED, standardised
-from hierens.packing import traced
+from hierens.packing import Packed, traced
 
 _CONVOLUTIONS = (nn.Conv2d, *SAME, *STANDARDISED)
 _ONLY_TRAINING = (nn.Identity, nn.Dropout, DropPath)
@@ -48,7 +50,7 @@ class FusedEnsemble(HierarchicalEnsemble):
 
     def watch_layers(self) -> None:
         """Take the layers as they are now for those that run."""
-        self._layers = _Layers(self.all_levels())
+        self._layers = _Layers(level for level in self.all_levels() if isinstance(level, FusedLevel))
 
     def with_levels(self, *args: Any, **kwargs: Any) -> Any:
         """See `HierarchicalEnsemble.with_levels`."""
@@ -198,12 +200,12 @@ def fuse(model: HierarchicalEnsemble) -> FusedEnsemble:
     """
     for index, level in enumerate(model.all_levels()):
         for name, module in level.named_modules():
-            if name and any(getattr(module, hooks) for hooks in _HOOKS):
+            if level.grouped and name and any(getattr(module, hooks) for hooks in _HOOKS):
                 raise ValueError(
                     f"fuse() folds layers into each other and would call none of their hooks: remove those of {name} "
                     f"in level {index} first."
                 )
-    levels = [_fused(level) for level in model.all_levels()]
+    levels = [_fused(level) for level in model.all_levels() if isinstance(level, Level)]
     *own, head, classifier = levels
     fused = model.with_levels(model.tree, own, head, classifier, FusedEnsemble)
     attach_activations(fused)
@@ -219,26 +221,41 @@ def attach_activations(model: nn.Module) -> None:
             module.attach_activation(finite)
 
 
-def _fused(level: Level) -> Level:
-    block = copy.deepcopy(level.block).eval()
-    fused = Level(fold(block, level.branches) if level.grouped else block, level.branches, level.scalars)
-    fused.executor, fused.frozen = level.executor, True
-    if level.grouped:
-        fused.group()
+def _fused(level: Level) -> AnyLevel:
+    plain = copy.deepcopy(level).eval()
+    form = plain.grouped_form() if plain.grouped and plain.branches > 1 else None
+    if isinstance(form, Packed):
+        scalars = frozenset(name for name, tensor in state_of(plain[0]) if tensor.ndim == 0)
+        fused = FusedLevel(fold(_packed(list(plain), form.apart)), plain.branches, scalars)
+    elif plain.grouped and plain.branches == 1:
+        fused = FusedLevel(fold(plain.first()), 1, frozenset())
     else:
-        fused.loop(level.looped_because)
+        return plain
+    fused.executor = level.executor
     return fused
 
 
 @torch.no_grad()
-def fold(block: fx.GraphModule, branches: int = 1) -> fx.GraphModule:
+def _packed(branches: list[Any], apart: Iterable[str]) -> Any:
+    """A block with the weights of all branches packed, but those of layers that each branch has for itself."""
+    block = branches[0]
+    states = [dict(state_of(branch)) for branch in branches]
+    layers = {name: Apart([branch.get_submodule(name) for branch in branches]) for name in apart}
+    for name, module in layers.items():
+        block.set_submodule(name, module)
+    for name, _ in packed_state(block):
+        replace(block, name, concatenate(state[name] for state in states))
+    return block
+
+
+@torch.no_grad()
+def fold(block: fx.GraphModule) -> fx.GraphModule:
     """A block's layers for inference, with convolution, batch norm and activation in one where they follow each other.
 
     Args:
-        block: in evaluation mode, with the weights of its branches packed; the result takes over its modules.
-        branches: how many there are.
+        block: in evaluation mode, also with the weights of several branches packed; the result takes over its modules.
     """
-    graph = traced(block, False, {})
+    graph = traced(block, dict.fromkeys((name for name, _ in apart_in(block)), "each branch has its own"))
     modules = dict(block.named_modules())
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(modules[node.target], _ONLY_TRAINING):
@@ -247,8 +264,8 @@ def fold(block: fx.GraphModule, branches: int = 1) -> fx.GraphModule:
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
         if node.op == "call_module" and calls[node.target] == 1 and _is_plain(modules[node.target]):
-            _replace(block, graph, modules, node, branches)
-    folded = fx.GraphModule(block, graph, class_name="FusedBlock")
+            _replace(block, graph, modules, node)
+    folded = Block(block, graph, class_name="FusedBlock")
     kept = {name for name, _ in block.named_buffers()} & block.state_dict().keys()
     for name in dict(folded.named_buffers()).keys() - kept:
         owner, _, key = name.rpartition(".")
@@ -263,12 +280,12 @@ def _is_plain(module: nn.Module) -> bool:
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def _replace(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, branches: int) -> None:
+def _replace(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node) -> None:
     """Put a fused convolution in the place of a convolution and of what follows it."""
     convolution: Any = modules[str(node.target)]
     weight, bias, activation = convolution.weight, convolution.bias, None
     if isinstance(convolution, STANDARDISED):
-        weight = standardised(convolution, weight, Width(branches, branches))
+        weight = standardised(convolution, weight, getattr(convolution, "gain", None))
     norm, followed = _follower(node, modules)
     if followed is not None and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
         assert norm.running_var is not None

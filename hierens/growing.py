@@ -6,7 +6,6 @@ tree can be trained small and grown, or a converted network deepened without con
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hierens.branching import Level
+from hierens.branching import copies as branches_with
 from hierens.cutting import CutError, cut, next_cut
 from hierens.ensemble import HierarchicalEnsemble, reasons_to_loop
 from hierens.modes import ordinary_tensors
+from hierens.packed import state_of
 from hierens.tree import Tree
 
 
@@ -37,7 +38,7 @@ def grow(model: HierarchicalEnsemble) -> HierarchicalEnsemble:
         raise CutError("the classifier was removed: reset_classifier to a number of classes before growing.")
     network, at = _Network(model.at_depth(0)), model._model_args["at"]
     cutting = cut(network, at=[*at, next_cut(network, at)])
-    *levels, last, head, classifier = model.all_levels()
+    *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
     reasons = reasons_to_loop(cutting, network)
     leaves = model.tree.leaves
     upper, lower = (
@@ -50,24 +51,19 @@ def grow(model: HierarchicalEnsemble) -> HierarchicalEnsemble:
     grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
         [*(level.narrowed(level.branches) for level in levels), upper, lower],
-        _planted(copy.deepcopy(head.block), head, copies=2, because=head.looped_because),
-        _planted(copy.deepcopy(classifier.block), classifier, copies=2, because=classifier.looped_because),
+        _planted(head.first(), head, copies=2, because=head.looped_because),
+        _planted(classifier.first(), classifier, copies=2, because=classifier.looped_because),
     )
     grown._model_args["at"] = list(cutting.at)
     return grown
 
 
-def _planted(block: fx.GraphModule, source: Level, copies: int, because: str) -> Level:
+def _planted(block: nn.Module, source: Level, copies: int, because: str) -> Level:
     """A level of a block, or of a part of it, with the weights of every branch of its source `copies` times."""
-    own = [state for state in source.weights(source.branches) for _ in range(copies)]
-    names = list(block.state_dict())
-    level = Level.of(block, [{name: state[name].detach().clone() for name in names} for state in own])
-    level.executor = source.executor
-    if because:
-        level.loop(because)
-    else:
-        level.group()
-    return level
+    own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
+    level = Level(branches_with(block, own))
+    level.executor, level.looped_because = source.executor, because
+    return level.train(source.training)
 
 
 class _Network(nn.Module):
@@ -81,7 +77,9 @@ class _Network(nn.Module):
         self.in_chans, self.num_classes, self.num_features = single.in_chans, single.num_classes, single.num_features
         self.pretrained_cfg = {"input_size": single.pretrained_cfg["input_size"]}
         self._classifier_names = single.classifier_names
-        blocks: Sequence[Any] = [level.block for level in single.all_levels()]
+        blocks: Sequence[Any] = [
+            branch for level in single.all_levels() if isinstance(level, Level) for branch in level
+        ]
         names = list(chain.from_iterable(block.state_dict() for block in blocks))
         if len(names) != len(set(names)):
             raise CutError("blocks of this backbone share weights: grow it by hierensify with more blocks instead.")

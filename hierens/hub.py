@@ -38,6 +38,7 @@ from hierens.vetting import (
     Stored,
     check_arguments,
     check_fit,
+    check_leaves,
     read_config,
     read_header,
     unbuildable,
@@ -260,6 +261,7 @@ def _made(saved: _Saved) -> Adaptive:
     config = saved.config
     # Which levels are looped is nothing to find out by computing, where there are no values to compare.
     unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] in TREES else {}
+    check_leaves(config, saved.header, saved.config_file)
     check_fit(lambda: _build(config, **unlooped), saved.header, saved.config_file, saved.weights_file)
     try:
         model = _build(config)
@@ -288,9 +290,9 @@ def _check_remakable(model: Adaptive) -> None:
             fresh = timm.create_model(args["backbone"], **kwargs).state_dict()
     except Exception as error:
         raise SaveError(f"the backbone {args['backbone']} cannot be made again from its arguments: {error}") from error
-    for part, copies in model.backbone_parts():
+    for part in model.backbone_parts():
         for name, tensor in part.state_dict().items():
-            if name not in fresh or fresh[name].numel() * copies != tensor.numel():
+            if name not in fresh or fresh[name].shape != tensor.shape:
                 raise SaveError(
                     f"{name} is not what timm.create_model({args['backbone']!r}) makes: the backbone was changed after "
                     "it was made; pass the change as an argument of timm.create_model instead."

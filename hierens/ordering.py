@@ -181,18 +181,10 @@ def _next_leaves(tree: Tree, order: Sequence[int]) -> list[int]:
     return candidates(0, range(tree.width(0)))
 
 
-@torch.no_grad()
 def _permute(model: HierarchicalEnsemble, order: Sequence[int]) -> None:
     """Put the branches of every level, and of head and classifier, where an order of the leaves wants them."""
     tree = model.tree
     for index, level in enumerate(model.all_levels()):
+        assert isinstance(level, Level)
         span = tree.span(index) if index < tree.levels else 1
-        _rearrange(level, [leaf // span for leaf in order[::span]])
-
-
-def _rearrange(level: Level, sources: Sequence[int]) -> None:
-    places = level.states(level.branches)
-    copies = [{name: tensor.clone() for name, tensor in state.items()} for state in places]
-    for place, source in zip(places, sources, strict=True):
-        for name, tensor in place.items():
-            tensor.copy_(copies[source][name])
+        level.reorder([leaf // span for leaf in order[::span]])

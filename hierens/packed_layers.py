@@ -29,7 +29,7 @@ from timm.layers.std_conv import StdConv2dSame
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hierens.packed import Width
+from hierens.packed import Layer, Width
 
 
 def to_batch(value: Any, width: Width) -> Any:
@@ -78,45 +78,40 @@ SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # TensorFlow's padding,
 STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
-def convolution(module: Any, x: Tensor, width: Width, shared: bool = False) -> Tensor:
+def convolution(layer: Layer, x: Tensor, width: Width, shared: bool = False) -> Tensor:
     """Any convolution over w branches: they are further groups. On what siblings share, they are further outputs."""
-    weight, bias = width.rows(module.weight), width.rows(module.bias)
+    module, weight, bias = layer.module, layer.rows("weight", width), layer.rows("bias", width)
     if isinstance(module, STANDARDISED):
-        weight = standardised(module, weight, width)
+        weight = standardised(module, weight, layer.rows("gain", width) if hasattr(module, "gain") else None)
     padding = module.padding
     if isinstance(module, SAME) and getattr(module, "same_pad", True):
         x, padding = pad_same(x, module.kernel_size, module.stride, module.dilation), 0
     run = _CONVOLUTIONS[weight.ndim - 2]
-    return run(
-        x,
-        weight,
-        bias,
-        module.stride,
-        padding,
-        module.dilation,
-        module.groups * (width.parents if shared else width.active),
-    )
+    groups = module.groups * (width.parents if shared else width.active)
+    return run(x, weight, bias, module.stride, padding, module.dilation, groups)
 
 
-def standardised(module: Any, weight: Tensor, width: Width) -> Tensor:
+def standardised(module: Any, weight: Tensor, gain: Tensor | None) -> Tensor:
     """Standardised weights; this is per output channel, so branches are further output channels."""
-    gain = (width.rows(module.gain) * module.scale).view(-1) if hasattr(module, "gain") else None
+    if gain is not None:
+        gain = (gain * module.scale).view(-1)
     flat = weight.reshape(1, weight.shape[0], -1)
     return F.batch_norm(flat, None, None, gain, None, True, 0.0, module.eps).reshape_as(weight)
 
 
-def batch_norm(module: Any, x: Tensor, width: Width) -> Tensor:
-    """Batch norm is per channel, so branches are further channels; slices of the statistics are updated in place."""
+def batch_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """Batch norm is per channel, so branches are further channels; their statistics are updated in place."""
+    module = layer.module
     tracked = module.training and module.track_running_stats
     if tracked and module.num_batches_tracked is not None:
-        width.rows(module.num_batches_tracked).add_(1)
+        layer.rows("num_batches_tracked", width).add_(1)
     use_statistics = tracked or not module.training
     x = F.batch_norm(
         x,
-        width.rows(module.running_mean) if use_statistics else None,
-        width.rows(module.running_var) if use_statistics else None,
-        width.rows(module.weight),
-        width.rows(module.bias),
+        layer.rows("running_mean", width) if use_statistics else None,
+        layer.rows("running_var", width) if use_statistics else None,
+        layer.rows("weight", width),
+        layer.rows("bias", width),
         module.training or module.running_mean is None,
         module.momentum or 0.0,
         module.eps,
@@ -124,34 +119,38 @@ def batch_norm(module: Any, x: Tensor, width: Width) -> Tensor:
     return _then_act(module, x)
 
 
-def group_norm(module: Any, x: Tensor, width: Width) -> Tensor:
+def group_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """Group norm over w branches: w times the groups."""
+    module = layer.module
     groups = module.num_groups * width.active
-    x = F.group_norm(x, groups, width.rows(module.weight), width.rows(module.bias), module.eps)
+    x = F.group_norm(x, groups, layer.rows("weight", width), layer.rows("bias", width), module.eps)
     return _then_act(module, x)
 
 
-def channel_layer_norm(module: Any, x: Tensor, width: Width) -> Tensor:
+def channel_layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """Layer norm over the channels (N, w*C, H, W) of each branch, at every position."""
+    module = layer.module
     rows = x.unflatten(1, (width.active, -1)).movedim(2, -1)  # (N, w, H, W, C)
     rows = F.layer_norm(rows, module.normalized_shape, None, None, module.eps)
     x = rows.movedim(-1, 2).flatten(1, 2)
     if module.weight is not None:
-        x = x * width.rows(module.weight).view(-1, 1, 1)
+        x = x * layer.rows("weight", width).view(-1, 1, 1)
     if module.bias is not None:
-        x = x + width.rows(module.bias).view(-1, 1, 1)
+        x = x + layer.rows("bias", width).view(-1, 1, 1)
     return _then_act(module, x)
 
 
-def blur_pool(module: Any, x: Tensor, width: Width) -> Tensor:
+def blur_pool(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """Timm's anti-aliased downsampling; its filter is a constant that all branches share."""
+    module = layer.module
     x = F.pad(x, module.padding, mode=module.pad_mode)
     weight = module.filt[:1].expand(x.shape[1], 1, module.filt_size, module.filt_size)
     return F.conv2d(x, weight, stride=module.stride, groups=x.shape[1])
 
 
-def stochastic_depth(module: Any, x: Tensor, width: Width) -> Tensor:
+def stochastic_depth(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """Drop-path drawn per sample and branch, so that siblings are dropped independently of each other."""
+    module = layer.module
     if not module.training or module.drop_prob == 0.0:
         return x
     dropped = drop_path(to_batch(x, width), module.drop_prob, True, module.scale_by_keep)
@@ -168,24 +167,25 @@ def _then_act(module: nn.Module, x: Tensor) -> Tensor:
 # --- layers over feature maps one after another ----------------------------------------------------------------------
 
 
-def linear(module: Any, x: Tensor, width: Width) -> Tensor:
+def linear(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """A linear layer of w branches: one batched matrix product. (w*N, ..., in) -> (w*N, ..., out)."""
     rows = x.unflatten(0, (width.active, -1)).flatten(1, -2)  # (w, N * positions, in)
-    weight = width.stacked(module.weight).transpose(1, 2)  # (w, in, out)
-    if module.bias is None:
-        rows = torch.bmm(rows, weight)
-    else:
-        rows = torch.baddbmm(width.stacked(module.bias).unsqueeze(1), rows, weight)
+    weight, bias = (
+        layer.stacked("weight", width).transpose(1, 2),
+        layer.stacked("bias", width),
+    )  # (w, in, out), (w, out)
+    rows = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
-def layer_norm(module: Any, x: Tensor, width: Width) -> Tensor:
+def layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """Layer norm over the last dimensions, with each branch's own scale and shift."""
+    module = layer.module
     x = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
     if module.weight is not None:
-        x = with_weights("mul", x, width.stacked(module.weight), width)
+        x = with_weights("mul", x, layer.stacked("weight", width), width)
     if module.bias is not None:
-        x = with_weights("add", x, width.stacked(module.bias), width)
+        x = with_weights("add", x, layer.stacked("bias", width), width)
     return _then_act(module, x)
 
 

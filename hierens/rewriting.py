@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from hierens import packed_layers as layers
-from hierens.packed import Width, branch_states, caches_of, forget, state_of
+from hierens.fused_layers import FusedConvolution
+from hierens.packed import Layer, Width, state_of
 from hierens.packing_rules import ABOUT, BINARY, UNARY, Form, PackError, layer_form, per_channel, reads_parents
 
 
 class PerBranch(nn.Module):
-    """Calls a function, method or module once per branch, and puts the results together again."""
+    """Calls a function or method once per branch, or each branch's module, and puts the results together again."""
 
-    def __init__(self, target: Any, forms: Sequence[Form], spec: Any, scalars: frozenset[str] = frozenset()) -> None:
+    def __init__(self, target: Any, forms: Sequence[Form], spec: Any) -> None:
+        """What to call: a function, a method's name, or a list with a module for each branch."""
         super().__init__()
-        self.target = [target]  # in a list, so that a module is not registered twice
-        self.forms, self.spec, self.scalars = list(forms), spec, scalars
-        self._caches = caches_of(target) if isinstance(target, nn.Module) else []
+        self.target = target  # modules in a list, which does not register them
+        self.forms, self.spec = list(forms), spec
+        self.changes = isinstance(target, list) and change_in_place(target)
 
     def forward(self, width: Width, *flat: Any) -> Any:
         """What the branches return, one after another if any argument holds images, else stacked."""
         split = [self._split(value, form, width) for value, form in zip(flat, self.forms, strict=True)]
-        target = self.target[0]
-        states: Sequence[dict[str, Tensor] | None] = [None] * width.active
-        if isinstance(target, nn.Module):
-            states = branch_states(target, self.scalars, width.total, width.start + width.active, width.start)
+        if self.changes:  # views of one tensor may not be changed one by one where gradients are recorded
+            split = [tree_map_only(Tensor, Tensor.clone, values) for values in split]
         results = []
-        for branch, state in enumerate(states):
+        for branch in range(width.active):
             args, kwargs = tree_unflatten([values[branch] for values in split], self.spec)
-            if state is not None:
-                forget(self._caches)
-                results.append(functional_call(target, state, args, kwargs))
+            if isinstance(self.target, list):
+                results.append(self.target[width.start + branch](*args, **kwargs))
+            elif isinstance(self.target, str):
+                results.append(getattr(args[0], self.target)(*args[1:], **kwargs))
             else:
-                call = getattr(args[0], target) if isinstance(target, str) else target
-                results.append(call(*(args[1:] if isinstance(target, str) else args), **kwargs))
+                results.append(self.target(*args, **kwargs))
         return self._joined(results)
 
     @staticmethod
@@ -59,31 +58,65 @@ class PerBranch(nn.Module):
         return torch.cat(results) if Form.BATCH in self.forms else torch.stack(results)
 
 
+def change_in_place(modules: Sequence[nn.Module]) -> bool:
+    """Whether any of these modules may write into what it is given."""
+    return any(getattr(part, "inplace", False) for module in modules for part in module.modules())
+
+
+class Layers(Protocol):
+    """The block of a level, whose layers hold the tensors of all branches.
+
+    Attributes:
+        block: has the block's structure; what all branches share is read from it.
+    """
+
+    block: nn.Module
+
+    def layer(self, name: str) -> Layer:
+        """A layer of all branches."""
+
+    def modules(self, name: str) -> list[nn.Module]:
+        """Each branch's own module."""
+
+    def per_branch(self, name: str) -> bool:
+        """Whether a tensor differs from branch to branch."""
+
+
 class Rewriter:
     """Writes the packed graph, node by node."""
 
     def __init__(
         self,
-        block: fx.GraphModule,
+        layers: Layers,
         trace: fx.Graph,
-        scalars: frozenset[str],
-        constants: nn.Module,
+        constants: fx.GraphModule,
         closed: Mapping[str, str],
+        unlike: Container[str] = (),
     ) -> None:
-        self.block, self.trace, self.scalars, self.constants = block, trace, scalars, constants
-        self.closed = closed
+        """What to rewrite.
+
+        Args:
+            layers: the block's layers, with the tensors of all branches.
+            trace: of the block, layer by layer.
+            constants: holds the tensors that the trace made itself.
+            closed: modules that are to be called as they are, once per branch, and why.
+            unlike: those of them that are so because they are not what the block's form was checked with.
+        """
+        self.layers, self.block, self.trace, self.constants = layers, layers.block, trace, constants
+        self.closed, self.unlike = closed, unlike
         self.graph = fx.Graph()
         self.made: dict[tuple[fx.Node, Form], fx.Node] = {}
         self.form: dict[fx.Node, Form] = {}
         self.tuples: set[fx.Node] = set()
-        self.parts: dict[str, nn.Module] = {}
-        self.packed_names = {name for name, _ in state_of(block)}
+        self.parts: dict[str, Any] = {}
+        self.places: dict[tuple[str, str], str] = {}  # where parts stand in the graph, by what they are
         self.changed: dict[fx.Node, fx.Node] = {}  # a value that was changed in place, and the call that did
         self.looped: dict[str, str] = {}
+        self.apart: set[str] = set()  # modules that are called once per branch
         self.conversions: set[tuple[fx.Node, Form]] = set()
 
     def rewrite(self) -> fx.GraphModule:
-        """A module `(*values, width)` on values of the parents, which reads its weights from the block's own modules.
+        """A module `(*values, width)` on values of the parents, which reads its weights from the branches' own layers.
 
         Raises:
             PackError: the block hands on something other than images.
@@ -152,7 +185,7 @@ class Rewriter:
         mapped = fx.map_arg(args, lambda old: self._as(old, form))
         self._put(node, self.graph.call_function(function, (*mapped, self.width)), form)
 
-    def _per_branch(self, node: fx.Node, target: Any, scalars: frozenset[str] = frozenset()) -> None:
+    def _per_branch(self, node: fx.Node, target: Any) -> None:
         """A call per branch, on images one after another and on weights."""
         images = bool(self._forms(node) & {Form.CHANNELS, Form.BATCH})
         flat, spec = tree_flatten((tuple(node.args), dict(node.kwargs)))
@@ -166,7 +199,7 @@ class Rewriter:
                 forms.append(Form.SHARED)
                 values.append(value)
         name = f"per_branch_{len(self.parts)}"
-        self.parts[name] = PerBranch(target, forms, spec, scalars)
+        self.parts[name] = PerBranch(target, forms, spec)
         made = self.graph.call_module(name, (self.width, *values))
         self._put(node, made, Form.BATCH if images else Form.WEIGHT)
 
@@ -175,41 +208,51 @@ class Rewriter:
     def _get_attr(self, node: fx.Node) -> None:
         name = str(node.target)
         owner, _, key = name.rpartition(".")
-        place = owner or "block"
-        self.parts[place] = self.block.get_submodule(owner)
         if key.startswith("_tensor_constant"):  # the tracer's name for what stands nowhere else
-            place, self.parts["constants"] = "constants", self.constants
-            key = f"constant{len(self.constants._buffers)}"
-            self.constants.register_buffer(key, getattr(self.block, name), persistent=False)
-        # Read at run time: `.to(...)` puts another tensor in a buffer's place.
-        tensor = self.graph.call_function(getattr, (self.graph.get_attr(place), key))
-        if name not in self.packed_names:
-            self._put(node, tensor, Form.SHARED)
-        elif name in self.scalars:
-            self._put(node, self.graph.call_method("rows", (self.width, tensor)), Form.WEIGHT)
+            self.parts["constants"] = self.constants
+            self._put(node, self.graph.call_function(getattr, (self.graph.get_attr("constants"), key)), Form.SHARED)
+        elif self.layers.per_branch(name):
+            layer = self._layer(owner)
+            self._put(node, self.graph.call_method("stacked", (layer, key, self.width)), Form.WEIGHT)
         else:
-            self._put(node, self.graph.call_method("stacked", (self.width, tensor)), Form.WEIGHT)
+            # Read at run time: `.to(...)` puts another tensor in a buffer's place.
+            part = self._part(("own", owner), self.block.get_submodule(owner))
+            self._put(node, self.graph.call_function(getattr, (part, key)), Form.SHARED)
+
+    def _layer(self, name: str) -> fx.Node:
+        """A layer with the tensors of all branches."""
+        return self._part(("layer", name), self.layers.layer(name))
+
+    def _part(self, key: tuple[str, str], value: Any) -> fx.Node:
+        """Something that the graph holds, once."""
+        place = self.places.setdefault(key, f"{key[0]}_{len(self.places)}")
+        self.parts.setdefault(place, value)
+        return self.graph.get_attr(place)
 
     def _call_module(self, node: fx.Node) -> None:
         name = str(node.target)
         module = self.block.get_submodule(name)
         forms = self._forms(node)
+        if name in self.closed:
+            self._call_apart(node, name, self.closed[name], forms)
+            return
         if per_channel(module) and len(forms) <= 1 and Form.WEIGHT not in forms:
             self.parts[name] = module
             self._copied(node, next(iter(forms), Form.SHARED))
             return
         found = layer_form(module)
         if found is not None and len(node.args) == 1 and not node.kwargs and forms and Form.WEIGHT not in forms:
-            self.parts[name] = module
             form, function = found
             if function is layers.stochastic_depth and forms == {Form.BATCH}:
+                self.parts[name] = module
                 self._copied(node, Form.BATCH)
                 return
             before = set(self.conversions)
             shared = self.form[self._current(_first(node))] is Form.PARENTS and reads_parents(module, function)
             mapped = self._as(_first(node), Form.PARENTS if shared else form)
             kwargs: dict[str, Any] = {"shared": True} if shared else {}
-            made = self.graph.call_function(function, (self.graph.get_attr(name), mapped, self.width), kwargs)
+            layer = self._part(("fused", name), module) if isinstance(module, FusedConvolution) else self._layer(name)
+            made = self.graph.call_function(function, (layer, mapped, self.width), kwargs)
             if function is layers.linear:
                 self.conversions = before  # cheap, and worth it: see `channelwise`
             self._put(node, made, form)
@@ -217,10 +260,18 @@ class Rewriter:
             self.parts[name] = module
             self._copied(node, Form.BATCH if forms else Form.SHARED)
         else:
-            inside = {n.removeprefix(f"{name}.") for n in self.scalars if n.startswith(f"{name}.")}
-            self._per_branch(node, module, frozenset(inside))
-            if forms - {Form.WEIGHT}:
-                self.looped[name] = self.closed.get(name, f"{type(module).__name__} has no packed form")
+            self._call_apart(node, name, f"{type(module).__name__} has no packed form", forms)
+
+    def _call_apart(self, node: fx.Node, name: str, because: str, forms: set[Form]) -> None:
+        """Call each branch's own module."""
+        modules = self.layers.modules(name)
+        read_elsewhere = any(len(source.users) > 1 for source in node.all_input_nodes)
+        if name in self.unlike and read_elsewhere and change_in_place(modules):
+            raise PackError(f"{name} changes in place what other layers read")
+        self._per_branch(node, modules)
+        self.apart.add(name)
+        if forms - {Form.WEIGHT}:
+            self.looped[name] = because
 
     def _call_function(self, node: fx.Node) -> None:
         if node.target is getattr:

@@ -18,8 +18,7 @@ def originals(level: Level) -> list[int]:
     """For each branch the first branch of its level with equal parameters: itself, or the one it is a copy of."""
     if level.branches == 1:
         return [0]
-    parameters = {name for name, _ in level.block.named_parameters()}
-    states = [{n: t for n, t in state.items() if n in parameters} for state in level.states(level.branches)]
+    states = [dict(branch.named_parameters()) for branch in level]
     first: list[int] = []
     for branch, state in enumerate(states):
         known = (k for k in range(branch) if first[k] == k)
@@ -58,9 +57,10 @@ def break_symmetry(levels: Sequence[Level], noise: float, seed: int) -> None:
         copied = torch.tensor([branch != first for branch, first in enumerate(originals(level))][1:])
         if level.branches == 1:
             continue
-        for parameter in level.block.parameters():
-            if parameter.ndim > 1:
-                rest = parameter.unflatten(0, (level.branches, -1))[1:]
+        for parameters in zip(*(branch.parameters() for branch in level), strict=True):
+            if parameters[0].ndim > 1:
+                rest = torch.stack(parameters[1:])
                 drawn = torch.randn(rest.shape, generator=generator).to(rest)
                 chosen = copied.to(rest.device).view(-1, *(1,) * (rest.ndim - 1))
-                rest.add_(drawn * chosen * noise * rest.std())
+                for parameter, added in zip(parameters[1:], drawn * chosen * noise * rest.std(), strict=True):
+                    parameter.add_(added)

@@ -195,8 +195,8 @@ class TreeWithExits(Adaptive):
         exits: Any = copy.deepcopy(self.exits[:early])
         if networks:
             return TreeWithExits(self.networks.at_depth(leaves=networks), exits, self._model_args["head"])
-        blocks = [self._tree.level(index).narrowed(1).block for index in range(early)]
-        return MultiExit.beginning(self, blocks, exits, ("networks.levels.0.block.", "levels.0."))
+        blocks = [self._tree.level(index).narrowed(1).first() for index in range(early)]
+        return MultiExit.beginning(self, blocks, exits, ("networks.levels.0.0.", "levels.0."))
 
     # --- cost -------------------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class TreeWithExits(Adaptive):
         return self._tree.forward_head(x, pre_logits)
 
     def get_classifier(self) -> Any:
-        """The networks' classifier, its weights packed: see `HierarchicalEnsemble.get_classifier`."""
+        """The networks' classifiers: see `HierarchicalEnsemble.get_classifier`."""
         return self._tree.get_classifier()
 
     @ordinary_tensors
@@ -273,8 +273,8 @@ class TreeWithExits(Adaptive):
         """What the entry point `hne_exits` needs to make the model again."""
         return {**self._tree.arguments(), **super().arguments()}
 
-    def backbone_parts(self) -> Iterator[tuple[nn.Module, int]]:
-        """The levels' blocks, whose tensors hold as many copies as there are branches."""
+    def backbone_parts(self) -> Iterator[nn.Module]:
+        """The branches of all levels."""
         return self._tree.backbone_parts()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hierens.branching import Activations, Level
+from hierens.branching import Activations, AnyLevel
 from hierens.ensemble import HierarchicalEnsemble
 from hierens.errors import first_line
 from hierens.fetching import LoadError
@@ -191,7 +191,7 @@ def _measured(
                 activations = level(activations, parents)
 
 
-def _ways(level: Level, x: Activations, parents: Sequence[int] | None, branches: int) -> dict[int, float]:
+def _ways(level: AnyLevel, x: Activations, parents: Sequence[int] | None, branches: int) -> dict[int, float]:
     """Milliseconds of each way to run some branches, in rounds over all ways, so that a disturbance hits all alike."""
     ways = [together for together in (2**i for i in range(20)) if together < branches] + [branches]
     times: dict[int, list[float]] = {together: [] for together in ways}

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hierens.adaptive import Adaptive
+from hierens.branching import first_layout, in_first_layout
 from hierens.describing import check_labels, description
 from hierens.errors import first_line
 from hierens.fetching import LoadError
@@ -160,14 +161,27 @@ def check_fit(
             model.macs()
     except Exception as error:
         raise unbuildable(config_file, error) from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = first_layout(model) if in_first_layout(header) else model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wrong := [name for name in (*wanted, *(shapes.keys() - wanted)) if wanted.get(name) != shapes.get(name)]:
         raise LoadError(
             f"the weights in {weights_file} do not fit the config beside them: {short(wrong[0], plain=True)} is "
             f"{_shape(shapes, wrong[0])} in the file and {_shape(wanted, wrong[0])} by the config"
             + (f", and {len(wrong) - 1} more differ." if len(wrong) > 1 else ".")
         )
-    check_types(model.state_dict(), header, weights_file)
+    check_types(state, header, weights_file)
+
+
+def check_leaves(config: Mapping[str, Any], header: Mapping[str, Stored], file: Path) -> None:
+    """A tree has no more leaves than its weights have tensors, or rows of packed ones: each is built by itself.
+
+    Raises:
+        LoadError: it has.
+    """
+    rows = (stored.shape[0] for stored in header.values() if stored.shape)
+    most = max(rows, default=0) if in_first_layout(header) else len(header)
+    if (leaves := config["model_args"].get("leaves", 1)) > most:
+        raise LoadError(f"{file} describes {leaves} networks, and the weights beside it are of {most} at the most.")
 
 
 def unbuildable(file: Path, error: BaseException) -> LoadError:

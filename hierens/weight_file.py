@@ -1,8 +1,8 @@
 """One file of weights for several graphs.
 
-The weights of a sub-tree are the first rows of the packed weights of the whole tree. So the graph of a small depth
-needs no weights of its own, only an offset and a length in the file of the largest: in ONNX's external data and in
-OpenVINO's XML a graph can say so.
+Exported models are fused: the weights of a sub-tree are the first rows of the whole tree's packed weights. So the graph
+of a small depth needs no weights of its own, only an offset and a length in the file of the largest: in ONNX's external
+data and in OpenVINO's XML a graph can say so.
 """
 
 from __future__ import annotations

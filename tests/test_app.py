@@ -30,8 +30,9 @@ def model_dir(tmp_path_factory):
     backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1, num_classes=3)
     model = hierens.hierensify(backbone, 3, init="reinit", seed=0, looped={}).eval()
     model.pretrained_cfg.update(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,), crop_pct=1.0)
-    bias = model.classifier.block.fc.bias.data  # leaf by leaf: the first says cat, two dog, all owl, against the last
-    bias.copy_(torch.tensor([5.0, 0, 0, 0, 9, 0, 0, 0, 20, 5, 0, 0]))
+    # The first leaf says cat, two dog, all owl, against the last.
+    for leaf, bias in zip(model.classifier, ([5.0, 0, 0], [0, 9, 0], [0, 0, 20], [5, 0, 0]), strict=True):
+        leaf.fc.bias.data.copy_(torch.tensor(bias))
     folder = tmp_path_factory.mktemp("models") / "model"
     model.save_pretrained(folder)
     return folder

@@ -53,10 +53,10 @@ def test_costs_are_in_the_ranges_that_the_paper_gives():
 
 def test_branches_are_independent_and_seeded():
     one, same, other = (timm.create_model("hne_resnet50_cifar_small", seed=seed) for seed in (1, 1, 2))
-    name = "levels.4.block.layer4.0.conv1.weight"
+    name = "levels.4.3.layer4.0.conv1.weight"
     assert torch.equal(one.state_dict()[name], same.state_dict()[name])
     assert not torch.equal(one.state_dict()[name], other.state_dict()[name])
-    branches = one.state_dict()[name].unflatten(0, (16, -1)).flatten(1)
+    branches = torch.stack([b.get_parameter("layer4.0.conv1.weight").detach() for b in one.levels[4]]).flatten(1)
     assert torch.linalg.matrix_rank(branches) == 16
     assert not one.symmetric and one.num_classes == 10
 

@@ -1,4 +1,4 @@
-"""Levels: packed weights, the self-check that grouped execution must pass, and what happens where it does not."""
+"""Levels: how branches lie in memory, the self-check of grouped execution, and what happens where it fails."""
 
 import copy
 
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from hierens import branching, packed_layers
-from hierens.branching import Activations, Level
+from hierens import packed_layers
+from hierens.branching import Activations, AnyLevel, Level, copies
 from hierens.checking import self_check
-from hierens.packed import Width
+from hierens.packed import Stack
 from hierens.packing import Packed
 
 
@@ -26,7 +26,7 @@ def level_of(*layers, branches=3):
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.5)
         states.append({name: t.detach().clone() for name, t in block.state_dict().items()})
-    return Level.of(block_of(*layers), states), states
+    return Level(copies(block_of(*layers), states)), states
 
 
 class Reversed(nn.Module):
@@ -57,17 +57,23 @@ class Sneaky(nn.Module):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_parameters_lie_branch_by_branch(channels):
     level, states = level_of(nn.Conv2d(3, 4 * channels, 3), nn.BatchNorm2d(4 * channels))
-    for branch, own in enumerate(level.states(3)):
-        assert own.keys() == states[branch].keys()
-        assert all(torch.equal(own[name], states[branch][name]) for name in own)
-        assert all(own[name].shape == states[branch][name].shape for name in own)
-    weight = dict(level.block.named_parameters())["0.weight"]
-    assert weight.ndim == 4 and torch.equal(weight[: 4 * channels], states[0]["0.weight"])
+    for branch, expected in zip(level, states, strict=True):
+        own = branch.state_dict()
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[name], expected[name]) for name in own)
+        assert all(type(tensor) is nn.Parameter for tensor in branch.parameters())
+    for laid in (level, copy.deepcopy(level), copy.deepcopy(level).double().to(memory_format=torch.channels_last)):
+        for tensors in zip(*(branch.state_dict().values() for branch in laid), strict=True):
+            size = tensors[0].numel() * tensors[0].element_size()
+            assert [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors] == [0, size, 2 * size]
+            # Accelerate and others take tensors of one storage for tied.
+            assert all(tensor.untyped_storage().nbytes() == size for tensor in tensors)
+        assert laid._form().laid
 
 
 def test_one_branch_is_the_block_itself():
     level, states = level_of(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), branches=1)
-    assert {n: t.shape for n, t in level.block.state_dict().items()} == {n: t.shape for n, t in states[0].items()}
+    assert {n: t.shape for n, t in level[0].state_dict().items()} == {n: t.shape for n, t in states[0].items()}
 
 
 def test_single_branches_and_fewer_branches_agree_with_all():
@@ -116,18 +122,18 @@ def test_the_self_check_passes_what_is_right(layers):
 def test_what_has_no_place_in_channels_is_run_in_another_form(layer):
     block = block_of(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), layer)
     assert self_check(block, torch.randn(1, 4, 16, 16)) == ""
-    level = Level.of(block, [dict(block.state_dict()) for _ in range(3)])
+    level = Level(copies(block, [block.state_dict()] * 3))
     level.group()
     has_weights = next(layer.parameters(), None) is not None
     assert ("2" in level.looped_layers) == has_weights
-    assert not level._packed[0].channelwise
+    assert not level.channelwise
 
 
 def test_a_module_that_cannot_be_traced_is_looped_in_place_and_says_why():
     graph = fx.Graph()
     graph.output(graph.call_module("1", (graph.call_module("0", (graph.placeholder("x"),)),)))
     block = fx.GraphModule(nn.ModuleDict({"0": nn.Conv2d(4, 4, 3), "1": Undecided()}), graph)
-    level = Level.of(block, [dict(block.state_dict()) for _ in range(3)])
+    level = Level(copies(block, [block.state_dict()] * 3))
     level.group()
     assert level.looped_because == "" and "control flow" in level.looped_layers["1"]
     inputs = [torch.randn(2, 4, 9, 9) for _ in range(3)]
@@ -159,18 +165,19 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
     block = block_of(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     assert self_check(block, example) == ""
 
-    def first_branch_everywhere(width, packed):
-        rows = packed.shape[0] // width.total
-        return packed[:rows].repeat(width.active, *[1] * (packed.ndim - 1))
+    def first_branch_everywhere(stack, name, width, flat):
+        own = getattr(stack.module, name)
+        return None if own is None else own.view(-1, *own.shape[1:]).repeat(width.active, *[1] * max(own.ndim - 1, 0))
 
-    monkeypatch.setattr(Width, "rows", first_branch_everywhere)
+    monkeypatch.setattr(Stack, "_as_one", first_branch_everywhere)
     assert self_check(block, example) != ""
     monkeypatch.undo()
 
     from hierens import packing_rules
 
-    def still_statistics(module, x, width):
-        rows = [width.rows(getattr(module, n)).clone() for n in ("running_mean", "running_var", "weight", "bias")]
+    def still_statistics(layer, x, width):
+        rows = [layer.rows(name, width).clone() for name in ("running_mean", "running_var", "weight", "bias")]
+        module = layer.module
         return torch.nn.functional.batch_norm(x, *rows, module.training, module.momentum, module.eps)
 
     monkeypatch.setitem(packing_rules.LAYERS, nn.BatchNorm2d, (packing_rules.Form.CHANNELS, still_statistics))
@@ -206,11 +213,11 @@ def test_stochastic_depth_is_drawn_for_every_branch():
 def test_on_a_cpu_light_levels_are_grouped_and_heavy_ones_run_branch_by_branch(monkeypatch):
     ran, original = [], Packed.__call__
     monkeypatch.setattr(Packed, "__call__", lambda *args: ran.append(args[2].active) or original(*args))
-    monkeypatch.setattr(branching, "_LIGHT", 200)
+    monkeypatch.setattr(AnyLevel, "light", 200)
     light, _ = level_of(nn.Conv2d(3, 4, 3))
     heavy, _ = level_of(nn.Conv2d(3, 8, 3))
     x = Activations([torch.randn(1, 3, 8, 8)] * 3)
-    for level, without_gradients, with_gradients in ((light, [3], [3]), (heavy, [1, 1, 1], [])):
+    for level, without_gradients, with_gradients in ((light, [3], [3]), (heavy, [], [])):
         level.group()
         with torch.no_grad():
             level(x)
@@ -247,7 +254,7 @@ def test_siblings_read_their_parents_feature_map_without_a_copy(monkeypatch):
         packed_layers, "_CONVOLUTIONS", {2: lambda x, *a: shapes.append(tuple(x.shape)) or original(x, *a)}
     )
     block = block_of(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
-    level = Level.of(block, [dict(block.state_dict()) for _ in range(4)])
+    level = Level(copies(block, [block.state_dict()] * 4))
     level.group()
     level.executor = "grouped"
     level(Activations([torch.randn(1, 4, 8, 8) for _ in range(2)]), [0, 0, 1, 1])

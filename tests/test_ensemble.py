@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hierens
+from hierens.ensemble import _OWN
 from hierens.modes import quiet_dropout
 from hierens.tree import Tree
 
@@ -100,7 +101,8 @@ def test_anytime_yields_forwards_logits_and_runs_each_branch_once(small_backbone
     model.macs((1, 32, 32))
     calls = Counter()
     for index, level in enumerate(model.all_levels()):
-        level.block.register_forward_hook(lambda *_, index=index: calls.update([index]))
+        for branch in level:
+            branch.register_forward_hook(lambda *_, index=index: calls.update([index]))
     steps = list(model.anytime(small_images))
     leaves = model.tree.leaves
     assert [calls[i] for i in range(len(model.all_levels()))] == [*model.tree.widths(), leaves, leaves]
@@ -116,7 +118,8 @@ def test_anytime_can_stop_early(small_backbone, small_images):
     model.macs((1, 32, 32))
     calls = Counter()
     for index, level in enumerate(model.all_levels()):
-        level.block.register_forward_hook(lambda *_, index=index: calls.update([index]))
+        for branch in level:
+            branch.register_forward_hook(lambda *_, index=index: calls.update([index]))
     next(model.anytime(small_images))
     assert set(calls.values()) == {1}
 
@@ -146,7 +149,7 @@ def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
         with torch.no_grad():
             assert torch.allclose(small(images), model(images, depth=depth), atol=1e-5)
     ordinary = model.at_depth(0)
-    shapes = {name.partition(".block.")[2]: p.shape for name, p in ordinary.state_dict().items()}
+    shapes = {_OWN.sub("", name): p.shape for name, p in ordinary.state_dict().items()}
     assert shapes == {name: p.shape for name, p in backbone.state_dict().items()}
     kept = {t.data_ptr() for t in model.state_dict().values()}
     assert all(t.data_ptr() not in kept for t in small.state_dict().values())
@@ -170,15 +173,17 @@ def test_the_state_dict_does_not_depend_on_the_executor(small_backbone, small_im
         names[executor] = list(model.state_dict())
     assert names["looped"] == names["grouped"]
     assert not any("grouped" in name for name in names["looped"])
-    assert model.state_dict()["levels.2.block.layer3.0.conv1.weight"].shape[0] == 4 * 16
+    assert model.state_dict()["levels.2.3.layer3.0.conv1.weight"].shape[0] == 16
 
 
 def test_reinit_is_seeded_and_independent(small_backbone):
     first, second, third = (hierens.hierensify(small_backbone, 3, init="reinit", seed=s) for s in (1, 1, 2))
-    name = "levels.2.block.layer3.0.conv1.weight"
+    name = "levels.2.0.layer3.0.conv1.weight"
     assert torch.equal(first.state_dict()[name], second.state_dict()[name])
     assert not torch.equal(first.state_dict()[name], third.state_dict()[name])
-    branches = first.state_dict()[name].unflatten(0, (4, -1)).flatten(1)
+    branches = torch.stack(
+        [branch.get_parameter("layer3.0.conv1.weight").detach() for branch in first.levels[2]]
+    ).flatten(1)
     assert torch.linalg.matrix_rank(branches) == 4, "four branches, four draws"
     own = branches.std(1) / small_backbone.layer3[0].conv1.weight.std()
     assert ((own > 0.8) & (own < 1.25)).all(), "drawn by the backbone's own initialisation"
@@ -266,16 +271,16 @@ def test_timms_tools_work(small_backbone, small_images):
     model = hierens.hierensify(small_backbone, 3)
     assert timm.data.resolve_model_data_config(model)["input_size"] == (1, 32, 32)
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
-    backbone_decayed = sum(p.ndim > 1 for p in small_backbone.parameters())
+    backbone_decayed = sum(p.ndim > 1 for p in model.parameters())
     decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
     assert len(decayed) == backbone_decayed
     scales = {group["lr_scale"] for group in optimizer.param_groups}
     assert len(scales) >= 4 and max(scales) == 1.0
     ema = timm.utils.ModelEmaV3(model, decay=0.5)
-    before = ema.module.state_dict()["classifier.block.fc.weight"].clone()
-    torch.nn.init.zeros_(model.get_classifier().weight)
+    before = ema.module.state_dict()["classifier.0.fc.weight"].clone()
+    torch.nn.init.zeros_(model.get_classifier()[0].weight)
     ema.update(model)
-    assert torch.allclose(ema.module.get_classifier().weight, before / 2)
+    assert torch.allclose(ema.module.get_classifier()[0].weight, before / 2)
     scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, num_epochs=3)
     scheduler.step(1)
 

@@ -136,10 +136,10 @@ def test_broken_symmetry_tells_new_siblings_apart_and_leaves_the_first_as_they_w
 def test_symmetry_is_seen_between_any_two_leaves(small_backbone):
     model = independent(small_backbone, blocks=2).grow()
     with torch.no_grad():
-        model.classifier.block.fc.weight[:10] += 1  # the first leaf differs, the last two are still twins
+        model.classifier[0].fc.weight += 1  # the first leaf differs, the last two are still twins
     assert model.symmetric
     with torch.no_grad():
-        model.classifier.block.fc.weight[30:] += 1
+        model.classifier[3].fc.weight += 1
     assert not model.symmetric
 
 

@@ -125,11 +125,11 @@ def test_trimmed_trees_permute_what_is_whole(small_backbone, loader, branching, 
 
 def test_statistics_move_with_their_branches(small_backbone, loader):
     model = independent(small_backbone, 4, blocks=3)
-    name = "levels.2.block.layer3.0.bn1.running_mean"
-    before = model.state_dict()[name].clone().unflatten(0, (4, -1))
+    before = torch.stack([branch.get_buffer("layer3.0.bn1.running_mean") for branch in model.levels[2]])
     report = model.reorder(loader)
     assert not torch.equal(before[0], before[1])
-    assert torch.equal(model.state_dict()[name].unflatten(0, (4, -1)), before[list(report.order)])
+    after = torch.stack([branch.get_buffer("layer3.0.bn1.running_mean") for branch in model.levels[2]])
+    assert torch.equal(after, before[list(report.order)])
 
 
 def test_the_report_is_a_table(small_backbone, loader):

@@ -49,11 +49,11 @@ def test_the_fastest_way_is_run(model, images, monkeypatch):
     fused, original, ran = model.fuse(), Packed.__call__, []
     monkeypatch.setattr(tuning, "_SECONDS", 0.005)
 
-    def slow_unless_two(packed, values, width, training):
+    def slow_unless_two(packed, values, width):
         ran.append(width.active)
         if width.active != 2:
             torch.ones(2_000_000).cumsum(0)
-        return original(packed, values, width, training)
+        return original(packed, values, width)
 
     monkeypatch.setattr(Packed, "__call__", slow_unless_two)
     found = fused.tune(images)

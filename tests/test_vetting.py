@@ -50,8 +50,9 @@ def load(tree, **changes):
         ({"backbone_args": {"channels": [4, 4, float("nan")]}}, "NaN is no JSON"),
         ({"at": ["layer2"] * 10**6}, "is 10 MB long"),
         ({"at": ["layer2"] * 300}, "no usable list of cuts"),
-        ({"branching": [4096] * 60, "leaves": 4096}, "branching has 60 levels"),
-        ({"branching": [1, 1, 4096], "leaves": 4096}, "do not fit the config"),
+        ({"branching": [1] * 60, "leaves": 1}, "branching has 60 levels"),
+        ({"branching": [4096] * 60, "leaves": 4096}, "describes 4096 networks, and the weights beside it are of"),
+        ({"branching": [1, 1, 8], "leaves": 8}, "do not fit the config"),
         ({"num_classes": 10**7}, "elements, and all weights in the file only"),
         ({"looped": ["all"]}, "no usable reasons to loop"),
     ],
@@ -75,7 +76,7 @@ def test_weights_must_have_the_shapes_of_the_config(tree):
     try:
         for change, message in (
             (
-                {"levels.0.block.conv1.weight": torch.zeros(4, 1, 5, 5)},
+                {"levels.0.0.conv1.weight": torch.zeros(4, 1, 5, 5)},
                 "is 4x1x5x5 in the file and 4x1x3x3 by",
             ),
             ({"surprise": torch.zeros(2)}, "surprise is 2 in the file and missing by the config"),
@@ -84,7 +85,7 @@ def test_weights_must_have_the_shapes_of_the_config(tree):
             with pytest.raises(LoadError, match=message):
                 load(tree)
         save_file({name: tensor for name, tensor in weights.items() if "fc" not in name}, folder / "model.safetensors")
-        with pytest.raises(LoadError, match="is missing in the file and 40x8 by the config, and 1 more differ"):
+        with pytest.raises(LoadError, match="is missing in the file and 10x8 by the config, and 7 more differ"):
             load(tree)
     finally:
         save_file(weights, folder / "model.safetensors")
@@ -204,10 +205,8 @@ def test_real_numbers_of_another_precision_are_loaded_right(weights, dtype):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_weights_that_are_no_real_numbers_are_refused(weights, dtype):
     whole, file = weights
-    save_file(whole | {"levels.0.block.conv1.weight": whole["levels.0.block.conv1.weight"].to(dtype)}, file)
-    with pytest.raises(
-        LoadError, match=r"model.safetensors stores levels.0.block.conv1.weight as \w+; a model of .* F32"
-    ):
+    save_file(whole | {"levels.0.0.conv1.weight": whole["levels.0.0.conv1.weight"].to(dtype)}, file)
+    with pytest.raises(LoadError, match=r"model.safetensors stores levels.0.0.conv1.weight as \w+; a model of .* F32"):
         hierens.from_pretrained(file.parent)
 
 

@@ -1,8 +1,8 @@
 """Weights, gradients and optimiser state spread over processes, by torch's FSDP2.
 
 The whole tree is one unit: each process keeps its share, and for a step all weights are put together. So this saves the
-memory of optimiser state and gradients, not that of the weights in use. A unit per level would save that as well, but a
-level's branches read views of its packed weights, which must not outlive them in the backward pass.
+memory of optimiser state and gradients, not that of the weights in use. Put together, weights no longer lie branch by
+branch, so that levels are looped.
 
 Asked for as everywhere: by `accelerate config`. Accelerate's own wrapping, which cuts models into units by its
 policies, and which does nothing on CPUs, is put aside.

@@ -165,7 +165,7 @@ def test_weights_of_another_type(forge):
         name = next(name for name in weights if name.endswith("conv1.weight"))
         save_file(weights | {name: weights[name].to(torch.int8)}, checkpoint / "model.safetensors")
 
-    assert "model.safetensors stores levels.0.block.conv1.weight as I8" in forge(change)
+    assert "model.safetensors stores levels.0.0.conv1.weight as I8" in forge(change)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model_ema.safetensors"])

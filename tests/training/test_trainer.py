@@ -122,7 +122,7 @@ def test_negative_and_large_seeds_are_seeds_like_others(tmp_path):
     for seed in (-1, -2, 0, 2**61 - 1):
         run = trainer(tmp_path / str(seed), epochs=1, mixup=0.5, symmetry_noise=0, seed=seed)
         run.fit()
-        found[seed] = run.ensemble.state_dict()["classifier.block.fc.weight"]
+        found[seed] = run.ensemble.state_dict()["classifier.0.fc.weight"]
     assert not any(torch.equal(found[a], found[b]) for a, b in itertools.combinations(found, 2))
 
 
@@ -132,7 +132,7 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(tmp_path):
     assert len(history[-1]["ema_accuracy"]) == 3
     average = hierens.from_pretrained(tmp_path / "full" / "model_ema").state_dict()
     raw = full.ensemble.state_dict()
-    name = "classifier.block.fc.weight"
+    name = "classifier.0.fc.weight"
     assert torch.equal(average[name], full.ema.module.state_dict()[name])
     assert not torch.allclose(average[name], raw[name])
     first = trainer(tmp_path / "parts", ema_decay=0.9)
@@ -220,7 +220,7 @@ def test_gradients_are_clipped_as_asked(tmp_path, mode):
     elif mode == "value":
         assert max(s.abs().max() for s in steps.values()) == pytest.approx(1e-3, rel=1e-2)
     else:
-        name = "classifier.block.fc.weight"
+        name = "classifier.0.fc.weight"
         units = steps[name].flatten(1).norm(dim=1) / before[name].flatten(1).norm(dim=1)
         assert 0 < units.max() <= 1.01e-3
 
@@ -228,7 +228,11 @@ def test_gradients_are_clipped_as_asked(tmp_path, mode):
 def test_layer_decay_slows_the_first_levels(tmp_path):
     run = trainer(tmp_path, layer_decay=0.5, optimizer="adamw", optimizer_args={"betas": [0.8, 0.9]})
     names = {id(p): name for name, p in run.ensemble.named_parameters()}
-    scales = {names[id(p)].split(".block")[0]: g["lr_scale"] for g in run.optimizer.param_groups for p in g["params"]}
+    scales = {
+        re.match(r"(levels\.\d|\w+)", names[id(p)])[0]: g["lr_scale"]
+        for g in run.optimizer.param_groups
+        for p in g["params"]
+    }
     assert scales["levels.0"] < scales["levels.1"] < scales["levels.2"] < scales["classifier"] == 1
     assert all(tuple(group["betas"]) == (0.8, 0.9) for group in run.optimizer.param_groups)
 
@@ -303,7 +307,7 @@ def test_a_diverging_run_says_when_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_weights_that_overflow_are_not_checkpointed(tmp_path):
     run = trainer(tmp_path, epochs=1)
     with torch.no_grad():
-        run.ensemble.get_classifier().bias.fill_(float("inf"))
+        run.ensemble.get_classifier()[0].bias.fill_(float("inf"))
     with pytest.raises(TrainingDivergedError, match="there is no checkpoint from before"):
         run.fit()
     assert newest_checkpoint(tmp_path) is None

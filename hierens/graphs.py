@@ -1,0 +1,59 @@
+"""A graph of modules that can be pickled: torch would trace it once more, which fails for most of these."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+
+class _Reference(NamedTuple):
+    """Stands for a node in a listing."""
+
+    name: str
+
+
+class Block(fx.GraphModule):
+    """A piece of a backbone: its modules under their own names, and in which order they are called."""
+
+    def __reduce__(self) -> Any:
+        """The graph as a list of its nodes, and all that modules have."""
+        state = {name: self.__dict__[name] for name in vars(nn.Module()) if name in self.__dict__}
+        return _rebuilt, (_listed(self.graph), state, type(self).__name__)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The same in every protocol."""
+        return self.__reduce__()
+
+
+def _listed(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph's nodes as plain values."""
+
+    def plain(value: Any) -> Any:
+        return fx.node.map_arg(value, lambda node: _Reference(node.name))
+
+    return [(node.op, node.name, node.target, plain(node.args), plain(node.kwargs)) for node in graph.nodes]
+
+
+def _rebuilt(nodes: list[tuple[Any, ...]], state: dict[str, Any], name: str) -> Block:
+    """A block from what `__reduce__` gave."""
+    graph, made = fx.Graph(), dict[str, fx.Node]()
+
+    def known(value: Any) -> Any:
+        if isinstance(value, _Reference):
+            return made[value.name]
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(known, value))
+        if isinstance(value, dict):
+            return {key: known(part) for key, part in value.items()}
+        if isinstance(value, slice):
+            return slice(known(value.start), known(value.stop), known(value.step))
+        return value
+
+    for op, own, target, args, kwargs in nodes:
+        made[own] = graph.create_node(op, target, known(args), known(kwargs), own)
+    root = nn.Module()
+    root.__dict__.update(state)
+    block = Block(root, graph, class_name=name)
+    block.__dict__.update(state)
+    return block
