@@ -41,7 +41,7 @@ FIGURE5 = ("tree-distilled", "multi-branch", "independent")
 CANDIDATES = ("tree-labels", "tree-with-exits", *GROUPS[4])
 SINGLES = tuple(f"single-{width}" for width in SINGLE_WIDTHS)
 RIVALS = (*SINGLES, DEEP_ENSEMBLE, "multi-branch", "exits", "exits-equilibrium", "exits-ensemble", "exits-wide")
-TREES = ("tree-distilled", "tree-labels", "tree-with-exits")
+TREES = ("tree-distilled", "tree-labels", "tree-hierarchical", "tree-both-labelled", "tree-with-exits")
 SINGLE = f"single-{BASE_WIDTH}"
 
 CLAIMS = (
