@@ -179,7 +179,7 @@ def pruned(groups: Sequence[Group]) -> str:
         found = [record["pruning"] for record in group.records if "pruning" in record]
         if found:
             weights = [statistics.mean(of) for of in zip(*(p["weights"] for p in found), strict=True)]
-            saved = (statistics.mean(p["saved"][name] for p in found) for name in ("parameters", "macs", "latency_ms"))
+            saved = (statistics.mean(p["saved"][name] for p in found) for name in ("parameters", "macs"))
             rows.append(
                 (
                     group.name,
@@ -190,7 +190,7 @@ def pruned(groups: Sequence[Group]) -> str:
                     *(f"{100 * share:.0f} %" for share in saved),
                 )
             )
-    header = ("weights", "of exits 1 to 4", "exits kept", "before (%)", "after (%)", "parameters", "MACs", "latency")
+    header = ("weights", "of exits 1 to 4", "exits kept", "before (%)", "after (%)", "parameters", "MACs")
     return table(header, rows) if rows else "Not run yet."
 
 

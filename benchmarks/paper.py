@@ -25,7 +25,7 @@ from comparison.pages import indented, machines, runs
 from comparison.pictures import draw_costs
 from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, ROWS, SINGLE_WIDTHS
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
-from comparison.train import train_missing
+from comparison.train import train_missing, train_on_gpu
 
 from hierens.plotting import plot_comparison, plot_leaves
 from hierens.profiling import table
@@ -83,6 +83,12 @@ class Settings:
     """i/n: train every n-th run only, beginning with the i-th"""
     threads: int = 1
     """CPU threads of training"""
+    gpu_processes: int = 0
+    """train on the GPU, so many runs at a time, with the images that `benchmarks/gpu.py join` put together"""
+    joined: Path = Path("runs/gpu/images")
+    """where these lie"""
+    executor: str = "auto"
+    """of trees on the GPU"""
     train: bool = True
     """--no-train writes the page from the records that are there"""
     measure: bool = False
@@ -92,7 +98,11 @@ class Settings:
 def main(settings: Settings) -> None:
     """Train what is missing, then write the page."""
     torch.set_num_threads(settings.threads)
-    if settings.train:
+    if settings.train and settings.gpu_processes:
+        train_on_gpu(
+            settings.data, settings.joined, settings.runs, settings.gpu_processes, settings.executor, settings.only
+        )
+    elif settings.train:
         train_missing(settings.data, settings.data_dir, settings.runs, settings.only, settings.share)
     if settings.measure:
         print(f"wrote {measure(settings.data)}")

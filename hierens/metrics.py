@@ -268,7 +268,7 @@ def _agreeing(classes: Tensor, num_classes: int) -> Tensor:
     """Per image, the share of pairs of networks that chose the same class. (N, networks) -> (N,)."""
     networks = classes.shape[1]
     if networks == 1:
-        return torch.ones(len(classes))
+        return torch.ones(len(classes), device=classes.device)
     votes = F.one_hot(classes, num_classes).sum(1).double()
     return (votes * (votes - 1)).sum(-1) / (networks * (networks - 1))
 

@@ -3,10 +3,15 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from comparison import recipes, records
+from comparison import train as training
 from comparison.train import train_missing
+from comparison.views import TwoViews
+from gpu_steps.packing import Split
 
 from hierens.training.presets import preset
 
@@ -70,3 +75,25 @@ def test_rows_are_trained_and_recorded_once(digits, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in digits.rglob("*.json")}
     train_missing("digits", "", tmp_path / "runs", rows)
     assert {file: file.stat().st_mtime_ns for file in digits.rglob("*.json")} == before
+
+
+@pytest.mark.parametrize("row", ["single-24", "two-views"])
+def test_runs_take_images_from_memory(row, digits, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    channels, height, width = recipes.RECIPES["digits"].data.input_size
+    images = random.integers(0, 255, (300, height, width, channels), dtype=np.uint8)
+    split = Split(images, random.integers(0, 10, 300), tuple("0123456789"))
+    monkeypatch.setattr(training, "read_joined", lambda folder: {"train": split, "test": split})
+    said = training._train_on_gpu("digits", tmp_path, tmp_path / "runs", "looped", (row, 0))
+    assert said == f"wrote {records.record_file('digits', row, 0)}"
+    record = json.loads(records.record_file("digits", row, 0).read_text())
+    assert record["test_images"] == 300 and record["macs"]
+
+
+def test_the_halves_of_a_tree_see_other_augmentations():
+    config = recipes.RECIPES["cifar100"].data
+    images = np.random.default_rng(0).integers(0, 255, (64, 32, 32, 3), dtype=np.uint8)
+    both = TwoViews(Split(images, np.zeros(64, np.int64), ("a",)), config, torch.device("cpu"), 0, True)
+    stacked, _ = both.__getitems__(range(64))
+    first, second = stacked.chunk(2, 1)
+    assert first.shape == (64, 3, 32, 32) and not torch.equal(first, second)

@@ -129,3 +129,11 @@ def test_strangers_are_told_apart_by_rank_alone():
     assert ood_auroc(known, known) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="both kinds"):
         ood_auroc(known, strangers[:0])
+
+
+def test_agreement_stays_on_the_device_of_its_predictions():
+    """On a GPU, validation of a tree raised: the sums of one and of several networks lay on different devices."""
+    from hierens.metrics import _agreeing
+
+    for networks in (1, 2):
+        assert _agreeing(torch.zeros(3, networks, dtype=torch.long, device="meta"), 5).device.type == "meta"

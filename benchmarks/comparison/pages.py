@@ -16,8 +16,9 @@ def runs(groups: Mapping[str, Group]) -> str:
 
 def machines(groups: Mapping[str, Group]) -> str:
     """On what the records were made."""
-    seen = {tuple(map(str, record["machine"].values())) for group in groups.values() for record in group.records}
-    keys: list[Any] = list(next(iter(groups.values())).records[0]["machine"])
+    found: list[dict[str, Any]] = [record["machine"] for group in groups.values() for record in group.records]
+    keys = list(dict.fromkeys(key for machine in found for key in machine))
+    seen = {tuple(str(machine.get(key, "")) for key in keys) for machine in found}
     return f"Trained on:\n\n{table(keys, sorted(seen))}"
 
 

@@ -16,6 +16,7 @@ from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig
 from hierens.training.presets import PRESETS
 
 LABELS, DISTILLED = "independent", "independent+hierarchical_codistillation"
+HIERARCHICAL_DISTILLED = "hierarchical+hierarchical_codistillation"
 BASE_WIDTH = 24
 SINGLE_WIDTHS = (BASE_WIDTH, 28, 36, 50)  # their MACs are about those of the tree at its four depths
 WIDE_EXITS = 40  # a network whose exits span the tree's MACs
@@ -134,11 +135,13 @@ class Row:
         title: what tables call it.
         changes: fields of the recipe's model, training or data configuration that differ.
         seeds: what it is trained with.
+        two_views: whether the halves of the tree see different augmentations of an image.
     """
 
     title: str
     changes: dict[str, Any]
     seeds: tuple[int, ...] = field(default=(0, 1, 2))
+    two_views: bool = False
 
 
 def _single(width: int) -> Row:
@@ -182,6 +185,24 @@ ROWS: dict[str, Row] = {
     "all-three-labelled": Row(
         "L_I + L_H + L_HD", {"objective": "independent+hierarchical+hierarchical_codistillation"}
     ),
+    "hierarchical-distilled": Row("L_H + L_HD", {"objective": HIERARCHICAL_DISTILLED}),
+    "hierarchical-distilled-tempered": Row(
+        "L_H + L_HD, students tempered, alpha 0.25",
+        {"objective": HIERARCHICAL_DISTILLED, "temper_students": True, "alpha": 0.25},
+    ),
+    "hierarchical-stepwise": Row("L_H + stepwise", {"objective": "hierarchical+stepwise_codistillation"}),
+    "hierarchical-first-depths": Row(
+        "L_H, depths weighted 4, 2, 1, 1", {"objective": "hierarchical", "depth_weights": (4.0, 2.0, 1.0, 1.0)}
+    ),
+    "all-three-tempered": Row(
+        "L_I + L_H + L_HD, students tempered, alpha 0.25",
+        {
+            "objective": "independent+hierarchical+hierarchical_codistillation",
+            "temper_students": True,
+            "alpha": 0.25,
+        },
+    ),
+    "two-views": Row("an augmentation for each half of the tree", {"objective": DISTILLED}, two_views=True),
     "stepwise-too": Row("L_I + L_HD + stepwise", {"objective": f"{DISTILLED}+stepwise_codistillation", "alpha": 0.25}),
     "stepwise-too-alpha-0.5": Row(
         "L_I + L_HD + stepwise, alpha 0.5", {"objective": f"{DISTILLED}+stepwise_codistillation"}
@@ -218,6 +239,8 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     (
         *("tempered-students-alpha-0.25", "tempered-students", "stepwise-too", "standardised-logits"),
         *("label-smoothing", "averaged-teacher", "all-three-labelled", "stepwise-too-alpha-0.5"),
+        *("hierarchical-distilled", "hierarchical-distilled-tempered", "hierarchical-stepwise"),
+        *("hierarchical-first-depths", "all-three-tempered", "two-views"),
     ),
     ("independent", "tree-plain-distillation-small-alpha"),
     ("exits-collaboration", "exits-one-for-all", "exits-imta"),

@@ -43,7 +43,7 @@ def record_file(data: str, row: str, seed: int) -> Path:
     return RECORDS / data / row / f"{seed}.json"
 
 
-def write_record(run: Run, model: Any, data: str, row: str) -> Path:
+def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path:
     """Evaluate a run that has just finished, and write its record.
 
     Args:
@@ -51,8 +51,10 @@ def write_record(run: Run, model: Any, data: str, row: str) -> Path:
         model: the trained network.
         data: name of the recipe.
         row: name of the row.
+        images: the test set.
     """
-    compared, images = study(data), test_images(run, data)
+    compared = study(data)
+    model.to("cpu" if run.train.cpu else "cuda")
     answers = collect(model, DataLoader(images, 500))
     results = json.loads((Path(run.train.output_dir) / "results.json").read_text())
     lines = [json.loads(line) for line in (Path(run.train.output_dir) / "log.jsonl").read_text().splitlines()]
@@ -65,7 +67,7 @@ def write_record(run: Run, model: Any, data: str, row: str) -> Path:
         "parameters": list(model.parameter_counts()),
         "thresholds": {},
         "images_per_s": statistics.median(rates) if rates else None,
-        "machine": machine(),
+        "machine": machine() | ({} if run.train.cpu else {"device": torch.cuda.get_device_name()}),
         "config": _shared(run),
     }
     held_out = None
@@ -104,7 +106,7 @@ def pruning(model: Any, images: Any) -> dict[str, Any]:
     """What an ensemble of exits keeps after `prune`, chosen on one half of the test images and judged on the other."""
     chosen, judged = (DataLoader(Subset(images, range(start, len(images), 2)), 500) for start in (0, 1))
     pruned = model.prune(TOLERANCE, chosen)
-    costs = ("parameters", "macs", "latency_ms")
+    costs = ("parameters", "macs")
     return {
         "weights": model.weights.tolist(),
         "kept": list(pruned.kept),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import multiprocessing
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_steps.batches import DeviceImages, loader
+from gpu_steps.packing import Split, read_joined
+from torch.utils.data import TensorDataset
 
 from comparison.recipes import configured, queue, study
 from comparison.records import DEEP_ENSEMBLE, record_file, test_images, write_deep_ensemble, write_record
+from comparison.views import TwoViews, TwoViewTrainer
+from hierens.training.config import Run
 from hierens.training.run import train
+from hierens.training.trainer import Trainer
 
 
 def train_missing(
@@ -33,13 +45,87 @@ def train_missing(
     turn, of = map(int, share.split("/"))
     single = study(data).single
     for row, seed in list(queue(data, only, seeds))[turn::of]:
-        if not record_file(data, row, seed).is_file():
+        if study(data).rows[row].two_views:
+            print(f"{row} takes images that lie on a GPU: train it by --gpu-processes.", flush=True)
+        elif not record_file(data, row, seed).is_file():
             folder = runs / data / row / f"{seed}"
             print(f"{row}, seed {seed}: {folder}", flush=True)
             run = configured(data, row, seed, data_dir, str(folder), weights)
             model, _ = train(run)
-            print(f"wrote {write_record(run, model, data, row)}", flush=True)
+            print(f"wrote {write_record(run, model, data, row, test_images(run, data))}", flush=True)
         if row == single and not record_file(data, DEEP_ENSEMBLE, 0).is_file():
             images = test_images(configured(data, row, seed, data_dir, ""), data)
-            if file := write_deep_ensemble(data, runs / data / single, images):
-                print(f"wrote {file}", flush=True)
+            _together(data, runs, images)
+
+
+def train_on_gpu(
+    data: str, joined: Path, runs: Path, processes: int, executor: str, only: Collection[str] = ()
+) -> None:
+    """The same on a GPU: several runs at a time, with the images in its memory.
+
+    A network so small is bound by the launches of one process; several processes share the GPU.
+
+    Args:
+        data: name of the recipe.
+        joined: what `benchmarks/gpu.py join` wrote.
+        runs: where runs keep checkpoints and logs.
+        processes: that train at the same time.
+        executor: of trees.
+        only: rows; all by default.
+    """
+    missing = [(row, seed) for row, seed in queue(data, only) if not record_file(data, row, seed).is_file()]
+    one = partial(_train_on_gpu, data, joined, runs, executor)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with context.Pool(min(processes, max(len(missing), 1)), _start_process) as pool:
+        for said in pool.imap_unordered(one, missing, chunksize=1):
+            print(said, flush=True)
+    _together(data, runs, _in_memory(configured(data, study(data).single, 0, "", ""), read_joined(joined)["test"]))
+
+
+def _start_process() -> None:
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32, as on a CPU
+
+
+def _train_on_gpu(data: str, joined: Path, runs: Path, executor: str, what: tuple[str, int]) -> str:
+    """One run, in a process of its own."""
+    row, seed = what
+    try:
+        run = configured(data, row, seed, "", str(runs / data / row / f"{seed}"))
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, cpu=not torch.cuda.is_available()))
+        images = read_joined(joined)
+        two = study(data).rows[row].two_views
+        model, _ = train(run, _loaders(run, images, two), _by(executor, TwoViewTrainer if two else Trainer))
+        return f"wrote {write_record(run, model, data, row, _in_memory(run, images['test']))}"
+    except Exception as error:  # the others go on
+        return f"{row}, seed {seed} failed: {type(error).__name__}: {error}"
+
+
+def _by(executor: str, trainer_class: type[Trainer]) -> type[Trainer]:
+    """The trainer, whose trees run by this executor."""
+
+    class ByExecutor(trainer_class):  # type: ignore[misc, valid-type]
+        def fit(self, begun: Any = None) -> list[dict[str, Any]]:
+            if hasattr(self.ensemble, "set_executor"):
+                self.ensemble.set_executor(executor)
+            return super().fit(begun)
+
+    return ByExecutor
+
+
+def _loaders(run: Run, images: Mapping[str, Split], two_views: bool) -> tuple[Any, Any]:
+    config, device = run.train, torch.device("cpu" if run.train.cpu else "cuda")
+    training = (TwoViews if two_views else DeviceImages)(images["train"], run.data, device, config.seed, training=True)
+    validation = DeviceImages(images["test"], run.data, device)
+    return loader(training, config.batch_size, True), loader(validation, config.val_batch_size, False)
+
+
+def _in_memory(run: Run, split: Split) -> TensorDataset:
+    """Normalised images as the model sees them, and labels."""
+    images = DeviceImages(split, run.data, torch.device("cpu"))
+    return TensorDataset(*images.__getitems__(range(len(images))))
+
+
+def _together(data: str, runs: Path, images: Any) -> None:
+    if file := write_deep_ensemble(data, runs / data / study(data).single, images):
+        print(f"wrote {file}", flush=True)

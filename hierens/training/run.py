@@ -28,8 +28,16 @@ from hierens.tree_exits import tree_with_exits
 __all__ = ["Run", "create_ensemble", "create_teacher", "train"]
 
 
-def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:
+def train(
+    run: Run, loaders: tuple[Any, Any] | None = None, trainer_class: type[Trainer] = Trainer
+) -> tuple[Adaptive, dict[str, Any]]:
     """Train as configured.
+
+    Args:
+        run: the configuration.
+        loaders: of training and validation, in place of those that `run.data` describes; batches of
+            (images (N, C, H, W), targets (N,)), of the sizes that `run.train` says.
+        trainer_class: `Trainer` or a class derived from it.
 
     Returns:
         The model, on the CPU, and the record of its last validation: `accuracy` per depth in percent, and the rest of
@@ -41,11 +49,13 @@ def train(run: Run) -> tuple[Adaptive, dict[str, Any]]:
     config, output = run.train, Path(run.train.output_dir)
     check_free(output)
     micro_batch = config.batch_size // config.accumulation
-    train_loader, val_loader = create_loaders(run.data, micro_batch, config.val_batch_size, config.seed, config.cpu)
+    train_loader, val_loader = loaders or create_loaders(
+        run.data, micro_batch, config.val_batch_size, config.seed, config.cpu
+    )
     names = class_names(train_loader.dataset)
     model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset), names)
     teacher = create_teacher(run, model.num_classes)
-    trainer = Trainer(model, config, train_loader, val_loader, teacher, run.teacher)
+    trainer = trainer_class(model, config, train_loader, val_loader, teacher, run.teacher)
     history = trainer.fit(begun=lambda: _write(output / "run.json", to_json(run)))
     model = from_pretrained(output / "model") if is_sharded(trainer.model) else trainer.ensemble.cpu().eval()
     if trainer.accelerator.is_main_process:

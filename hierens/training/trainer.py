@@ -258,8 +258,7 @@ class Trainer:
         torch.manual_seed(seed)
         if config.channels_last:
             images = images.to(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            leaf_logits = self._forward(images, reduce=False)  # (N, leaves, classes)
+        leaf_logits = self.leaf_logits(images)
         nesting = self.ensemble.nesting
         loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast, nesting)
         accelerator.backward(loss)
@@ -271,6 +270,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
+
+    def leaf_logits(self, images: Tensor) -> Tensor:
+        """What a step's loss is computed from, (N, leaves, classes): the place for another way through the model."""
+        with self.accelerator.autocast():
+            return self._forward(images, reduce=False)
 
     def _clip(self, limit: float) -> None:
         parameters = list(self.model.parameters())
