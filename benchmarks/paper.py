@@ -25,7 +25,7 @@ from comparison.pages import indented, machines, runs
 from comparison.pictures import draw_costs
 from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, ROWS, SINGLE_WIDTHS
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
-from comparison.train import train_missing, train_on_gpu
+from comparison.train import train_missing, train_in_memory
 
 from hierens.plotting import plot_comparison, plot_leaves
 from hierens.profiling import table
@@ -83,12 +83,12 @@ class Settings:
     """i/n: train every n-th run only, beginning with the i-th"""
     threads: int = 1
     """CPU threads of training"""
-    gpu_processes: int = 0
-    """train on the GPU, so many runs at a time, with the images that `benchmarks/gpu.py join` put together"""
+    processes: int = 0
+    """train so many runs at a time, on the GPU if there is one, with the images of `joined` in memory"""
     joined: Path = Path("runs/gpu/images")
-    """where these lie"""
+    """what `benchmarks/gpu.py pack` and `join` made of the images"""
     executor: str = "auto"
-    """of trees on the GPU"""
+    """of trees, with `processes`"""
     train: bool = True
     """--no-train writes the page from the records that are there"""
     measure: bool = False
@@ -98,9 +98,9 @@ class Settings:
 def main(settings: Settings) -> None:
     """Train what is missing, then write the page."""
     torch.set_num_threads(settings.threads)
-    if settings.train and settings.gpu_processes:
-        train_on_gpu(
-            settings.data, settings.joined, settings.runs, settings.gpu_processes, settings.executor, settings.only
+    if settings.train and settings.processes:
+        train_in_memory(
+            settings.data, settings.joined, settings.runs, settings.processes, settings.executor, settings.only
         )
     elif settings.train:
         train_missing(settings.data, settings.data_dir, settings.runs, settings.only, settings.share)

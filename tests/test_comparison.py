@@ -84,7 +84,7 @@ def test_runs_take_images_from_memory(row, digits, tmp_path, monkeypatch):
     images = random.integers(0, 255, (300, height, width, channels), dtype=np.uint8)
     split = Split(images, random.integers(0, 10, 300), tuple("0123456789"))
     monkeypatch.setattr(training, "read_joined", lambda folder: {"train": split, "test": split})
-    said = training._train_on_gpu("digits", tmp_path, tmp_path / "runs", "looped", (row, 0))
+    said = training._train_one("digits", tmp_path, tmp_path / "runs", "looped", (row, 0))
     assert said == f"wrote {records.record_file('digits', row, 0)}"
     record = json.loads(records.record_file("digits", row, 0).read_text())
     assert record["test_images"] == 300 and record["macs"]

@@ -46,7 +46,7 @@ def train_missing(
     single = study(data).single
     for row, seed in list(queue(data, only, seeds))[turn::of]:
         if study(data).rows[row].two_views:
-            print(f"{row} takes images that lie on a GPU: train it by --gpu-processes.", flush=True)
+            print(f"{row} takes images from memory: train it by --processes.", flush=True)
         elif not record_file(data, row, seed).is_file():
             folder = runs / data / row / f"{seed}"
             print(f"{row}, seed {seed}: {folder}", flush=True)
@@ -58,12 +58,12 @@ def train_missing(
             _together(data, runs, images)
 
 
-def train_on_gpu(
+def train_in_memory(
     data: str, joined: Path, runs: Path, processes: int, executor: str, only: Collection[str] = ()
 ) -> None:
-    """The same on a GPU: several runs at a time, with the images in its memory.
+    """The same for several runs at a time, with the images in memory, on the GPU if there is one.
 
-    A network so small is bound by the launches of one process; several processes share the GPU.
+    On a GPU a network so small is bound by the launches of one process: several processes share it.
 
     Args:
         data: name of the recipe.
@@ -74,20 +74,20 @@ def train_on_gpu(
         only: rows; all by default.
     """
     missing = [(row, seed) for row, seed in queue(data, only) if not record_file(data, row, seed).is_file()]
-    one = partial(_train_on_gpu, data, joined, runs, executor)
+    one = partial(_train_one, data, joined, runs, executor)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with context.Pool(min(processes, max(len(missing), 1)), _start_process) as pool:
+    with context.Pool(min(processes, max(len(missing), 1)), _start) as pool:
         for said in pool.imap_unordered(one, missing, chunksize=1):
             print(said, flush=True)
     _together(data, runs, _in_memory(configured(data, study(data).single, 0, "", ""), read_joined(joined)["test"]))
 
 
-def _start_process() -> None:
+def _start() -> None:
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # float32, as on a CPU
 
 
-def _train_on_gpu(data: str, joined: Path, runs: Path, executor: str, what: tuple[str, int]) -> str:
+def _train_one(data: str, joined: Path, runs: Path, executor: str, what: tuple[str, int]) -> str:
     """One run, in a process of its own."""
     row, seed = what
     try:
