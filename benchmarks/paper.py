@@ -11,6 +11,7 @@ the page is made of these alone. Runs can be stopped, go on where they were, and
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from comparison.pages import indented, machines, runs
 from comparison.pictures import draw_costs
 from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, ROWS, SINGLE_WIDTHS
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
-from comparison.train import train_missing, train_in_memory
+from comparison.train import train_in_memory, train_missing
 
 from hierens.plotting import plot_comparison, plot_leaves
 from hierens.profiling import table
@@ -35,13 +36,14 @@ from hierens.training.presets import dump_run
 RESULTS = ROOT / "docs" / "results"
 PAGES = {"cifar100": "cifar100", "cifar10": "cifar10", "fashion_mnist": "paper"}
 TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10 (JPEG copies)", "fashion_mnist": "Fashion-MNIST"}
-TABLE1 = ("tree-labels", "tree-hierarchical", "tree-both-labelled", "tree-distilled")
+TABLE1 = ("tree-labels", "tree-hierarchical", "tree-both-labelled", "tree-distilled", "hierarchical-distilled")
 FIGURE4 = ("tree-labels", "tree-plain-distillation-small-alpha", "tree-plain-distillation", "tree-distilled")
 FIGURE5 = ("tree-distilled", "multi-branch", "independent")
 CANDIDATES = ("tree-labels", "tree-with-exits", *GROUPS[4])
 SINGLES = tuple(f"single-{width}" for width in SINGLE_WIDTHS)
 RIVALS = (*SINGLES, DEEP_ENSEMBLE, "multi-branch", "exits", "exits-equilibrium", "exits-ensemble", "exits-wide")
-TREES = ("tree-distilled", "tree-labels", "tree-hierarchical", "tree-both-labelled", "tree-with-exits")
+TREES = ("hierarchical-distilled", "tree-distilled", "tree-hierarchical", "tree-with-exits")
+DRAWN = ("hierarchical-distilled", "tree-distilled", DEEP_ENSEMBLE, "multi-branch", "exits-ensemble", "exits-wide")
 SINGLE = f"single-{BASE_WIDTH}"
 
 CLAIMS = (
@@ -50,6 +52,7 @@ CLAIMS = (
     Claim("L_I + L_HD beats L_I", "tree-distilled", "tree-labels", "every"),
     Claim("L_I + L_HD beats L_H", "tree-distilled", "tree-hierarchical", "every"),
     Claim("L_I + L_HD beats L_I + L_H", "tree-distilled", "tree-both-labelled", "every"),
+    Claim("L_H + L_HD, not in the paper, beats L_I + L_HD", "hierarchical-distilled", "tree-distilled", "every"),
     Claim("co-distillation helps one network", "tree-plain-distillation", "tree-labels", "first"),
     Claim("co-distillation costs the full ensemble", "tree-labels", "tree-plain-distillation"),
     Claim(
@@ -63,7 +66,8 @@ CLAIMS = (
     Claim("multi-branch is better for one network", "multi-branch", "tree-distilled", "first"),
     Claim("the tree is better than multi-branch in full", "tree-distilled", "multi-branch"),
     Claim("sharing one trunk lowers diversity", "tree-distilled", "multi-branch", "last", "std"),
-    Claim("one network of the tree beats the same network trained alone", "tree-distilled", SINGLE, "first"),
+    Claim("L_I + L_HD: one network of the tree beats the same one trained alone", "tree-distilled", SINGLE, "first"),
+    Claim("L_H + L_HD: the same", "hierarchical-distilled", SINGLE, "first"),
 )
 
 
@@ -163,7 +167,7 @@ def _choice(groups: Mapping[str, Group], directory: Path, stem: str, data: str) 
         if unit == "macs":
             of_unit |= {f"{row}+": threshold_points(shown[row]) for row in TREES if row in shown}
         if all_points := [point for of_row in of_unit.values() for point in of_row]:
-            panels[label] = of_unit
+            panels[label] = _drawn(of_unit)
             tables.append(f"### By {label}\n\n{_sentence(all_points, label)}\n\n{front_table(all_points, label)}")
     draw_costs(panels, directory / f"{stem}_costs.png")
     titles = {**{row: entry.title for row, entry in ROWS.items()}, DEEP_ENSEMBLE: "deep ensemble"}
@@ -190,6 +194,17 @@ noise of each other.
 Megabytes of float32 weights that have to be there for all depths of a row:
 
 {table(("", "MB"), whole)}"""
+
+
+def _drawn(of_unit: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
+    """Few enough rows to tell apart; the single networks make one curve."""
+    curves = {row: list(of_unit[row]) for row in DRAWN if of_unit.get(row)}
+    singles = [point for row in SINGLES for point in of_unit.get(row, ())]
+    if singles:
+        title = f"separately trained networks, {', '.join(map(str, SINGLE_WIDTHS))} channels"
+        curves["singles"] = [dataclasses.replace(point, row=title) for point in singles]
+    first = next((row for row in TREES if of_unit.get(f"{row}+")), None)
+    return curves | ({"thresholds": list(of_unit[f"{first}+"])} if first else {})
 
 
 def _sentence(of_all: Sequence[Point], label: str) -> str:

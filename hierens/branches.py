@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from operator import call, is_, itemgetter
+from operator import getitem, itemgetter
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -73,7 +73,9 @@ class GroupedForm:
         closed = dict(_unlike(branches, known))
         self.packed: Packed | None = None
         self.because = closed.get("", "")
-        self._kept = [_Kept(branch, closed) for branch in branches]
+        self._modules = [[m for name, m in branch.named_modules() if not _within(name, closed)] for branch in branches]
+        self._all = _Kept(list(chain.from_iterable(self._modules)))
+        self._some = {(0, len(self._modules)): self._all}
         own = [{n: tensor for n, tensor in state_of(branch) if not _within(n, closed)} for branch in branches]
         self.laid = not self.because and all(
             are_laid([state[name] for state in own], wholes.get(name)) for name in own[0]
@@ -91,42 +93,59 @@ class GroupedForm:
 
     def holds(self, start: int = 0, stop: int | None = None) -> bool:
         """Whether these branches are what they were, so that the form does what they do."""
+        stop = len(self._modules) if stop is None else stop
         try:
-            return all(kept.holds() for kept in self._kept[start:stop])
-        except Exception:  # such as the address of a tensor that has none
+            return (self._some.get((start, stop)) or self._part(start, stop)).holds()
+        except Exception:  # such as tensors that were replaced, or the address of one that has none
             return False
+
+    def _part(self, start: int, stop: int) -> _Kept:
+        """Some of the branches as they were when the form was found, which they are while all are what they were."""
+        part = _Kept(list(chain.from_iterable(self._modules[start:stop])))
+        if not self._all.holds():
+            return self._all
+        return self._some.setdefault((start, stop), part)
 
 
 class _Kept:
-    """A branch as it was: types, parts, settings, hooks and tensors of all modules but those it runs by itself."""
+    """Modules as they were: types, parts, settings, hooks and tensors."""
 
-    def __init__(self, branch: nn.Module, closed: Mapping[str, str]) -> None:
-        self.modules = [module for name, module in branch.named_modules() if not _within(name, closed)]
-        self.types = list(map(type, self.modules))
-        self.states = [vars(module) for module in self.modules]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.types = list(map(type, modules))
+        self.states = [vars(module) for module in modules]
         self.sizes = list(map(len, self.states))  # a forward of its own is one more
-        self.settings = [itemgetter(*_settings(module)) for module in self.modules]
-        self.values = list(map(call, self.settings, self.states))
-        self.hooks = [getattr(module, name) for module in self.modules for name in _HOOKS]
-        own = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for module in modules:
+            alike.setdefault(tuple(_settings(module)), []).append(vars(module))
+        self.settings = [(itemgetter(*names), states) for names, states in alike.items() if names]
+        self.values = [list(map(get, states)) for get, states in self.settings]
+        self.hooks = [getattr(module, name) for module in modules for name in _HOOKS]
+        own: list[dict[str, Any]] = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self.owners = [holder for holder in own if holder]
         self.empty = [holder for holder in own if not holder]
-        self.owned = list(chain.from_iterable(map(dict.values, self.owners)))
-        self.tensors = [value for value in self.owned if isinstance(value, Tensor)]
+        self.owned = list(map(dict.copy, self.owners))
+        self.tensors = [value for holder in self.owned for value in holder.values() if isinstance(value, Tensor)]
+        # Dictionaries compare values by identity first. Another tensor is then compared by its elements, which says
+        # nothing of identity if it has one, and raises an error if it has more: see `GroupedForm.holds`.
+        scalars = [(h, k) for h in self.owners for k, v in h.items() if isinstance(v, Tensor) and v.numel() == 1]
+        self.holders, self.keys = [holder for holder, _ in scalars], [key for _, key in scalars]
+        self.ids = list(map(id, map(getitem, self.holders, self.keys)))
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.numbers = list(map(Tensor.numel, self.tensors))
 
     def holds(self) -> bool:
         """Whether it is all the same."""
-        owned = list(chain.from_iterable(map(dict.values, self.owners)))
         return (
-            list(map(call, self.settings, self.states)) == self.values
+            [list(map(get, states)) for get, states in self.settings] == self.values
             and list(map(type, self.modules)) == self.types
             and list(map(len, self.states)) == self.sizes
             and not any(self.hooks)
             and not any(self.empty)
-            and len(owned) == len(self.owned)
-            and all(map(is_, owned, self.owned))
+            and self.owners == self.owned
+            and list(map(id, map(getitem, self.holders, self.keys))) == self.ids
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and list(map(Tensor.numel, self.tensors)) == self.numbers
         )
 
 

@@ -169,6 +169,8 @@ def _then_act(module: nn.Module, x: Tensor) -> Tensor:
 
 def linear(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """A linear layer of w branches: one batched matrix product. (w*N, ..., in) -> (w*N, ..., out)."""
+    if width.active == 1:  # fewer kernels, which is what a small batch on a GPU waits for
+        return F.linear(x, layer.rows("weight", width), layer.rows("bias", width))
     rows = x.unflatten(0, (width.active, -1)).flatten(1, -2)  # (w, N * positions, in)
     weight, bias = (
         layer.stacked("weight", width).transpose(1, 2),
@@ -181,6 +183,9 @@ def linear(layer: Layer, x: Tensor, width: Width) -> Tensor:
 def layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
     """Layer norm over the last dimensions, with each branch's own scale and shift."""
     module = layer.module
+    if width.active == 1:
+        weight, bias = layer.rows("weight", width), layer.rows("bias", width)
+        return _then_act(module, F.layer_norm(x, module.normalized_shape, weight, bias, module.eps))
     x = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
     if module.weight is not None:
         x = with_weights("mul", x, layer.stacked("weight", width), width)

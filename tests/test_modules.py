@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import threading
+from functools import cache
 
 import pytest
 import timm
@@ -28,11 +29,16 @@ EXECUTORS = ("looped", "grouped", "auto")
 
 
 def tree(executor="auto", training=False, blocks=3):
-    torch.manual_seed(0)
-    backbone = lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
-    model = hierens.hierensify(backbone, blocks=blocks, init="reinit", seed=1).train(training)
+    model = copy.deepcopy(_converted(blocks)).train(training)
     model.set_executor(executor)
     return model
+
+
+@cache
+def _converted(blocks):
+    torch.manual_seed(0)
+    backbone = lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
+    return hierens.hierensify(backbone, blocks=blocks, init="reinit", seed=1)
 
 
 def tokens(executor="auto", training=False):
@@ -185,6 +191,28 @@ def own_forward(model):
     module.forward = lambda x: x * 2
 
 
+def fewer_channels(model):
+    """Structured pruning in place: tensors keep their identity and their address."""
+    for branch in model.levels[2]:
+        first, norm = branch.get_submodule("layer3.0.conv1"), branch.get_submodule("layer3.0.bn1")
+        second, kept = branch.get_submodule("layer3.0.conv2"), first.out_channels // 2
+        first.weight.data, second.weight.data = first.weight.data[:kept], second.weight.data[:, :kept]
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(norm, name).data = getattr(norm, name).data[:kept]
+
+
+def equal_counters(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = module.num_batches_tracked.clone()
+
+
+def synchronised_batch_norm(model):
+    for level in model.levels:
+        for index, branch in enumerate(level):
+            level[index] = nn.SyncBatchNorm.convert_sync_batchnorm(branch)
+
+
 CHANGES = [
     *(
         replaced_convolution,
@@ -195,9 +223,9 @@ CHANGES = [
         frozen_statistics,
     ),
     *(split_batch_norm, weight_norm, pruned, quantized_weights, quantized_dynamically, doubled_weights),
-    *(partly_without_gradients, emptied, own_forward),
+    *(partly_without_gradients, emptied, own_forward, fewer_channels, equal_counters, synchronised_batch_norm),
 ]
-INFERENCE = (quantized_weights, quantized_dynamically)
+INFERENCE = (quantized_weights, quantized_dynamically, synchronised_batch_norm)  # the last trains on GPUs alone
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

@@ -14,13 +14,13 @@ _MARKERS = "os^Dv*XPph<>"
 
 
 def draw_costs(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Path:
-    """Accuracy against several costs, a panel each; points of a row are joined.
+    """Accuracy against several costs, a panel each; points of a row are joined, the first row's by a thick line.
 
     Args:
         panels: by the label of the cost axis, the points of every row.
         path: the picture's file.
     """
-    figure = Figure(figsize=(4.6 * len(panels), 4.8), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels), 4.6), dpi=130, layout="constrained")
     axes_of = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(points[0].row for rows in panels.values() for points in rows.values() if points))
     style = {name: (f"C{index % 10}", _MARKERS[index % len(_MARKERS)]) for index, name in enumerate(names)}
@@ -34,7 +34,7 @@ def draw_costs(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) 
                     color=color,
                     marker=marker,
                     ms=5,
-                    lw=1.2,
+                    lw=2.2 if points[0].row == names[0] else 1.2,
                     label=points[0].row,
                 )
         axes.set(xlabel=label, xscale="log")
@@ -45,6 +45,6 @@ def draw_costs(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) 
         axes.spines[["top", "right"]].set_visible(False)
     axes_of[0].set_ylabel("accuracy (%)")
     handles = {text: handle for axes in axes_of for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path)
     return path

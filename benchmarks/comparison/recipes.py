@@ -185,7 +185,7 @@ ROWS: dict[str, Row] = {
     "all-three-labelled": Row(
         "L_I + L_H + L_HD", {"objective": "independent+hierarchical+hierarchical_codistillation"}
     ),
-    "hierarchical-distilled": Row("L_H + L_HD", {"objective": HIERARCHICAL_DISTILLED}),
+    "hierarchical-distilled": Row("tree, L_H + L_HD", {"objective": HIERARCHICAL_DISTILLED}),
     "hierarchical-distilled-tempered": Row(
         "L_H + L_HD, students tempered, alpha 0.25",
         {"objective": HIERARCHICAL_DISTILLED, "temper_students": True, "alpha": 0.25},

@@ -154,11 +154,13 @@ def write_deep_ensemble(data: str, folder: Path, images: Any) -> Path | None:
 def read_records(data: str) -> dict[str, Group]:
     """The records of a data set by row, each group's in the order of their seeds."""
     groups: dict[str, Group] = {}
-    for row in (*study(data).rows, DEEP_ENSEMBLE):
+    compared = study(data)
+    for row in (*compared.rows, DEEP_ENSEMBLE):
         files = sorted((RECORDS / data / row).glob("*.json"), key=lambda file: int(file.stem))
         records = [json.loads(file.read_text()) for file in files]
         if records:
-            groups[row] = Group(records[0]["title"], records[0]["macs"], records)
+            title = compared.rows[row].title if row in compared.rows else records[0]["title"]
+            groups[row] = Group(title, records[0]["macs"], records)
     return groups
 
 

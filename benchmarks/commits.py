@@ -1,0 +1,268 @@
+"""Time and memory of two checkouts of hierens, call by call in turn; writes docs/results/commits.md.
+
+python benchmarks/commits.py OLD_CHECKOUT                       # about half an hour on two cores
+python benchmarks/commits.py OLD_CHECKOUT --networks resnet18 --ways unfused
+
+Each checkout runs in a process of its own, and the two take turns within every round, so that whatever disturbs the
+machine meets both. A cell is the median over rounds of the rounds' own ratios, new over old. Leave the machine alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import tyro
+from comparison.records import machine
+
+from hierens.profiling import table
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "docs" / "results" / "runs" / "commits.json"
+PAGE = ROOT / "docs" / "results" / "commits.md"
+NETWORKS = ("hne_mobilenetv2_075", "resnet18", "resnet50", "efficientnet_b0")
+WAYS = ("fused", "unfused", "training")
+SMALL = "resnet8_cifar"  # and the network of docs/results/cifar100.md, where a step is bound by calls
+TRAINING_BATCH, MIN_ROUNDS, MAX_ROUNDS = 8, 5, 41
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    old: tyro.conf.Positional[str]
+    """folder of the older checkout"""
+    new: str = str(ROOT)
+    """folder of the newer one"""
+    networks: tuple[str, ...] = (*NETWORKS, SMALL)
+    """backbones, cut into four blocks"""
+    ways: tuple[str, ...] = WAYS
+    """of fused, unfused, training"""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """images per call of inference"""
+    seconds: float = 3.0
+    """for the rounds of one cell; at least five rounds are run"""
+    record: Path | None = field(default=RECORD)
+    """the file that cells are kept in"""
+
+
+# --- a process for each checkout --------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Time what each line of the input asks for; runs in a process whose path leads to one checkout."""
+    import timm
+    import torch
+
+    import hierens
+    from hierens.objectives import Objective
+
+    warnings.filterwarnings("ignore")
+    made: dict[str, Any] = {}
+
+    def tree(name: str) -> Any:
+        if name not in made:
+            made.clear()
+            torch.manual_seed(0)
+            if name == SMALL:
+                backbone = timm.create_model(SMALL, channels=[24, 48, 96], stem_stride=2, num_classes=100)
+            else:
+                backbone = timm.create_model(name) if not name.startswith("hne_") else None
+            made[name] = (
+                timm.create_model(name, num_classes=1000)
+                if backbone is None
+                else hierens.hierensify(backbone, blocks=4, init="reinit", seed=0)
+            )
+        return made[name]
+
+    def call(name: str, way: str, batch: int, depth: int) -> Any:
+        key = f"{name} {way} {batch} {depth}"
+        if key in made:
+            return made[key]
+        model, size = tree(name), 32 if name == SMALL else 224
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+        if way == "training":
+            labels = torch.randint(0, 100, (batch,), generator=torch.Generator().manual_seed(0))
+            optimizer = torch.optim.SGD(model.train().parameters(), 1e-3)
+            objective = Objective("independent+hierarchical_codistillation")
+
+            def run() -> None:
+                objective(model(images, reduce=False), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        else:
+            model.eval()
+            if way == "fused":
+                if "fused" not in made:
+                    made["fused"] = model.fuse()
+                model = made["fused"]
+
+            def run() -> None:
+                with torch.no_grad():
+                    model(images, depth=depth)
+
+        run()
+        made[key] = run
+        return run
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        run = call(*asked["cell"])
+        start = time.perf_counter()
+        for _ in range(asked["times"]):
+            run()
+        taken = (time.perf_counter() - start) / asked["times"]
+        high = next(int(row.split()[1]) for row in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in row)
+        Path("/proc/self/clear_refs").write_text("5")  # the next call's peak is its own
+        print(json.dumps({"s": taken, "peak_mb": high / 1024}), flush=True)
+
+
+class Checkout:
+    """A process that times calls of one checkout."""
+
+    def __init__(self, folder: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": folder}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "serve"],
+            env=environment,
+            cwd=folder,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def time(self, cell: tuple[str, str, int, int], times: int = 1) -> dict[str, float]:
+        """Seconds of one call, the mean of some, and the highest memory so far in MB."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"cell": cell, "times": times}) + "\n")
+        self.process.stdin.flush()
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def main(settings: Settings) -> None:
+    """Measure, and write the page."""
+    file = settings.record
+    rows: list[dict[str, Any]] = []
+    for name, way in product(settings.networks, settings.ways):
+        pair = Checkout(settings.old), Checkout(settings.new)
+        for cell in cells(name, way, settings.batch_sizes):
+            rows.append(measured(*pair, cell, settings.seconds))
+            print(rows[-1], flush=True)
+        for checkout in pair:
+            checkout.close()
+    if file is not None:
+        record = {"old": commit(settings.old), "new": commit(settings.new), "machine": machine(), "rows": rows}
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        PAGE.write_text(page(record))
+    for way in settings.ways:
+        ratios = [row["ratio"] for row in rows if row["way"] == way]
+        print(way, f"geometric mean {statistics.geometric_mean(ratios):.3f}, at most {max(ratios):.3f}")
+
+
+def cells(name: str, way: str, batch_sizes: tuple[int, ...]) -> Iterator[tuple[str, str, int, int]]:
+    """Network, way, batch size, depth."""
+    if way == "training":
+        yield name, way, 128 if name == SMALL else TRAINING_BATCH, 3
+    else:
+        for batch, depth in product(batch_sizes, range(4)):
+            yield name, way, batch, depth
+
+
+def measured(old: Checkout, new: Checkout, cell: tuple[str, str, int, int], seconds: float) -> dict[str, Any]:
+    """A cell: both in turn, in alternating order."""
+    first = max(checkout.time(cell)["s"] for checkout in (old, new))
+    times = max(1, int(0.05 / first))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / (2 * times * first))))
+    found: list[tuple[float, float]] = []
+    for turn in range(rounds):
+        order = (old, new) if turn % 2 else (new, old)
+        by = {checkout: checkout.time(cell, times) for checkout in order}
+        found.append((by[old]["s"], by[new]["s"]))
+    return {
+        "network": cell[0],
+        "way": cell[1],
+        "batch": cell[2],
+        "depth": cell[3],
+        "old_ms": 1000 * statistics.median(o for o, _ in found),
+        "new_ms": 1000 * statistics.median(n for _, n in found),
+        "ratio": statistics.median(n / o for o, n in found),
+        "peak_mb": [by[checkout]["peak_mb"] for checkout in (old, new)],
+    }
+
+
+def page(record: dict[str, Any]) -> str:
+    """The results page."""
+    rows, machine = record["rows"], record["machine"]
+    summary = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        of_way = [row for row in rows if row["way"] == way]
+        worst = max(of_way, key=lambda row: row["ratio"])
+        summary.append(
+            (
+                way,
+                f"{statistics.geometric_mean(row['ratio'] for row in of_way):.3f}",
+                f"{len(of_way)}",
+                f"{worst['ratio']:.3f}: {worst['network']}, batch {worst['batch']}, depth {worst['depth']}",
+            )
+        )
+    cells = [
+        (
+            row["network"],
+            row["way"],
+            *map(str, (row["batch"], row["depth"])),
+            f"{row['old_ms']:.2f}",
+            f"{row['new_ms']:.2f}",
+            f"{row['ratio']:.3f}",
+            " / ".join(f"{peak:.0f}" for peak in row["peak_mb"]),
+        )
+        for row in rows
+    ]
+    header = ("network", "way", "batch", "depth", "old (ms)", "new (ms)", "new / old", "peak memory (MB)")
+    return f"""# Ordinary branches against packed ones
+
+Levels used to hold their branches' weights packed in single tensors; now each branch is an ordinary module, and a
+grouped call is derived from the modules when it runs. This page compares the last commit with packed levels
+(`{record["old"]}`) with the commit `{record["new"]}`. Each runs in a process of its own; the two take turns in every
+round. Ratios are medians over rounds; below 1 the new code is faster. *Peak memory* is the highest resident memory of
+the process during the cell's calls, old / new. *training*: forward, loss, backward and SGD at all eight networks.
+
+Measured on {machine["cores"]} cores of {machine["processor"]} ({machine["instructions"]}), torch {machine["torch"]}.
+
+{table(("way", "geometric mean", "cells", "slowest cell"), summary)}
+
+{table(header, cells)}
+
+```bash
+python benchmarks/commits.py OLD_CHECKOUT
+```
+"""
+
+
+def commit(folder: str) -> str:
+    """The commit of a checkout."""
+    command = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        main(tyro.cli(Settings, description=__doc__))
