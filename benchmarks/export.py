@@ -27,7 +27,7 @@ from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpoo
 from executorch.runtime import Runtime
 
 import hierens
-from hierens.profiling import millions, table
+from hierens.evaluation.profiling import millions, table
 from hierens.training.builtin import fashion_mnist
 from hierens.training.config import DataConfig
 

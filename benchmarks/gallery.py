@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import hierens
-from hierens.adaptive import Adaptive
-from hierens.cards import COLUMNS, PICTURE
-from hierens.hub import CARD, WEIGHTS
-from hierens.policies import Confidence
-from hierens.profiling import millions, table
+from hierens.core.adaptive import Adaptive
+from hierens.evaluation.profiling import millions, table
+from hierens.hub.cards import COLUMNS, PICTURE
+from hierens.hub.saving import CARD, WEIGHTS
+from hierens.inference.policies import Confidence
 from hierens.training.data import create_datasets
 from hierens.training.presets import load_run
 
@@ -235,7 +235,7 @@ All are trained by the paper's objective; figures are of the test images after t
 
 ```python
 import hierens
-from hierens.policies import load_policy
+from hierens.inference.policies import load_policy
 
 model = hierens.from_pretrained("models/{shown[0]}")
 policy = load_policy("models/{shown[0]}")  # every image leaves once its answer is sure enough

@@ -32,8 +32,8 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 import hierens
-from hierens.cutting import cut, example_input
-from hierens.modes import quiet_dropout
+from hierens.core.modes import quiet_dropout
+from hierens.cutting.cut import cut, example_input
 
 ROOT = Path(__file__).parents[1]
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING or "_hierens_cli" not in sys.modules:
-    from hierens.adaptive import Adaptive, Step
-    from hierens.calibration import calibrate
-    from hierens.cutting import CutError, CutPoint, cut_points
-    from hierens.ensemble import HierarchicalEnsemble, hierensify
-    from hierens.exits import MultiExit, multi_exit
-    from hierens.fusing import FusedEnsemble
-    from hierens.hub import from_pretrained
-    from hierens.tree import Tree
-    from hierens.tree_exits import TreeWithExits, tree_with_exits
+    from hierens.branches.fusing import FusedEnsemble
+    from hierens.core.adaptive import Adaptive, Step
+    from hierens.core.tree import Tree
+    from hierens.cutting.cut import CutError, CutPoint, cut_points
+    from hierens.hub.saving import from_pretrained
+    from hierens.inference.calibration import calibrate
+    from hierens.models.ensemble import HierarchicalEnsemble, hierensify
+    from hierens.models.exits import MultiExit, multi_exit
+    from hierens.models.tree_exits import TreeWithExits, tree_with_exits
 else:
     _HOMES = {
-        "adaptive": ("Adaptive", "Step"),
-        "calibration": ("calibrate",),
-        "cutting": ("CutError", "CutPoint", "cut_points"),
-        "ensemble": ("HierarchicalEnsemble", "hierensify"),
-        "exits": ("MultiExit", "multi_exit"),
-        "fusing": ("FusedEnsemble",),
-        "hub": ("from_pretrained",),
-        "tree": ("Tree",),
-        "tree_exits": ("TreeWithExits", "tree_with_exits"),
+        "core.adaptive": ("Adaptive", "Step"),
+        "inference.calibration": ("calibrate",),
+        "cutting.cut": ("CutError", "CutPoint", "cut_points"),
+        "models.ensemble": ("HierarchicalEnsemble", "hierensify"),
+        "models.exits": ("MultiExit", "multi_exit"),
+        "branches.fusing": ("FusedEnsemble",),
+        "hub.saving": ("from_pretrained",),
+        "core.tree": ("Tree",),
+        "models.tree_exits": ("TreeWithExits", "tree_with_exits"),
     }
 
     def __getattr__(name: str) -> Any:

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
-from hierens import tuning
-from hierens.policies import Confidence, Deadline, FixedDepth, Load, load_policy
+from hierens.branches import tuning
+from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load, load_policy
 from hierens.training.config import TrainConfig
 from hierens.training.files import MANIFEST, seal
 from hierens.training.trainer import Trainer
@@ -175,7 +175,7 @@ def _configs(folder):
 def _folders(folder):
     saved = bases(folder / "good")
     for path in saved:
-        hierens.policies.save_policy(Confidence((0.9,)), path)
+        hierens.inference.policies.save_policy(Confidence((0.9,)), path)
 
     def attack(random):
         path = folder / "bad"

@@ -15,7 +15,7 @@ import torch
 from hub_server import hub_server
 
 import hierens
-from hierens.hub import LoadError, SaveError, model_card
+from hierens.hub.saving import LoadError, SaveError, model_card
 
 
 @pytest.fixture

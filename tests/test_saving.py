@@ -14,9 +14,10 @@ import timm
 from saver import POLICIES, RESULTS, marks, models, save
 
 import hierens
-from hierens import fetching, hub
-from hierens.hub import load_with_policy
-from hierens.policies import FixedDepth, load_policy, save_policy
+from hierens.files import fetching
+from hierens.hub import saving as hub
+from hierens.hub.saving import load_with_policy
+from hierens.inference.policies import FixedDepth, load_policy, save_policy
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +121,16 @@ def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, t
         return found
 
     monkeypatch.setattr(hub, "read_config", and_touch)
-    with pytest.raises(hierens.hub.LoadError, match=r"is being written: for 0 s .* Load it again when the saving is"):
+    with pytest.raises(
+        hierens.hub.saving.LoadError, match=r"is being written: for 0 s .* Load it again when the saving is"
+    ):
         hierens.from_pretrained(tmp_path)
 
 
 def test_uploads_of_a_folder_leave_out_what_a_kill_left(made, tmp_path):
     from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-    from hierens.files import saving
+    from hierens.files.saving import saving
 
     save(made, 2, tmp_path)
     with saving(tmp_path) as partial:

@@ -23,7 +23,7 @@ from hierens.cli.demo import DEMO
 from hierens.cli.results import EVAL, REPORT, results_table
 from hierens.cli.sharing import EXPORT, PUSH
 from hierens.cli.training import TRAIN, train
-from hierens.errors import did_you_mean
+from hierens.core.errors import did_you_mean
 
 __all__ = ["COMMANDS", "main", "results_table", "train"]
 

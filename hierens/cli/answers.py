@@ -11,13 +11,13 @@ import tyro
 
 from hierens.cli.command import Command, UsageError
 from hierens.cli.output import complain, machine_readable, print_table, watched
-from hierens.errors import first_line
+from hierens.core.errors import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hierens.adaptive import Adaptive
-    from hierens.policies import Policy
+    from hierens.core.adaptive import Adaptive
+    from hierens.inference.policies import Policy
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def predict(arguments: Sequence[str]) -> None:
 
 def _loaded(settings: PredictSettings) -> tuple[Adaptive, Policy]:
     """The model, with the depth or the policy that was asked for, else the one beside it, else all networks."""
-    from hierens.hub import from_pretrained, load_with_policy
-    from hierens.policies import FixedDepth, load_policy
+    from hierens.hub.saving import from_pretrained, load_with_policy
+    from hierens.inference.policies import FixedDepth, load_policy
 
     if settings.depth is not None:
         model = from_pretrained(settings.model)
@@ -119,7 +119,7 @@ def _answer(model: Adaptive, policy: Policy, image: Tensor, top: int, names: lis
 
 def _rows(answers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A row per class; image and cost stand in the first of them."""
-    from hierens.profiling import millions
+    from hierens.evaluation.profiling import millions
 
     rows: list[tuple[str, ...]] = []
     for answer in answers:

@@ -25,16 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hierens.errors import first_line
-from hierens.fetching import LoadError
-from hierens.hub import WEIGHTS, save_config
-from hierens.reading import short
+from hierens.core.errors import first_line
+from hierens.files.fetching import LoadError
+from hierens.files.reading import short
+from hierens.hub.saving import WEIGHTS, save_config
+from hierens.hub.vetting import check_types, read_header
 from hierens.training.config import TrainConfig, to_json
 from hierens.training.files import PARTIAL, damage, free_space, noting_write_errors, publish, recover, remove, seal
 from hierens.training.resuming import check_states, read_trainer
 from hierens.training.sharding import is_sharded, save_optimizer, save_weights
 from hierens.training.sharding import load as load_sharded
-from hierens.vetting import check_types, read_header
 
 _STATE, _BEST, _AVERAGE, _OPTIMIZER = "trainer.json", "best", "model_ema.safetensors", "optimizer_by_name.bin"
 _Answer = TypeVar("_Answer")

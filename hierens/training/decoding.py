@@ -12,7 +12,7 @@ from typing import IO, Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from hierens.errors import first_line
+from hierens.core.errors import first_line
 from hierens.training.config import DataConfig
 
 Source = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hierens.errors import first_line
-from hierens.files import sync
-from hierens.reading import read_json, short
+from hierens.core.errors import first_line
+from hierens.files.reading import read_json, short
+from hierens.files.saving import sync
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from hierens.labels import NO_CLASS
+from hierens.core.labels import NO_CLASS
 from hierens.training.decoding import Source
 from hierens.training.randomness import random_numbers_of
 from hierens.training.unreadable import Unreadable, UnreadableImageError

@@ -22,9 +22,9 @@ import torch
 from accelerate.utils.other import load
 from torch import Tensor
 
-from hierens.errors import first_line
-from hierens.fetching import LoadError
-from hierens.reading import is_finite, is_whole, read_json, short
+from hierens.core.errors import first_line
+from hierens.files.fetching import LoadError
+from hierens.files.reading import is_finite, is_whole, read_json, short
 
 _State = TypeVar("_State")
 _MOST_BYTES = 32 * 2**20  # of trainer.json: its history has a record for each epoch, with a value for each leaf

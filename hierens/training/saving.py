@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hierens.adaptive import Adaptive
-from hierens.hub import WEIGHTS, from_pretrained, save_config, save_pretrained
+from hierens.core.adaptive import Adaptive
+from hierens.hub.saving import WEIGHTS, from_pretrained, save_config, save_pretrained
 from hierens.training.checkpoint import CheckpointWriteError, first_problem
 from hierens.training.files import free_space, noting_write_errors, recover
 from hierens.training.sharding import full_weights, is_sharded

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.data.readers.img_extensions import get_img_extensions
 
-from hierens.errors import did_you_mean
+from hierens.core.errors import did_you_mean
 
 _SHOWN = 5  # names in a message
 _EXTENSIONS = get_img_extensions(as_set=True)

@@ -10,7 +10,7 @@ from launcher import log
 from torch.utils.data import DataLoader
 
 import hierens
-from hierens.metrics import evaluate_model
+from hierens.evaluation.metrics import evaluate_model
 from hierens.training.data import create_datasets
 from hierens.training.presets import PRESETS
 

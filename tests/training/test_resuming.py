@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_trainer import trainer
 
-from hierens.fetching import LoadError
+from hierens.files.fetching import LoadError
 from hierens.training.checkpoint import choose_checkpoint
 from hierens.training.files import MANIFEST, damage, seal
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
-from hierens.labels import label_names
+from hierens.core.labels import label_names
 from hierens.training.checkpoint import choose_checkpoint, newest_checkpoint
 from hierens.training.config import TeacherConfig, TrainConfig
 from hierens.training.files import MANIFEST, seal
