@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import hierens
-from hierens.core.adaptive import Adaptive
 from hierens.evaluation.profiling import millions, table
 from hierens.hub.cards import COLUMNS, PICTURE
 from hierens.hub.saving import CARD, WEIGHTS
 from hierens.inference.policies import Confidence
+from hierens.models.adaptive import Adaptive
 from hierens.training.data import create_datasets
 from hierens.training.presets import load_run
 

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 import hierens
 from hierens.core.modes import quiet_dropout
-from hierens.cutting.cut import cut, example_input
+from hierens.core.timm_info import example_input
+from hierens.cutting.cut import cut
 
 ROOT = Path(__file__).parents[1]
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
-from hierens.branches import tuning
 from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load, load_policy
+from hierens.models import tuning
 from hierens.training.config import TrainConfig
 from hierens.training.files import MANIFEST, seal
 from hierens.training.trainer import Trainer

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 
 import hierens
 from hierens.evaluation.metrics import evaluate_model
-from hierens.hub.saving import LoadError
+from hierens.files.fetching import LoadError
 from hierens.inference.calibration import calibrate, collect
 from hierens.inference.policies import MEASURES, Confidence, Deadline, FixedDepth, Load
 

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms as T
 
-from hierens.hub.saving import from_pretrained
+from hierens.models.loading import from_pretrained
 from hierens.training.config import DataConfig
 from hierens.training.data import create_transform
 

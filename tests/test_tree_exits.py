@@ -11,7 +11,7 @@ from networks import lively
 import hierens
 from hierens.core.nesting import Nesting
 from hierens.evaluation.metrics import evaluate_model
-from hierens.hub.saving import LoadError
+from hierens.files.fetching import LoadError
 from hierens.inference.calibration import calibrate, collect
 from hierens.inference.policies import Confidence, FixedDepth
 from hierens.losses import Objective

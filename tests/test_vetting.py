@@ -9,7 +9,7 @@ from hostile import bases, little_memory, starved
 from safetensors.torch import load_file, save_file
 
 import hierens
-from hierens.hub.saving import LoadError
+from hierens.files.fetching import LoadError
 from hierens.hub.vetting import check_arguments, read_config
 
 

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Subset
 
 import hierens
 from comparison.recipes import TEST_SPLITS, study
-from hierens.branches.tuning import _processor
 from hierens.core.nesting import Nesting
 from hierens.evaluation.metrics import LeafMetrics, as_record, evaluate_model
 from hierens.evaluation.reporting import Group
 from hierens.inference.calibration import Answers, calibrate, collect, exits
+from hierens.models.tuning import _processor
 from hierens.training.config import Run, to_json
 from hierens.training.data import create_datasets
 

@@ -18,8 +18,8 @@ from ray import serve
 
 import hierens
 from hierens.evaluation.uncertainty import mutual_information
-from hierens.hub.saving import load_with_policy
 from hierens.inference.policies import FixedDepth, Load, Policy, load_policy
+from hierens.models.loading import load_with_policy
 from hierens.training.preprocessing import label_names
 from service.settings import Settings
 from service.uploads import read_image

@@ -13,13 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from hierens.branches.level import Activations, Executor, Level, Value, copies
+from hierens.branches.level import Activations, Executor, Level, copies
 from hierens.branches.packed import state_of
 from hierens.core.errors import first_line
-from hierens.core.modes import quiet_dropout
+from hierens.core.modes import evaluating, quiet_dropout
+from hierens.core.timm_info import example_input
+from hierens.core.values import Value
+from hierens.cutting.cut import Cutting
 
 _HEAVY = 50_000_000  # weights of a block from which float64 would need many GB
 _DRAWN = 65_521  # a prime, so that no two channels get the same
+_CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
 
 def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
@@ -172,3 +176,27 @@ def _convolved(
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def reasons_to_loop(cutting: Cutting, backbone: nn.Module) -> dict[str, str]:
+    """The pieces whose grouped form may not be used, by index, and why."""
+    pieces = (*cutting.blocks, cutting.head, cutting.classifier)
+    value: Any = _small_example(backbone)
+    examples = []
+    for piece in pieces:
+        examples.append(value)
+        with torch.no_grad(), evaluating(piece):
+            value = piece(*value) if isinstance(value, tuple) else piece(value)
+    found = {str(i): self_check(piece, x) for i, (piece, x) in enumerate(zip(pieces, examples, strict=True))}
+    return {index: because for index, because in found.items() if because}
+
+
+def _small_example(backbone: nn.Module) -> Tensor:
+    """An image of few pixels, or of the full size if the backbone insists on that."""
+    full = example_input(backbone)
+    for size in _CHECK_SIZES:
+        small = full[..., :size, :size]
+        with contextlib.suppress(Exception), torch.no_grad(), evaluating(backbone):
+            backbone(small)
+            return small
+    return full

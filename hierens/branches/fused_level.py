@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hierens.branches.level import LIGHT_FROZEN, AnyLevel, Value
+from hierens.branches.level import LIGHT_FROZEN, AnyLevel
 from hierens.branches.packed import PackedLayer, Width, replace, state_of
 from hierens.branches.packing import Packed
+from hierens.core.values import Value
 
 
 class Apart(nn.ModuleList):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -18,120 +18,22 @@ from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from hierens.branches.fused_layers import FusedConvolution, activations_apart, attachable, loses_no_number
+from hierens.branches.fused_layers import FusedConvolution, activations_apart, attachable
 from hierens.branches.fused_level import Apart, FusedLevel, apart_in, packed_state
 from hierens.branches.level import AnyLevel, Level
 from hierens.branches.packed import concatenate, replace, state_of
 from hierens.branches.packed_layers import SAME, STANDARDISED, standardised
 from hierens.branches.packing import Packed, traced
+from hierens.branches.packing_rules import PackError
 from hierens.core.adaptive import Step
-from hierens.core.modes import ordinary_tensors
 from hierens.cutting.graphs import Block
-from hierens.models.ensemble import HierarchicalEnsemble
 
 _CONVOLUTIONS = (nn.Conv2d, *SAME, *STANDARDISED)
 _ONLY_TRAINING = (nn.Identity, nn.Dropout, DropPath)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class FusedEnsemble(HierarchicalEnsemble):
-    """What `fuse` makes: an ensemble for inference, on any device, that also runs its sub-trees and compiles.
-
-    Its weights may be loaded (also with `assign=True`), written in place, cast and moved, at any time, and threads may
-    share it. Reordered weights follow, and take about the memory of the weights once more. Only what is written through
-    `.data` into the memory of a weight goes unseen, for torch keeps no record of it. Hooks of the model itself and of
-    its levels are called, gradients flow to images and to weights that ask for them.
-
-    The layers inside its blocks run without their modules. So a hook there and a layer that was replaced (by another
-    one, a quantised one, an adapter, a parametrised one) are refused at the next call.
-    """
-
-    _layers: _Layers
-
-    def watch_layers(self) -> None:
-        """Take the layers as they are now for those that run."""
-        self._layers = _Layers(level for level in self.all_levels() if isinstance(level, FusedLevel))
-
-    def with_levels(self, *args: Any, **kwargs: Any) -> Any:
-        """See `HierarchicalEnsemble.with_levels`."""
-        other = super().with_levels(*args, **kwargs)
-        if isinstance(other, FusedEnsemble):
-            other.watch_layers()
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is found out again."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_layers"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.watch_layers()
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module's; weights that are not finite give what they give unfused, more slowly."""
-        found = super().load_state_dict(*args, **kwargs)
-        attach_activations(self)
-        return found
-
-    def train(self, mode: bool = True) -> FusedEnsemble:
-        """Stay in evaluation mode.
-
-        Raises:
-            ValueError: training was asked for.
-        """
-        if mode:
-            _refuse("trained")
-        super().train(False)
-        return self
-
-    def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
-        """As `HierarchicalEnsemble.forward`; images that are not finite give what they give unfused, more slowly."""
-        if loses_no_number(x):
-            return super().forward(x, depth, leaves, reduce)
-        with activations_apart():
-            return super().forward(x, depth, leaves, reduce)
-
-    def forward_features(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
-        """As `HierarchicalEnsemble.forward_features`; for images that are not finite, as `forward`."""
-        with contextlib.nullcontext() if loses_no_number(x) else activations_apart():
-            return super().forward_features(x, depth, leaves)
-
-    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
-        """As `HierarchicalEnsemble.anytime`; for images that are not finite, as `forward`."""
-        walk = super().anytime(x)
-        return walk if loses_no_number(x) else _apart_at_every_step(walk)
-
-    def _prepared(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self._layers.check()
-        return super()._prepared(x).contiguous(memory_format=torch.channels_last)
-
-    def fuse(self) -> NoReturn:
-        """Raise a ValueError."""
-        _refuse("fused once more")
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise a ValueError: the model that this one was made from is what to save."""
-        _refuse("saved")
-
-    def grow(self) -> NoReturn:
-        """Raise a ValueError."""
-        _refuse("grown")
-
-    def reorder(self, loader: Any) -> NoReturn:
-        """Raise a ValueError."""
-        _refuse("reordered")
-
-    def reset_classifier(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise a ValueError."""
-        _refuse("given another classifier")
-
-    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> NoReturn:
-        """Raise a ValueError."""
-        _refuse("changed")
-
-
-class _Layers:
+class LayersSeen:
     """The layers inside of blocks, as they were when the blocks' graphs were made."""
 
     def __init__(self, levels: Iterable[nn.Module]) -> None:
@@ -151,18 +53,18 @@ class _Layers:
             ValueError: a layer was replaced, changed, or has a hook.
         """
         if any(self._hooks):
-            _refuse("hooked into at single layers")
+            refuse("hooked into at single layers")
         if any(self._leaves):
-            _refuse("changed layer by layer (a layer got parts of its own, as by a parametrisation)")
+            refuse("changed layer by layer (a layer got parts of its own, as by a parametrisation)")
         if (present := self._present()) != self._parts:
             new = next((type(module).__name__ for module in present if module not in self._parts), "nothing")
-            _refuse(f"changed layer by layer ({new} took the place of what was there)")
+            refuse(f"changed layer by layer ({new} took the place of what was there)")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Layers:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayersSeen:
         return self  # whoever copies a model watches the copy's own
 
 
-def _apart_at_every_step(walk: Generator[Step, Tensor | None, None]) -> Generator[Step, Tensor | None, None]:
+def apart_at_every_step(walk: Generator[Step, Tensor | None, None]) -> Generator[Step, Tensor | None, None]:
     """A walk whose consumer does not run inside what its steps run inside."""
     kept = None
     while True:
@@ -174,43 +76,28 @@ def _apart_at_every_step(walk: Generator[Step, Tensor | None, None]) -> Generato
         kept = yield step
 
 
-def _refuse(what: str) -> NoReturn:
+def refuse(what: str) -> NoReturn:
+    """Raise a ValueError that says what a fused model cannot be."""
     raise ValueError(
         f"a fused model is for inference only and cannot be {what}: do that with the model it was made from, "
         "then call fuse() again."
     )
 
 
-@ordinary_tensors
-def fuse(model: HierarchicalEnsemble) -> FusedEnsemble:
-    """A copy of a model for inference: faster, equal up to rounding.
-
-    In every block with a grouped form batch norms are folded into the convolutions before them, standardised weights
-    are computed once, and activations become part of the convolution's kernel. Feature maps are kept in channels-last
-    order. Other blocks are left as they are.
-
-    Args:
-        model: in either mode; it is left as it is.
-
-    Returns:
-        A model in evaluation mode that cannot be trained or saved.
+def fused_levels(levels: Sequence[AnyLevel]) -> list[AnyLevel]:
+    """Copies of levels for inference, folded where they have a grouped form.
 
     Raises:
         ValueError: a layer has a hook, which would be called no more.
     """
-    for index, level in enumerate(model.all_levels()):
+    for index, level in enumerate(levels):
         for name, module in level.named_modules():
             if level.grouped and name and any(getattr(module, hooks) for hooks in _HOOKS):
                 raise ValueError(
                     f"fuse() folds layers into each other and would call none of their hooks: remove those of {name} "
                     f"in level {index} first."
                 )
-    levels = [_fused(level) for level in model.all_levels() if isinstance(level, Level)]
-    *own, head, classifier = levels
-    fused = model.with_levels(model.tree, own, head, classifier, FusedEnsemble)
-    attach_activations(fused)
-    fused.watch_layers()
-    return fused.eval().requires_grad_(False)
+    return [_fused(level) for level in levels if isinstance(level, Level)]
 
 
 def attach_activations(model: nn.Module) -> None:
@@ -245,6 +132,14 @@ def _packed(branches: list[Any], apart: Iterable[str]) -> Any:
         block.set_submodule(name, module)
     for name, _ in packed_state(block):
         replace(block, name, concatenate(state[name] for state in states))
+    return block
+
+
+def fold_where_traced(block: nn.Module) -> nn.Module:
+    """A folded copy of a block, or the block itself if it cannot be traced to its layers."""
+    assert isinstance(block, fx.GraphModule)
+    with contextlib.suppress(PackError):  # runtimes fold for themselves
+        return fold(copy.deepcopy(block))
     return block
 
 

@@ -23,9 +23,9 @@ from torch.nn.modules import module as torch_module
 
 from hierens.branches.alike import GroupedForm, kind_of
 from hierens.branches.packed import Width, concatenate, lay, state_of
+from hierens.core.values import Value, each
 
 Executor = Literal["auto", "looped", "grouped"]
-Value = Any  # what one branch hands on: a tensor, or the tuple of values that cross a cut
 # Weights per branch up to which one grouped call beats a loop on CPUs (docs/architecture.md).
 LIGHT, LIGHT_FROZEN = 1_000_000, 4_000_000
 _MOST_FORMS = 3  # that a level keeps: for evaluation, for training, and for some layers frozen
@@ -99,13 +99,6 @@ def _across(combine: Callable[[list[Any]], Any], values: Sequence[Value]) -> Val
     return tuple(combine(list(parts)) for parts in zip(*values, strict=True))
 
 
-def each(change: Callable[[Tensor], Tensor], value: Value) -> Value:
-    """Change a tensor, or each of the tensors that cross."""
-    if isinstance(value, tuple):
-        return tuple(each(change, part) for part in value)
-    return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 def _siblings(parents: Sequence[int]) -> int:
     """How many successive branches read each input, if that is the same number for all; else 0."""
     first, siblings = parents[0], len(parents) // (parents[-1] - parents[0] + 1)
@@ -127,7 +120,7 @@ class AnyLevel(nn.Module):
     Attributes:
         executor: how it is run: `looped`, `grouped` where it can be, or `auto`, by device and batch size.
         looped_because: why the level has no grouped form; empty if it has one.
-        plan: how many branches to run in one call, by their number and the batch size, as `hierens.branches.tuning`
+        plan: how many branches to run in one call, by their number and the batch size, as `hierens.models.tuning`
             measured.
         size: weights and statistics of one branch.
     """

@@ -16,8 +16,8 @@ from hierens.core.errors import first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hierens.core.adaptive import Adaptive
     from hierens.inference.policies import Policy
+    from hierens.models.adaptive import Adaptive
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def predict(arguments: Sequence[str]) -> None:
 
 def _loaded(settings: PredictSettings) -> tuple[Adaptive, Policy]:
     """The model, with the depth or the policy that was asked for, else the one beside it, else all networks."""
-    from hierens.hub.saving import from_pretrained, load_with_policy
     from hierens.inference.policies import FixedDepth, load_policy
+    from hierens.models.loading import from_pretrained, load_with_policy
 
     if settings.depth is not None:
         model = from_pretrained(settings.model)

@@ -17,8 +17,8 @@ from hierens.core.errors import did_you_mean, first_line
 if TYPE_CHECKING:
     from torch import nn
 
-    from hierens.core.adaptive import Adaptive
     from hierens.cutting.cut import Cutting
+    from hierens.models.adaptive import Adaptive
 
 _OF_TIMM_MODELS = ("method", "blocks", "exits")  # flags of `profile` that saved models have no use for
 
@@ -73,10 +73,10 @@ def _is_saved(name: str) -> bool:
 def _made(settings: ProfileSettings, given: set[str]) -> Adaptive:
     import timm
 
-    from hierens.core.adaptive import Adaptive
-    from hierens.hub.saving import from_pretrained
-    from hierens.models.ensemble import hierensify
+    from hierens.models.adaptive import Adaptive
+    from hierens.models.converting import hierensify
     from hierens.models.exits import multi_exit
+    from hierens.models.loading import from_pretrained
     from hierens.models.tree_exits import tree_with_exits
 
     name = settings.model
@@ -193,7 +193,7 @@ def _macs(backbone: nn.Module, cutting: Cutting) -> list[int]:
     from torch import nn
 
     from hierens.core.counting import count_macs
-    from hierens.cutting.cut import input_size
+    from hierens.core.timm_info import input_size
 
     def piece_by_piece(pieces: Iterable[nn.Module], value: Any) -> Iterator[Any]:
         for piece in pieces:

@@ -17,7 +17,7 @@ from hierens.training.presets import preset
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hierens.core.adaptive import Adaptive
+    from hierens.models.adaptive import Adaptive
 
 ARMS = {"with co-distillation": "independent+hierarchical_codistillation", "labels only": "independent"}
 """what the demo compares: objectives by name"""
@@ -53,7 +53,7 @@ def demo(arguments: Sequence[str]) -> None:
 def compare_with_labels_only(run: Run) -> dict[str, Any]:
     """Train a finished run again by labels only, and print what either gives at every depth, image by image."""
     from hierens.evaluation.plotting import plot_accuracy
-    from hierens.hub.saving import from_pretrained
+    from hierens.models.loading import from_pretrained
     from hierens.training.run import train as run_training
 
     print("\nthe same again, by labels only")

@@ -15,7 +15,7 @@ from hierens.training.config import DataConfig
 from hierens.training.presets import load_run
 
 if TYPE_CHECKING:
-    from hierens.core.adaptive import Adaptive
+    from hierens.models.adaptive import Adaptive
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from hierens.core.labels import label_names
     from hierens.evaluation.metrics import as_record, evaluate_model
-    from hierens.hub.saving import from_pretrained
+    from hierens.models.loading import from_pretrained
     from hierens.training.data import create_held_out
 
     with machine_readable(settings.json) as give:

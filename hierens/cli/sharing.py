@@ -41,7 +41,7 @@ def export(arguments: Sequence[str]) -> None:
         raise UsageError(f"--depths takes `all` or numbers, got {' '.join(settings.depths)}.")
     depths: Any = "all" if settings.depths == ("all",) else [int(depth) for depth in settings.depths]
 
-    from hierens.hub.saving import from_pretrained
+    from hierens.models.loading import from_pretrained
 
     with machine_readable(settings.json) as give:
         model = from_pretrained(settings.model)
@@ -89,7 +89,7 @@ def push(arguments: Sequence[str]) -> None:
     if settings.repository.count("/") != 1:
         raise UsageError(f"the repository should be user/name, got {settings.repository!r}.")
 
-    from hierens.hub.saving import load_with_policy
+    from hierens.models.loading import load_with_policy
 
     with machine_readable(settings.json) as give:
         model, policy = load_with_policy(settings.model)

@@ -11,9 +11,8 @@ import copy
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 
 from hierens.core.labels import forget_labels
 from hierens.core.nesting import Nesting
-from hierens.cutting.cut import Cutting, input_size
-from hierens.evaluation.profiling import Profile, profile
+from hierens.core.timm_info import input_size
 
 _COUNTING = threading.Lock()
 
@@ -45,8 +43,8 @@ class Step:
     newest: Tensor
 
 
-class Adaptive(nn.Module, ABC):
-    """A network whose depth is chosen when it is run.
+class AdaptiveBase(nn.Module, ABC):
+    """A network whose depth is chosen when it is run; `hierens.Adaptive` adds what writes files and measures time.
 
     Attributes:
         levels: its parts in order, which training can freeze from the first.
@@ -89,7 +87,7 @@ class Adaptive(nn.Module, ABC):
         """Predictions that sharpen leaf by leaf; rows to go on with may be sent."""
 
     @abstractmethod
-    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> Adaptive:
+    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> AdaptiveBase:
         """A model of its own with only what a depth (or the first `leaves`) needs."""
 
     @abstractmethod
@@ -161,18 +159,17 @@ class Adaptive(nn.Module, ABC):
                     known = self._macs[size] = count(size)
         return known
 
-    def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
-        """Leaves, parameters, MACs and latency of every depth: a table to print, a picture to draw."""
-        return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
-
     # --- a timm model to timm's tools -------------------------------------------------------------------------------
 
-    def _describe(self, backbone: nn.Module, cutting: Cutting, inside: str, **arguments: Any) -> None:
+    def _describe(
+        self, backbone: nn.Module, at: Sequence[str], classifiers: tuple[str, ...], inside: str, **arguments: Any
+    ) -> None:
         """Carry over what timm's tools read, under the names that things have here.
 
         Args:
             backbone: the network that was cut.
-            cutting: its pieces.
+            at: names of the modules before which it was cut.
+            classifiers: names of its last linear layers.
             inside: between a level's name and that of a layer of the backbone.
             arguments: what the entry point takes to make the model again, beside the backbone and its cuts.
         """
@@ -180,7 +177,7 @@ class Adaptive(nn.Module, ABC):
         self.num_features = int(backbone.num_features)  # type: ignore[arg-type]
         self.head_hidden_size = int(getattr(backbone, "head_hidden_size", self.num_features))
         self.in_chans = input_size(backbone)[0]
-        self.classifier_names = cutting.classifier_names
+        self.classifier_names = classifiers
         self._macs = {}
         cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
         first_conv = cfg.get("first_conv")
@@ -188,7 +185,7 @@ class Adaptive(nn.Module, ABC):
         self._model_args = {
             "backbone": cfg.get("architecture"),
             "backbone_args": {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")},
-            "at": list(cutting.at),
+            "at": list(at),
             **arguments,
         }
         self._traits = dict(getattr(backbone, "_traits", {}))
@@ -202,7 +199,7 @@ class Adaptive(nn.Module, ABC):
         spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
         self._no_weight_decay = set(spared() if spared else ())
 
-    def _describe_as(self, other: Adaptive, inside: tuple[str, str]) -> None:
+    def _describe_as(self, other: AdaptiveBase, inside: tuple[str, str]) -> None:
         """Carry over what timm's tools read from a model that this one is made of.
 
         Args:
@@ -253,35 +250,12 @@ class Adaptive(nn.Module, ABC):
         """Plain values from which timm's entry point makes the model again."""
         return {**self._model_args, "num_classes": self.num_classes, "in_chans": self.in_chans}
 
-    def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
-        """Write `config.json`, `model.safetensors` and a model card: see `hierens.hub.saving.save_pretrained`."""
-        from hierens.hub.saving import save_pretrained
+    def fold_norms(self) -> AdaptiveBase:
+        """This model for inference, batch norms folded into the convolutions before them, where that can be done.
 
-        save_pretrained(self, directory, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Publish on the Hugging Face Hub: see `hierens.hub.saving.push_to_hub`."""
-        from hierens.hub.saving import push_to_hub
-
-        return push_to_hub(self, repo_id, **kwargs)
-
-    def export(self, directory: str | Path, format: str = "onnx", **kwargs: Any) -> Path:
-        """Write a graph per depth for ONNX, OpenVINO, ExecuTorch, torch.export: see `hierens.export.writing.export`."""
-        from hierens.export.writing import export
-
-        return export(self, directory, format, **kwargs)
-
-
-def is_empty(x: Tensor) -> bool:
-    """Whether a batch has no images; while a graph is made, whose batches may have any size, it has some."""
-    return not torch.compiler.is_compiling() and len(x) == 0
-
-
-def rows(value: Any, kept: Tensor, count: int) -> Any:
-    """Some images of what a block handed on: of every tensor that has an entry for each of `count` images."""
-    if isinstance(value, tuple):
-        return tuple(rows(part, kept, count) for part in value)
-    return value[kept] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+        Itself, changed, or another in its place: for copies that nobody else holds.
+        """
+        return self
 
 
 def statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:

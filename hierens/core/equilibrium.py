@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hierens.branches.level import each
+from hierens.core.values import each
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

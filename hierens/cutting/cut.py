@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.core.modes import evaluating, ordinary_tensors
+from hierens.core.timm_info import example_input
 from hierens.cutting.coarse import CoarseTrace, CutError, CutPoint, Cutting, ancestors
 
 __all__ = [
@@ -26,8 +27,6 @@ __all__ = [
     "classifier_names",
     "cut",
     "cut_points",
-    "example_input",
-    "input_size",
     "next_cut",
 ]
 
@@ -146,26 +145,6 @@ def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPo
     with evaluating(backbone):
         trace = CoarseTrace(backbone, ancestors(classifiers), classifiers)
         return [point for _, point in trace.candidates(example)]
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width that a timm model was made for, its own `in_chans` first."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = tuple(cfg.get("input_size") or (3, 224, 224))
-    traits = getattr(model, "_traits", None) or {}
-    if traits.get("img_size"):
-        size = (size[0], *traits["img_size"])
-    if first_conv := cfg.get("first_conv"):
-        name = first_conv if isinstance(first_conv, str) else first_conv[0]
-        size = (model.get_parameter(f"{name}.weight").shape[1], *size[1:])
-    return (int(getattr(model, "in_chans", size[0])), int(size[1]), int(size[2]))
-
-
-def example_input(model: nn.Module, batch: int = 1) -> Tensor:
-    """A seeded random batch (N, C, H, W) of the size that a timm model was made for."""
-    parameter = next(model.parameters(), torch.empty(0))
-    values = torch.randn(batch, *input_size(model), generator=torch.Generator().manual_seed(0))
-    return values.to(parameter.device, parameter.dtype)
 
 
 def _traced_for(

@@ -9,16 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hierens.core.adaptive import AdaptiveBase
 from hierens.core.counting import count_macs
 from hierens.core.modes import evaluating
-
-if TYPE_CHECKING:
-    from hierens.core.adaptive import Adaptive
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Profile:
         return dataclasses.asdict(self)
 
 
-def profile(model: Adaptive, size: tuple[int, ...], batch_size: int = 1) -> Profile:
+def profile(model: AdaptiveBase, size: tuple[int, ...], batch_size: int = 1) -> Profile:
     """Measure a model at every depth, in evaluation mode, on the device where it lies.
 
     Args:

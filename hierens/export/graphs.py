@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from hierens.branches.fused_level import FusedLevel
-from hierens.branches.fusing import FusedEnsemble, fold
 from hierens.branches.level import Activations, AnyLevel
-from hierens.branches.packing_rules import PackError
-from hierens.core.adaptive import Adaptive
-from hierens.models.ensemble import HierarchicalEnsemble
-from hierens.models.exits import MultiExit
-from hierens.models.tree_exits import TreeWithExits
+from hierens.core.adaptive import AdaptiveBase
 
 _TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
 
@@ -47,29 +41,16 @@ class _Inputs(nn.Module):
         return self.model(images)
 
 
-def for_inference(model: Adaptive) -> Adaptive:
+def for_inference(model: AdaptiveBase) -> AdaptiveBase:
     """A copy in single precision on the CPU, in evaluation mode, with the batch norms of its blocks folded."""
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
     plain.gradient_equilibrium = False
     plain.set_grad_checkpointing(False)
-    if isinstance(plain, HierarchicalEnsemble) and not isinstance(plain, FusedEnsemble):
-        plain = plain.fuse()
-    if isinstance(plain, TreeWithExits):
-        plain.add_module("networks", plain.networks.fuse())
-    if isinstance(plain, MultiExit):
-        plain.levels = nn.ModuleList(_folded(level) for level in plain.levels)
-    return plain.requires_grad_(False)
-
-
-def _folded(block: nn.Module) -> nn.Module:
-    assert isinstance(block, fx.GraphModule)
-    with contextlib.suppress(PackError):  # it cannot be traced to its layers; runtimes fold for themselves
-        return fold(copy.deepcopy(block))
-    return block
+    return plain.fold_norms().requires_grad_(False)
 
 
 def graph(
-    model: Adaptive, depth: int, size: tuple[int, ...], apart: bool = False, largest_batch: int | None = None
+    model: AdaptiveBase, depth: int, size: tuple[int, ...], apart: bool = False, largest_batch: int | None = None
 ) -> ExportedProgram:
     """The graph of one depth, from `images` (N, C, H, W) to logits (N, classes); N is free.
 
@@ -82,12 +63,11 @@ def graph(
         largest_batch: the most images at a time, for runtimes that must know; they want plain layouts, too.
     """
     part: Any = model.at_depth(depth)
-    tree = part.networks if isinstance(part, TreeWithExits) else part
-    if isinstance(tree, HierarchicalEnsemble):
-        tree.set_executor("grouped")
-        tree.levels = nn.ModuleList(_taken_apart(level, apart) for level in tree.levels)
-        for last in ("head", "classifier"):
-            setattr(tree, last, _taken_apart(getattr(tree, last)))
+    for name, level in list(part.named_modules()):
+        if isinstance(level, AnyLevel):
+            level.executor = "grouped"
+            last = name.rpartition(".")[2] in ("head", "classifier")
+            part.set_submodule(name, _taken_apart(level, apart and not last))
     if largest_batch is not None:
         part = part.to(memory_format=torch.contiguous_format)
     images = torch.zeros(_TRACED_BATCH, *size)
@@ -103,9 +83,8 @@ def graph(
     return program
 
 
-def _taken_apart(level: nn.Module, tokens: bool = False) -> nn.Module:
+def _taken_apart(level: AnyLevel, tokens: bool) -> nn.Module:
     """A level that runs all its branches in one call, or as one module each if it cannot (or `tokens`: should not)."""
-    assert isinstance(level, AnyLevel)
     level.plan = {}
     together = level.grouped and (level.channelwise or not tokens)
     return _Apart(level) if isinstance(level, FusedLevel) and level.branches > 1 and not together else level

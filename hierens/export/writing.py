@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import hierens
-from hierens.core.adaptive import Adaptive
+from hierens.core.adaptive import AdaptiveBase
 from hierens.core.errors import did_you_mean, first_line
 from hierens.core.labels import label_names
 from hierens.core.modes import evaluating
+from hierens.core.version import __version__
 from hierens.export.formats import FORMATS, INPUT, OUTPUT, Format, Run
 from hierens.export.graphs import for_inference, graph
 from hierens.files.saving import saving
@@ -46,7 +46,7 @@ class ExportError(ValueError):
 
 
 def export(
-    model: Adaptive,
+    model: AdaptiveBase,
     directory: str | Path,
     format: str = "onnx",
     depths: Literal["all"] | Sequence[int] = "all",
@@ -119,7 +119,7 @@ def _format(name: str) -> type[Format]:
     return FORMATS[name]
 
 
-def _depths(model: Adaptive, depths: Literal["all"] | Sequence[int]) -> list[int]:
+def _depths(model: AdaptiveBase, depths: Literal["all"] | Sequence[int]) -> list[int]:
     if depths == "all":
         return list(range(model.depths))
     if isinstance(depths, str) or not depths or any(type(d) is not int or not 0 <= d < model.depths for d in depths):
@@ -127,7 +127,7 @@ def _depths(model: Adaptive, depths: Literal["all"] | Sequence[int]) -> list[int
     return sorted(set(depths))
 
 
-def _size(model: Adaptive, size: tuple[int, ...] | None) -> tuple[int, int, int]:
+def _size(model: AdaptiveBase, size: tuple[int, ...] | None) -> tuple[int, int, int]:
     """The size of an image, that the model can take."""
     found = tuple(size or model.pretrained_cfg["input_size"])
     if len(found) != 3 or found[0] != model.in_chans:
@@ -155,7 +155,7 @@ def _calibrating(format: str, quantize: str, calibration: Iterable[Any] | None) 
 
 
 def _written(
-    model: Adaptive, kind: type[Format], folder: Path, depths: list[int], size: tuple[int, ...], apart: bool
+    model: AdaptiveBase, kind: type[Format], folder: Path, depths: list[int], size: tuple[int, ...], apart: bool
 ) -> Format:
     made = kind(folder)
     plain = for_inference(model)
@@ -176,7 +176,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _checked(
-    model: Adaptive, made: Format, depths: list[int], batches: list[Tensor], tolerance: float
+    model: AdaptiveBase, made: Format, depths: list[int], batches: list[Tensor], tolerance: float
 ) -> dict[int, float]:
     """How far each graph is off on some images, relative to the largest logit.
 
@@ -203,7 +203,7 @@ def _checked(
 
 
 @torch.no_grad()
-def _difference(model: Adaptive, run: Run, depth: int, images: Tensor) -> float:
+def _difference(model: AdaptiveBase, run: Run, depth: int, images: Tensor) -> float:
     with evaluating(model):
         own = model(_taken(model, images), depth=depth).float().cpu()
     theirs = torch.from_numpy(run(images.float().cpu().numpy()))
@@ -218,7 +218,7 @@ def _noise(size: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(batch, *size, generator=generator) for batch in (3, 1)]
 
 
-def _taken(model: Adaptive, images: Tensor) -> Tensor:
+def _taken(model: AdaptiveBase, images: Tensor) -> Tensor:
     """Images as the model's weights are."""
     like = next(model.parameters())
     return images.to(like.device, like.dtype)
@@ -229,7 +229,7 @@ def _name(kind: type[Format], depth: int) -> str:
 
 
 def _manifest(
-    model: Adaptive,
+    model: AdaptiveBase,
     format: str,
     kind: type[Format],
     depths: list[int],
@@ -240,7 +240,7 @@ def _manifest(
     cfg, macs = model.pretrained_cfg, model.macs(size)
     tools = ["torch", *kind.writes_with]
     return {
-        "hierens": hierens.__version__,
+        "hierens": __version__,
         "architecture": model.architecture,
         "backbone": model.arguments()["backbone"],
         "format": format,

@@ -8,7 +8,7 @@ from typing import TypedDict, Unpack
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hierens.core.adaptive import Adaptive
+from hierens.core.adaptive import AdaptiveBase
 from hierens.core.labels import label_names
 from hierens.evaluation.plotting import plot_accuracy
 from hierens.evaluation.profiling import millions, table
@@ -51,7 +51,7 @@ class About(TypedDict, total=False):
 
 
 def model_card(
-    model: Adaptive,
+    model: AdaptiveBase,
     results: Mapping[str, Sequence[float]] | None = None,
     name: str = "user/name",
     picture: bool = False,
@@ -113,7 +113,7 @@ for step in model.anytime(images):  # or one after the other, for as long as the
 """
 
 
-def draw_accuracy(model: Adaptive, results: Mapping[str, Sequence[float]], directory: Path) -> bool:
+def draw_accuracy(model: AdaptiveBase, results: Mapping[str, Sequence[float]], directory: Path) -> bool:
     """Draw the accuracies of the depths beside a card, where there are any and matplotlib is there; whether it did."""
     if ACCURACY not in results:
         return False
@@ -126,7 +126,7 @@ def draw_accuracy(model: Adaptive, results: Mapping[str, Sequence[float]], direc
     return True
 
 
-def _metadata(model: Adaptive, accuracy: Sequence[float] | None, name: str, about: About) -> ModelCardData:
+def _metadata(model: AdaptiveBase, accuracy: Sequence[float] | None, name: str, about: About) -> ModelCardData:
     datasets = list(about.get("datasets") or [])
     measured = [
         EvalResult(

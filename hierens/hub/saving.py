@@ -14,41 +14,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import timm
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
 from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 
-import hierens
-import hierens.models.architectures  # registers the entry points that a config names
-from hierens.core.adaptive import Adaptive
-from hierens.core.errors import first_line
-from hierens.core.modes import ordinary_tensors
-from hierens.files.fetching import LoadError, explain, read_files
+from hierens.core.adaptive import AdaptiveBase
+from hierens.core.version import __version__
+from hierens.files.fetching import LoadError, explain
 from hierens.files.saving import saving
 from hierens.hub.cards import PICTURE, About, draw_accuracy, model_card
-from hierens.hub.vetting import (
-    ARGUMENTS,
-    TREES,
-    Stored,
-    check_arguments,
-    check_fit,
-    check_leaves,
-    read_config,
-    read_header,
-    unbuildable,
-)
-from hierens.inference.policies import POLICY, Policy, read_policy, save_policy
+from hierens.hub.vetting import ARGUMENTS, check_arguments, read_config
+from hierens.inference.policies import POLICY, Policy, save_policy
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-__all__ = [
-    *("LoadError", "SaveError", "from_pretrained", "load_with_policy", "model_card", "push_to_hub", "save_config"),
-    "save_pretrained",
-]
 
 
 class SaveError(ValueError):
@@ -56,7 +38,7 @@ class SaveError(ValueError):
 
 
 def save_pretrained(
-    model: Adaptive,
+    model: AdaptiveBase,
     directory: str | Path,
     results: Mapping[str, Sequence[float]] | None = None,
     policy: Policy | None = None,
@@ -92,7 +74,7 @@ def save_pretrained(
 
 
 def _save(
-    model: Adaptive,
+    model: AdaptiveBase,
     directory: str | Path,
     name: str,
     results: Mapping[str, Sequence[float]] | None,
@@ -105,7 +87,7 @@ def _save(
     # safetensors stores plain layouts only, and the caller's model may well be channels_last.
     plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     plain._model_args = _arguments(model)
-    extra = {"hierens": hierens.__version__, **_labels(model, about)}
+    extra = {"hierens": __version__, **_labels(model, about)}
     with saving(directory, replaces=(POLICY, PICTURE)) as partial:
         save_for_hf(plain, str(partial), model_config=extra, safe_serialization=True)
         try:
@@ -119,7 +101,7 @@ def _save(
     return Path(directory)
 
 
-def _labels(model: Adaptive, about: About) -> dict[str, Any]:
+def _labels(model: AdaptiveBase, about: About) -> dict[str, Any]:
     """The classes' names, as given or as the model was loaded with, where timm's tools look for them."""
     if names := about.get("label_names"):
         return {"label_names": list(names)}
@@ -130,17 +112,17 @@ def _labels(model: Adaptive, about: About) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value} if fit else {}
 
 
-def save_config(model: Adaptive, directory: str | Path) -> None:
+def save_config(model: AdaptiveBase, directory: str | Path) -> None:
     """Write `config.json` alone, beside weights that are there already."""
     described = SimpleNamespace(**vars(model))  # FSDP's models cannot be copied
     described._model_args = _arguments(model)
     save_config_for_hf(
-        described, str(Path(directory) / CONFIG), model_config={"hierens": hierens.__version__, **_labels(model, {})}
+        described, str(Path(directory) / CONFIG), model_config={"hierens": __version__, **_labels(model, {})}
     )
 
 
 def push_to_hub(
-    model: Adaptive,
+    model: AdaptiveBase,
     repo_id: str,
     *,
     results: Mapping[str, Sequence[float]] | None = None,
@@ -199,84 +181,12 @@ def _retried(upload: Callable[[], Any], times: int = 3) -> Any:
             time.sleep(attempt)
 
 
-def from_pretrained(
-    name: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
-) -> Adaptive:
-    """Load a model, in evaluation mode, from a directory or from the Hugging Face Hub.
-
-    Args:
-        name: a directory that `save_pretrained` wrote, or a repository `user/name`.
-        revision: branch, tag or commit of the repository.
-        token: access token of a private repository.
-        cache_dir: where downloads are kept.
-
-    Raises:
-        LoadError: a missing or damaged file, a config that names what cannot be built, weights that do not fit it.
-    """
-    source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    return _made(read_files(name, (CONFIG, WEIGHTS), _read, **source))
-
-
-def load_with_policy(
-    name: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
-) -> tuple[Adaptive, Policy | None]:
-    """`from_pretrained` and `load_policy` at once: of a folder that is being saved anew, both are of the same save.
-
-    Args:
-        name: as for `from_pretrained`.
-        revision: as for `from_pretrained`.
-        token: likewise.
-        cache_dir: likewise.
-
-    Returns:
-        The model, and the policy saved beside it, None if there is none.
-
-    Raises:
-        LoadError: as `from_pretrained` and `load_policy` do.
-    """
-    source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    saved = read_files(name, (CONFIG, WEIGHTS), _read, optional=(POLICY,), **source)
-    return _made(saved), saved.policy
-
-
-class _Saved(NamedTuple):
-    """What the files of a model say; the weights are opened, and so stay what they are if the file is replaced."""
-
-    config: dict[str, Any]
-    config_file: Path
-    header: dict[str, Stored]
-    weights: Any
-    weights_file: Path
-    policy: Policy | None
-
-
-def _read(config_file: Path, weights_file: Path, policy_file: Path | None = None) -> _Saved:
-    config, header = read_config(config_file), read_header(weights_file)
-    policy = None if policy_file is None else read_policy(policy_file)
-    return _Saved(config, config_file, header, safe_open(weights_file, "pt"), weights_file, policy)
-
-
-@ordinary_tensors
-def _made(saved: _Saved) -> Adaptive:
-    config = saved.config
-    # Which levels are looped is nothing to find out by computing, where there are no values to compare.
-    unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] in TREES else {}
-    check_leaves(config, saved.header, saved.config_file)
-    check_fit(lambda: _build(config, **unlooped), saved.header, saved.config_file, saved.weights_file)
-    try:
-        model = _build(config)
-    except Exception as error:
-        raise unbuildable(saved.config_file, error) from error
-    _load_weights(model, saved.weights, saved.weights_file)
-    return model.eval()
-
-
-def _arguments(model: Adaptive) -> dict[str, Any]:
+def _arguments(model: AdaptiveBase) -> dict[str, Any]:
     """What the entry point needs to make the model again."""
     return {key: value for key, value in model.arguments().items() if key in ARGUMENTS[model.architecture]}
 
 
-def _check_remakable(model: Adaptive) -> None:
+def _check_remakable(model: AdaptiveBase) -> None:
     args = _arguments(model)
     if not args.get("backbone"):
         raise SaveError("only models of backbones that timm.create_model made can be saved: others have no name.")
@@ -297,25 +207,3 @@ def _check_remakable(model: Adaptive) -> None:
                     f"{name} is not what timm.create_model({args['backbone']!r}) makes: the backbone was changed after "
                     "it was made; pass the change as an argument of timm.create_model instead."
                 )
-
-
-def _build(config: dict[str, Any], **settled: Any) -> Adaptive:
-    kind = config["architecture"]
-    settled |= {"init": "copy"} if kind in TREES else {}
-    model = timm.create_model(kind, **{**config["model_args"], **settled})
-    assert isinstance(model, Adaptive)
-    _describe(model, config)
-    return model
-
-
-def _describe(model: Adaptive, config: dict[str, Any]) -> None:
-    model.pretrained_cfg.update(config["pretrained_cfg"], num_classes=model.num_classes)
-    # timm writes these beside the rest, and reads them back so.
-    model.pretrained_cfg.update({key: config[key] for key in ("label_names", "label_descriptions") if key in config})
-
-
-def _load_weights(model: Adaptive, weights: Any, file: Path) -> None:
-    try:
-        model.load_state_dict({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise LoadError(f"the weights in {file} cannot be read: {first_line(error)}.") from error

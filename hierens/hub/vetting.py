@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hierens.branches.level import first_layout, in_first_layout
-from hierens.core.adaptive import Adaptive
+from hierens.core.adaptive import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.files.fetching import LoadError
 from hierens.files.reading import is_finite, is_whole, read_json, short
@@ -139,7 +139,7 @@ def check_types(wanted: Mapping[str, Tensor], header: Mapping[str, Stored], file
 
 
 def check_fit(
-    make: Callable[[], Adaptive], header: Mapping[str, Stored], config_file: Path, weights_file: Path
+    make: Callable[[], AdaptiveBase], header: Mapping[str, Stored], config_file: Path, weights_file: Path
 ) -> None:
     """Build a model without memory, within bounds that the weights set, and compare its parameters to theirs.
 

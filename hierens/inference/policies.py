@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hierens.core.adaptive import Adaptive
+from hierens.core.adaptive import AdaptiveBase
 from hierens.evaluation.uncertainty import MEASURES, Measure, certainty
 from hierens.files.fetching import LoadError, MissingFileError, read_files
 from hierens.files.reading import is_finite, is_whole, read_json, short
@@ -73,7 +73,7 @@ class Policy(ABC):
         return self._answer(model, images)
 
     @abstractmethod
-    def _answer(self, model: Adaptive, images: Tensor) -> Prediction: ...
+    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction: ...
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `from_dict` reads back."""
@@ -101,7 +101,7 @@ def _check_evaluating(model: Any) -> None:
         raise ValueError("policies answer in evaluation mode, and the model is in training mode: call model.eval().")
 
 
-def _uniform(model: Adaptive, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
+def _uniform(model: AdaptiveBase, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
     """An answer for which every image took the same."""
     cost = model.cost(leaves, tuple(images.shape[1:]))
     of_each = torch.ones(len(images), dtype=torch.int64)
@@ -130,7 +130,7 @@ class FixedDepth(Policy):
         if self.depth is not None and self.leaves is not None:
             raise ValueError(f"give depth or leaves, not both (got depth={self.depth}, leaves={self.leaves}).")
 
-    def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
+    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction:
         leaves = model.leaves_at(self.depth, self.leaves)
         return _uniform(model, images, model(images, leaves=leaves), leaves)
 
@@ -314,7 +314,7 @@ class Load(Policy):
         state["calm"] = state["since"] = 0
         state["latencies"].clear()  # they tell of the depth before
 
-    def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
+    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction:
         return FixedDepth(self.depth)._answer(model, images)
 
 
@@ -354,7 +354,7 @@ class Confidence(Policy):
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(self.measure)}.")
 
-    def _answer(self, model: Adaptive, images: Tensor) -> Prediction:
+    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction:
         sizes = model.sizes
         if len(self.thresholds) > max(len(sizes) - 1, 1):
             raise ValueError(

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, NoReturn
 
-import timm
 import torch
-from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hierens.branches.checking import self_check
-from hierens.branches.level import Activations, AnyLevel, Executor, Level, copies
-from hierens.core.adaptive import Adaptive, Step, classifier_maker, is_empty, rows, statistics_once
+from hierens.branches.fused_layers import activations_apart, loses_no_number
+from hierens.branches.fused_level import FusedLevel
+from hierens.branches.fusing import LayersSeen, apart_at_every_step, attach_activations, fused_levels, refuse
+from hierens.branches.level import Activations, Executor, Level, copies
+from hierens.core.adaptive import Step, classifier_maker, statistics_once
 from hierens.core.equilibrium import scale_gradient, scaled
-from hierens.core.modes import evaluating, ordinary_tensors
+from hierens.core.modes import ordinary_tensors
 from hierens.core.nesting import Nesting
 from hierens.core.tree import Tree, nested_sizes
-from hierens.cutting.cut import CutError, Cutting, cut, example_input
+from hierens.core.values import is_empty, rows
+from hierens.cutting.cut import Cutting
 from hierens.evaluation.profiling import branch_macs
+from hierens.models.growing import grow
+from hierens.models.level_tree import LevelTree
+from hierens.models.ordering import Reordering, reorder
 from hierens.models.symmetry import break_symmetry, symmetric
-
-if TYPE_CHECKING:
-    from hierens.branches.fusing import FusedEnsemble
-    from hierens.branches.tuning import Tuning
-    from hierens.models.ordering import Reordering
+from hierens.models.tuning import Tuning, tune
 
 _OWN = re.compile(r"^(levels\.\d+|head|classifier)\.\d+\.")  # before a backbone's own name of a parameter
-_CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
 
-class HierarchicalEnsemble(Adaptive):
+class HierarchicalEnsemble(LevelTree):
     """A tree of branches (Ruiz & Verbeek, arXiv 2003.01474): every leaf is a network, any first few can be run.
 
     Made by `hierensify`. To timm's tools it is a timm model: data configuration, optimiser factories, EMA, classifier
@@ -77,7 +75,9 @@ class HierarchicalEnsemble(Adaptive):
             Level(copies(piece, [self._drawn(piece, last, leaf, init) for leaf in range(leaves)]))
             for piece in (cutting.head, cutting.classifier)
         )
-        self._describe(backbone, cutting, "0.", branching=list(tree.branching), leaves=leaves)
+        self._describe(
+            backbone, cutting.at, cutting.classifier_names, "0.", branching=list(tree.branching), leaves=leaves
+        )
         names = tuple(f"classifier.{leaf}.{name}" for leaf in range(leaves) for name in cutting.classifier_names)
         self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names
         self.train(backbone.training)
@@ -212,16 +212,6 @@ class HierarchicalEnsemble(Adaptive):
                 count = len(total)
                 path, total = [rows(value, kept, count) for value in path], total[kept]
 
-    def level(self, index: int) -> AnyLevel:
-        """A level of the tree."""
-        level = self.levels[index]
-        assert isinstance(level, AnyLevel)
-        return level
-
-    def all_levels(self) -> list[AnyLevel]:
-        """The levels of the tree, then the head and the classifier, which have a copy per leaf."""
-        return [*(self.level(i) for i in range(self.tree.levels)), self.head, self.classifier]
-
     def _plain_levels(self) -> list[Level]:
         """All levels of a model that is not fused."""
         return [level for level in self.all_levels() if isinstance(level, Level)]
@@ -250,15 +240,31 @@ class HierarchicalEnsemble(Adaptive):
 
     def grow(self) -> HierarchicalEnsemble:
         """A model of its own with one more level, exact at first: see `hierens.models.growing.grow`."""
-        from hierens.models.growing import grow
-
         return grow(self)
 
+    @ordinary_tensors
     def fuse(self) -> FusedEnsemble:
-        """A copy for inference, faster and equal up to rounding: see `hierens.branches.fusing.fuse`."""
-        from hierens.branches.fusing import fuse
+        """A copy for inference: faster, equal up to rounding.
 
-        return fuse(self)
+        In every block with a grouped form batch norms are folded into the convolutions before them, standardised
+        weights are computed once, and activations become part of the convolution's kernel. Feature maps are kept in
+        channels-last order. Other blocks are left as they are.
+
+        Returns:
+            A model in evaluation mode that cannot be trained or saved.
+
+        Raises:
+            ValueError: a layer has a hook, which would be called no more.
+        """
+        *levels, head, classifier = fused_levels(self.all_levels())
+        fused: FusedEnsemble = self.with_levels(self.tree, levels, head, classifier, FusedEnsemble)
+        attach_activations(fused)
+        fused.watch_layers()
+        return fused.eval().requires_grad_(False)
+
+    def fold_norms(self) -> FusedEnsemble:
+        """See `fuse`."""
+        return self.fuse()
 
     def tune(
         self,
@@ -267,34 +273,12 @@ class HierarchicalEnsemble(Adaptive):
         batch_sizes: Sequence[int] | None = None,
         file: str | Path | None = None,
     ) -> Tuning:
-        """Measure how to run each level on this machine, and do so from now on: see `hierens.branches.tuning.tune`."""
-        from hierens.branches.tuning import tune
-
+        """Measure how to run each level on this machine, and do so from now on: see `hierens.models.tuning.tune`."""
         return tune(self, example, depths, batch_sizes, file)
 
     def reorder(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
         """Permute siblings in place so that small depths answer best: see `hierens.models.ordering.reorder`."""
-        from hierens.models.ordering import reorder
-
         return reorder(self, loader)
-
-    def with_levels(
-        self,
-        tree: Tree,
-        levels: Sequence[AnyLevel],
-        head: AnyLevel,
-        classifier: AnyLevel,
-        kind: type[Any] | None = None,
-    ) -> Any:
-        """A model of its own (of this class, or of `kind`) that is described as this one but has other levels."""
-        other: Any = object.__new__(kind or type(self))
-        nn.Module.__init__(other)
-        kept = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in nn.Module().__dict__}
-        other.__dict__.update(kept, tree=tree, training=self.training, _macs={})
-        other.default_cfg = other.pretrained_cfg
-        other._model_args.update(branching=list(tree.branching), leaves=tree.leaves)
-        other.levels, other.head, other.classifier = nn.ModuleList(levels), head, classifier
-        return other
 
     def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
         """Tell copied siblings apart: training would otherwise give them the same gradients for ever.
@@ -414,116 +398,102 @@ class HierarchicalEnsemble(Adaptive):
         return (branch for level in self.all_levels() if isinstance(level, Level) for branch in level)
 
 
-@ordinary_tensors
-def hierensify(
-    backbone: nn.Module,
-    blocks: int = 4,
-    *,
-    init: Literal["copy", "reinit"] = "copy",
-    at: Sequence[str] | None = None,
-    branching: Sequence[int] | None = None,
-    leaves: int | None = None,
-    seed: int | None = None,
-    looped: Mapping[str, str] | None = None,
-) -> HierarchicalEnsemble:
-    """Turn a timm model into a hierarchical neural ensemble.
+class FusedEnsemble(HierarchicalEnsemble):
+    """What `fuse` makes: an ensemble for inference, on any device, that also runs its sub-trees and compiles.
 
-    Args:
-        backbone: any block-structured timm classification model; it is left as it is.
-        blocks: levels of the tree, B + 1; it has 2^B leaves.
-        init: `copy` gives every branch the backbone's weights, so that every depth answers as the backbone does (call
-            `break_symmetry` before training; the trainer does); `reinit` draws every branch anew by the backbone's
-            own initialisation.
-        at: names of modules that shall begin the second and later blocks, instead of cuts into equal shares of work.
-        branching: children per branch and level, `(1, 2, 2, ...)` by default; sets `blocks`.
-        leaves: keep only this many leaves, from the first.
-        seed: of `init="reinit"`; drawn from torch's generator by default.
-        looped: levels that may not be run grouped, by index as a string, and why: what `model.looped` said of the same
-            tree. By default this is found out: a block whose grouped form does not equal the looped one is looped.
+    Its weights may be loaded (also with `assign=True`), written in place, cast and moved, at any time, and threads may
+    share it. Reordered weights follow, and take about the memory of the weights once more. Only what is written through
+    `.data` into the memory of a weight goes unseen, for torch keeps no record of it. Hooks of the model itself and of
+    its levels are called, gradients flow to images and to weights that ask for them.
 
-    Raises:
-        ValueError: a backbone that cannot be cut as asked (`CutError`), or arguments out of range.
-
-    Examples:
-        >>> import timm, torch, hierens
-        >>> model = hierens.hierensify(timm.create_model("mobilenetv2_050", num_classes=10), blocks=3)
-        >>> model(torch.randn(1, 3, 64, 64), depth=1).shape
-        torch.Size([1, 10])
+    The layers inside its blocks run without their modules. So a hook there and a layer that was replaced (by another
+    one, a quantised one, an adapter, a parametrised one) are refused at the next call.
     """
-    tree = planned(blocks, at, branching, leaves, init)
-    return grown_from(backbone, cut(backbone, tree.levels, at), tree, init, seed, looped)
 
+    _layers: LayersSeen
 
-def planned(
-    blocks: int, at: Sequence[str] | None, branching: Sequence[int] | None, leaves: int | None, init: str
-) -> Tree:
-    """The tree that the arguments of `hierensify` ask for.
+    def watch_layers(self) -> None:
+        """Take the layers as they are now for those that run."""
+        self._layers = LayersSeen(level for level in self.all_levels() if isinstance(level, FusedLevel))
 
-    Raises:
-        ValueError: arguments out of range, or that contradict each other.
-    """
-    if init not in ("copy", "reinit"):
-        raise ValueError(f"init must be 'copy' or 'reinit', got {init!r}.")
-    if at is not None:
-        blocks = len(at) + 1
-    elif branching is not None:
-        blocks = len(branching)
-    tree = Tree.binary(blocks) if branching is None else Tree(tuple(branching))
-    if tree.levels != blocks:
-        raise ValueError(f"branching has {tree.levels} levels, but `at` makes {blocks} blocks.")
-    return tree if leaves is None else tree.prefix(leaves)
+    def with_levels(self, *args: Any, **kwargs: Any) -> Any:
+        """See `HierarchicalEnsemble.with_levels`."""
+        other = super().with_levels(*args, **kwargs)
+        if isinstance(other, FusedEnsemble):
+            other.watch_layers()
+        return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is found out again."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_layers"}
 
-def grown_from(
-    backbone: nn.Module, cutting: Cutting, tree: Tree, init: str, seed: int | None, looped: Mapping[str, str] | None
-) -> HierarchicalEnsemble:
-    """The ensemble of a backbone that was cut, which takes the pieces over; the rest is as for `hierensify`."""
-    drawn = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
-    reasons = reasons_to_loop(cutting, backbone) if looped is None else looped
-    ensemble = HierarchicalEnsemble(backbone, cutting, tree, drawn)
-    for index, level in enumerate(ensemble.all_levels()):
-        if because := reasons.get(str(index)):
-            level.loop(because)
-    ensemble.train(ensemble.training)  # which finds the grouped forms
-    return ensemble
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.watch_layers()
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As every module's; weights that are not finite give what they give unfused, more slowly."""
+        found = super().load_state_dict(*args, **kwargs)
+        attach_activations(self)
+        return found
 
-def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[nn.Module]:
-    """A newly initialised backbone for every leaf."""
-    architecture = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
-    if not architecture:
-        raise ValueError("init='reinit' makes the backbone anew by timm.create_model, which did not make this one.")
-    args = {**get_model_args(backbone), "num_classes": backbone.num_classes}
-    networks: list[nn.Module] = []
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        networks = [timm.create_model(architecture, **args) for _ in range(tree.leaves)]
-    return networks
+    def train(self, mode: bool = True) -> FusedEnsemble:
+        """Stay in evaluation mode.
 
+        Raises:
+            ValueError: training was asked for.
+        """
+        if mode:
+            refuse("trained")
+        super().train(False)
+        return self
 
-def reasons_to_loop(cutting: Cutting, backbone: nn.Module) -> dict[str, str]:
-    """The pieces whose grouped form may not be used, by index, and why."""
-    pieces = (*cutting.blocks, cutting.head, cutting.classifier)
-    value: Any = _small_example(backbone)
-    examples = []
-    for piece in pieces:
-        examples.append(value)
-        with torch.no_grad(), evaluating(piece):
-            value = piece(*value) if isinstance(value, tuple) else piece(value)
-    found = {str(i): self_check(piece, x) for i, (piece, x) in enumerate(zip(pieces, examples, strict=True))}
-    return {index: because for index, because in found.items() if because}
+    def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
+        """As `HierarchicalEnsemble.forward`; images that are not finite give what they give unfused, more slowly."""
+        if loses_no_number(x):
+            return super().forward(x, depth, leaves, reduce)
+        with activations_apart():
+            return super().forward(x, depth, leaves, reduce)
 
+    def forward_features(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
+        """As `HierarchicalEnsemble.forward_features`; for images that are not finite, as `forward`."""
+        with contextlib.nullcontext() if loses_no_number(x) else activations_apart():
+            return super().forward_features(x, depth, leaves)
 
-def _small_example(backbone: nn.Module) -> Tensor:
-    """An image of few pixels, or of the full size if the backbone insists on that."""
-    full = example_input(backbone)
-    for size in _CHECK_SIZES:
-        small = full[..., :size, :size]
-        with contextlib.suppress(Exception), torch.no_grad(), evaluating(backbone):
-            backbone(small)
-            return small
-    return full
+    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
+        """As `HierarchicalEnsemble.anytime`; for images that are not finite, as `forward`."""
+        walk = super().anytime(x)
+        return walk if loses_no_number(x) else apart_at_every_step(walk)
 
+    def _prepared(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._layers.check()
+        return super()._prepared(x).contiguous(memory_format=torch.channels_last)
 
-__all__ = ["CutError", "HierarchicalEnsemble", "hierensify"]
+    def fold_norms(self) -> FusedEnsemble:
+        """Itself: that is done."""
+        return self
+
+    def fuse(self) -> NoReturn:
+        """Raise a ValueError."""
+        refuse("fused once more")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a ValueError: the model that this one was made from is what to save."""
+        refuse("saved")
+
+    def grow(self) -> NoReturn:
+        """Raise a ValueError."""
+        refuse("grown")
+
+    def reorder(self, loader: Any) -> NoReturn:
+        """Raise a ValueError."""
+        refuse("reordered")
+
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a ValueError."""
+        refuse("given another classifier")
+
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> NoReturn:
+        """Raise a ValueError."""
+        refuse("changed")

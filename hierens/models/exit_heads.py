@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hierens.core.adaptive import classifier_maker
 from hierens.core.modes import evaluating
-from hierens.cutting.cut import example_input
+from hierens.core.timm_info import example_input
 
 HeadKind = Literal["pool", "conv"]
 _CONV_WIDTH = 128  # channels of a convolutional head, as MSDNet has them; in narrow networks it would dwarf the rest

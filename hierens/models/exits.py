@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hierens.core.adaptive import Adaptive, Step, is_empty, rows, statistics_once
+from hierens.branches.fusing import fold_where_traced
+from hierens.core.adaptive import Step, statistics_once
 from hierens.core.counting import count_macs
 from hierens.core.equilibrium import scaled
 from hierens.core.modes import ordinary_tensors
 from hierens.core.nesting import Nesting
+from hierens.core.values import is_empty, rows
 from hierens.cutting.cut import Cutting, cut
+from hierens.models.adaptive import Adaptive
 from hierens.models.exit_heads import Embedding, Exit, HeadKind, OwnExit, early_exits
 from hierens.models.exit_weights import ExitWeights, prior
-
-if TYPE_CHECKING:
-    from hierens.models.pruning import Pruning
+from hierens.models.pruning import Pruning, WeightedExits, prune
 
 __all__ = ["MultiExit", "multi_exit"]
 
 
-class MultiExit(Adaptive):
+class MultiExit(WeightedExits):
     """A network with several exits; to policies, metrics, the trainer and the Hub what a hierarchical ensemble is.
 
     Made by `multi_exit`. Its leaves are its exits: depth b, the first b + 1 exits, 0 being the first.
@@ -58,7 +59,7 @@ class MultiExit(Adaptive):
         super().__init__()
         self.positions = tuple(range(len(exits)))
         self.levels, self.exits = nn.ModuleList(cutting.blocks), nn.ModuleList(exits)
-        self._describe(backbone, cutting, "", **arguments)
+        self._describe(backbone, cutting.at, cutting.classifier_names, "", **arguments)
         self.embeddings = nn.ModuleList()
         like = next(backbone.parameters())
         if arguments["collaborate"]:
@@ -244,10 +245,10 @@ class MultiExit(Adaptive):
         other._name_classifiers()
         return other
 
-    def prune(self, tolerance: float = 0.01, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> Pruning:
+    def prune(
+        self, tolerance: float = 0.01, batches: Iterable[tuple[Tensor, Tensor]] | None = None
+    ) -> Pruning[MultiExit]:
         """The ensemble without exits that hardly count: see `hierens.models.pruning.prune`."""
-        from hierens.models.pruning import prune
-
         return prune(self, tolerance, batches)
 
     @ordinary_tensors
@@ -269,6 +270,11 @@ class MultiExit(Adaptive):
         other._macs = {}
         other._name_classifiers()
         return other
+
+    def fold_norms(self) -> MultiExit:
+        """See `Adaptive.fold_norms`."""
+        self.levels = nn.ModuleList(fold_where_traced(level) for level in self.levels)
+        return self
 
     # --- cost -------------------------------------------------------------------------------------------------------
 

@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from hierens.branches.checking import reasons_to_loop
 from hierens.branches.level import Level
 from hierens.branches.level import copies as branches_with
 from hierens.branches.packed import state_of
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
 from hierens.cutting.cut import CutError, cut, next_cut
-from hierens.models.ensemble import HierarchicalEnsemble, reasons_to_loop
+from hierens.models.level_tree import LevelTree
 
 
 @ordinary_tensors
-def grow(model: HierarchicalEnsemble) -> HierarchicalEnsemble:
+def grow(model: LevelTree) -> Any:
     """A model of its own with one more level and twice the leaves, which answers as the old one does.
 
     The last block is cut in two where that halves its work best (the leaf's head counts to its second part), and both
@@ -72,7 +73,7 @@ class _Network(nn.Module):
     Under the backbone's own names, so that cuts made here can be repeated on the backbone when a model is loaded.
     """
 
-    def __init__(self, single: HierarchicalEnsemble) -> None:
+    def __init__(self, single: LevelTree) -> None:
         super().__init__()
         self.in_chans, self.num_classes, self.num_features = single.in_chans, single.num_classes, single.num_features
         self.pretrained_cfg = {"input_size": single.pretrained_cfg["input_size"]}

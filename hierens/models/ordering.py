@@ -17,7 +17,7 @@ from hierens.branches.level import Level
 from hierens.core.modes import evaluating
 from hierens.core.tree import Tree, nested_sizes
 from hierens.evaluation.profiling import table
-from hierens.models.ensemble import HierarchicalEnsemble
+from hierens.models.level_tree import LevelTree
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Reordering:
         return table(("depth", "cross-entropy", "after", "accuracy (%)", "after"), rows)
 
 
-def reorder(model: HierarchicalEnsemble, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
+def reorder(model: LevelTree, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
     """Permute siblings in place so that small depths answer best on validation data.
 
     All leaves are evaluated once. From each leaf as the first, an order is completed one leaf at a time, always by the
@@ -95,7 +95,7 @@ def reorder(model: HierarchicalEnsemble, loader: Iterable[tuple[Tensor, Tensor]]
     )
 
 
-def _evaluated(model: HierarchicalEnsemble, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _evaluated(model: LevelTree, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Leaf logits (M, leaves, classes) in float32 and targets (M,) of a whole loader, on the CPU."""
     parameter = next(model.parameters())
     logits, targets = [], []
@@ -181,7 +181,7 @@ def _next_leaves(tree: Tree, order: Sequence[int]) -> list[int]:
     return candidates(0, range(tree.width(0)))
 
 
-def _permute(model: HierarchicalEnsemble, order: Sequence[int]) -> None:
+def _permute(model: LevelTree, order: Sequence[int]) -> None:
     """Put the branches of every level, and of head and classifier, where an order of the leaves wants them."""
     tree = model.tree
     for index, level in enumerate(model.all_levels()):

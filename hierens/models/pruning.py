@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,28 @@ from torch import Tensor
 from hierens.core.modes import evaluating
 from hierens.evaluation.profiling import latency, millions, table
 from hierens.inference.calibration import collect
-from hierens.models.exits import MultiExit
+from hierens.models.adaptive import Adaptive
+
+
+class WeightedExits(Adaptive):
+    """A chain of exits that may have weights: what `prune` takes, and `MultiExit` is."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> Tensor | None:
+        """Weights of the ensemble's exits, (exits,), with a sum of 1; None if each answers alone."""
+
+    @property
+    @abstractmethod
+    def collaborate(self) -> bool:
+        """Whether an exit also sees what the one before said."""
+
+    @abstractmethod
+    def keep_exits(self, exits: Iterable[int]) -> Self:
+        """A model of its own with some of the exits, and no blocks behind the last of them."""
+
+
+Exits = TypeVar("Exits", bound=WeightedExits)
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Pruning:
+class Pruning(Generic[Exits]):
     """A model without the exits that hardly counted; printed, a table of what that saved.
 
     Attributes:
@@ -43,7 +65,7 @@ class Pruning:
         after: what it costs.
     """
 
-    model: MultiExit
+    model: Exits
     kept: tuple[int, ...]
     before: Cost
     after: Cost
@@ -59,7 +81,9 @@ class Pruning:
         return table(("", "before", "after", "saved"), rows)
 
 
-def prune(model: MultiExit, tolerance: float = 0.01, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> Pruning:
+def prune(
+    model: Exits, tolerance: float = 0.01, batches: Iterable[tuple[Tensor, Tensor]] | None = None
+) -> Pruning[Exits]:
     """Leave out exits of negligible weight, and what lies behind the last useful one.
 
     The result answers exactly as the ensemble of the exits that are kept, their weights brought to a sum of 1. Exits
@@ -91,7 +115,7 @@ def prune(model: MultiExit, tolerance: float = 0.01, batches: Iterable[tuple[Ten
     return Pruning(pruned, kept, _cost(model), _cost(pruned))
 
 
-def _cost(model: MultiExit) -> Cost:
+def _cost(model: WeightedExits) -> Cost:
     like = next(model.parameters())
     image = torch.zeros(1, *model.pretrained_cfg["input_size"], device=like.device, dtype=like.dtype)
     with evaluating(model):

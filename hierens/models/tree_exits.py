@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.level import Executor
-from hierens.core.adaptive import Adaptive, Step, is_empty, rows
+from hierens.core.adaptive import Step
 from hierens.core.counting import count_macs
 from hierens.core.equilibrium import scaled
 from hierens.core.modes import ordinary_tensors
 from hierens.core.nesting import Nesting
 from hierens.core.tree import nested_sizes
+from hierens.core.values import is_empty, rows
 from hierens.cutting.cut import cut
-from hierens.models.ensemble import HierarchicalEnsemble, grown_from, planned
+from hierens.models.adaptive import Adaptive
+from hierens.models.converting import grown_from, planned
+from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_heads import ConvExit, HeadKind, PooledExit, early_exits
 from hierens.models.exits import MultiExit
 
@@ -197,6 +200,11 @@ class TreeWithExits(Adaptive):
             return TreeWithExits(self.networks.at_depth(leaves=networks), exits, self._model_args["head"])
         blocks = [self._tree.level(index).narrowed(1).first() for index in range(early)]
         return MultiExit.beginning(self, blocks, exits, ("networks.levels.0.0.", "levels.0."))
+
+    def fold_norms(self) -> TreeWithExits:
+        """See `Adaptive.fold_norms`."""
+        self.add_module("networks", self.networks.fuse())
+        return self
 
     # --- cost -------------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ import timm
 import torch
 from torch import nn
 
-from hierens.core.adaptive import Adaptive
 from hierens.core.labels import name_labels
 from hierens.files.saving import replacing
 from hierens.hub.describing import unusable
-from hierens.hub.saving import from_pretrained
-from hierens.models.ensemble import hierensify
+from hierens.models.adaptive import Adaptive
+from hierens.models.converting import hierensify
 from hierens.models.exits import multi_exit
+from hierens.models.loading import from_pretrained
 from hierens.models.tree_exits import tree_with_exits
 from hierens.training.config import Run, to_json
 from hierens.training.data import class_names, count_classes, create_loaders

@@ -11,8 +11,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hierens.core.adaptive import Adaptive
-from hierens.hub.saving import WEIGHTS, from_pretrained, save_config, save_pretrained
+from hierens.hub.saving import WEIGHTS, save_config, save_pretrained
+from hierens.models.adaptive import Adaptive
+from hierens.models.loading import from_pretrained
 from hierens.training.checkpoint import CheckpointWriteError, first_problem
 from hierens.training.files import free_space, noting_write_errors, recover
 from hierens.training.sharding import full_weights, is_sharded

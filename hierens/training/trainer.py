@@ -23,10 +23,10 @@ from accelerate.utils import set_seed, tqdm
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
-from hierens.core.adaptive import Adaptive
 from hierens.core.errors import first_line
 from hierens.hub.cards import COLUMNS
 from hierens.losses import Objective
+from hierens.models.adaptive import Adaptive
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoint import (
     CheckpointWriteError,

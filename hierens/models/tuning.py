@@ -24,11 +24,12 @@ from hierens.branches.level import Activations, AnyLevel
 from hierens.core.errors import first_line
 from hierens.core.modes import evaluating
 from hierens.core.tree import nested_sizes
+from hierens.core.version import __version__
 from hierens.evaluation.profiling import call_ms, table
 from hierens.files.fetching import LoadError
 from hierens.files.reading import is_finite, is_whole, read_json, short
 from hierens.files.saving import replacing
-from hierens.models.ensemble import HierarchicalEnsemble
+from hierens.models.level_tree import LevelTree
 
 _REPEATS = 5  # rounds over all ways, interleaved
 _SECONDS = 0.02  # that a way is run for in each round, at least once
@@ -105,7 +106,7 @@ class Tuning:
 
 
 def tune(
-    model: HierarchicalEnsemble,
+    model: LevelTree,
     example: Tensor,
     depths: Sequence[int] | None = None,
     batch_sizes: Sequence[int] | None = None,
@@ -156,7 +157,7 @@ def tune(
     return found
 
 
-def apply(model: HierarchicalEnsemble, tuning: Tuning) -> None:
+def apply(model: LevelTree, tuning: Tuning) -> None:
     """Let a model's levels run as was found best.
 
     Raises:
@@ -173,9 +174,7 @@ def apply(model: HierarchicalEnsemble, tuning: Tuning) -> None:
         level.plan = {(m.branches, m.batch_size): m.together for m in tuning.measurements if m.level == index}
 
 
-def _measured(
-    model: HierarchicalEnsemble, image: Tensor, counts: Iterable[int], batches: Iterable[int]
-) -> Iterable[Measurement]:
+def _measured(model: LevelTree, image: Tensor, counts: Iterable[int], batches: Iterable[int]) -> Iterable[Measurement]:
     levels, done = model.all_levels(), set[tuple[int, int, int]]()
     for batch in batches:
         x = model._prepared(image.expand(batch, -1, -1, -1).contiguous())
@@ -209,7 +208,7 @@ def _ways(level: AnyLevel, x: Activations, parents: Sequence[int] | None, branch
     return {together: statistics.median(values) for together, values in times.items()}
 
 
-def _covered(model: HierarchicalEnsemble, tuning: Tuning, batches: Iterable[int]) -> set[tuple[int, int]]:
+def _covered(model: LevelTree, tuning: Tuning, batches: Iterable[int]) -> set[tuple[int, int]]:
     """The numbers of leaves, and which of the batch sizes, for which every level that has a choice was measured."""
     measured = {(m.level, m.branches, m.batch_size) for m in tuning.measurements}
     covered = set()
@@ -231,8 +230,6 @@ def _machine(x: Tensor) -> str:
     else:
         device = f"{x.device.type}, {_processor()}, {torch.get_num_threads()} threads"
     precision = str(x.dtype).removeprefix("torch.")
-    from hierens import __version__
-
     return f"{device}, {precision}, torch {torch.__version__}, hierens {__version__}"
 
 
