@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -21,9 +21,11 @@ from hierens.core.tree import Tree
 from hierens.cutting.cut import CutError, cut, next_cut
 from hierens.models.level_tree import LevelTree
 
+Grown = TypeVar("Grown", bound=LevelTree)
+
 
 @ordinary_tensors
-def grow(model: LevelTree) -> Any:
+def grow(model: Grown) -> Grown:
     """A model of its own with one more level and twice the leaves, which answers as the old one does.
 
     The last block is cut in two where that halves its work best (the leaf's head counts to its second part), and both
@@ -49,7 +51,7 @@ def grow(model: LevelTree) -> Any:
             (len(levels) + 1, cutting.blocks[-1], 2),
         )
     )
-    grown = model.with_levels(
+    grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
         [*(level.narrowed(level.branches) for level in levels), upper, lower],
         _planted(head.first(), head, copies=2, because=head.looped_because),
