@@ -35,7 +35,7 @@ from hierens.evaluation.metrics import evaluate_model
 from hierens.evaluation.profiling import table
 from hierens.evaluation.reporting import Group
 from hierens.hub.cards import COLUMNS
-from hierens.training.data import create_datasets
+from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import dump_run
 
 DATA = "clothing"

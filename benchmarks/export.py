@@ -28,8 +28,8 @@ from executorch.runtime import Runtime
 
 import hierens
 from hierens.evaluation.profiling import millions, table
-from hierens.training.builtin import fashion_mnist
 from hierens.training.config import DataConfig
+from hierens.training.data.builtin import fashion_mnist
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "export.md"
 BATCHES = (1, 8)

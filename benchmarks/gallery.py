@@ -31,7 +31,7 @@ from hierens.hub.cards import COLUMNS, PICTURE
 from hierens.hub.saving import CARD, WEIGHTS
 from hierens.inference.policies import Confidence
 from hierens.models.adaptive import Adaptive
-from hierens.training.data import create_datasets
+from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import load_run
 
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 import hierens
 from hierens.inference.policies import Deadline, FixedDepth, Policy, load_policy
 from hierens.models.loading import load_with_policy
+from hierens.training.checkpoints.files import publish
 from hierens.training.config import DataConfig
-from hierens.training.files import publish
 from hierens.training.preprocessing import data_config, label_names
 
 try:

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import hierens
 from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load, load_policy
 from hierens.models import tuning
+from hierens.training.checkpoints.files import MANIFEST, seal
 from hierens.training.config import TrainConfig
-from hierens.training.files import MANIFEST, seal
 from hierens.training.trainer import Trainer
 
 _PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452")

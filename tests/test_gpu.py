@@ -23,7 +23,7 @@ from torchvision import transforms as T
 
 from hierens.models.loading import from_pretrained
 from hierens.training.config import DataConfig
-from hierens.training.data import create_transform
+from hierens.training.data.loaders import create_transform
 
 CLASSES = ("cat", "dog", "eel")
 

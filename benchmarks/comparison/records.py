@@ -28,7 +28,7 @@ from hierens.evaluation.reporting import Group
 from hierens.inference.calibration import Answers, calibrate, collect, exits
 from hierens.models.tuning import _processor
 from hierens.training.config import Run, to_json
-from hierens.training.data import create_datasets
+from hierens.training.data.loaders import create_datasets
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "results" / "runs"

@@ -50,8 +50,8 @@ def predict(arguments: Sequence[str]) -> None:
     if folder := next((name for name in settings.images if Path(name).is_dir()), None):
         raise UsageError(f"{folder} is a folder: name images, or predict all it holds with examples/batch_predict.py.")
 
-    from hierens.training.data import create_transform
-    from hierens.training.decoding import create_decoder
+    from hierens.training.data.decoding import create_decoder
+    from hierens.training.data.loaders import create_transform
     from hierens.training.preprocessing import data_config, label_names
 
     answers: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def _read(file: str, decode: Callable[[str], Any], transform: Callable[[Any], Te
     Raises:
         ValueError: it cannot be read.
     """
-    from hierens.training.decoding import DecodingError
+    from hierens.training.data.decoding import DecodingError
 
     try:
         return transform(decode(file))[None]

@@ -90,7 +90,7 @@ def _right_answers(model: Adaptive, run: Run) -> Tensor:
     from torch.utils.data import DataLoader
 
     from hierens.evaluation.metrics import right_answers
-    from hierens.training.data import create_held_out
+    from hierens.training.data.loaders import create_held_out
 
     return right_answers(model, DataLoader(create_held_out(run.data), run.train.val_batch_size))
 

@@ -47,7 +47,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from hierens.core.labels import label_names
     from hierens.evaluation.metrics import as_record, evaluate_model
     from hierens.models.loading import from_pretrained
-    from hierens.training.data import create_held_out
+    from hierens.training.data.loaders import create_held_out
 
     with machine_readable(settings.json) as give:
         model = from_pretrained(settings.model)

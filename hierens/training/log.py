@@ -11,7 +11,7 @@ from typing import Any
 
 from hierens.files.reading import is_whole, parse_json, short
 from hierens.files.saving import replacing, sync
-from hierens.training.files import free_space
+from hierens.training.checkpoints.files import free_space
 
 _LARGEST = 2**53  # of a step, or an epoch
 

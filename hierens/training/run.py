@@ -20,7 +20,7 @@ from hierens.models.exits import multi_exit
 from hierens.models.loading import from_pretrained
 from hierens.models.tree_exits import tree_with_exits
 from hierens.training.config import Run, to_json
-from hierens.training.data import class_names, count_classes, create_loaders
+from hierens.training.data.loaders import class_names, count_classes, create_loaders
 from hierens.training.lock import check_free
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer

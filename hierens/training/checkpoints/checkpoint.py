@@ -30,9 +30,18 @@ from hierens.files.fetching import LoadError
 from hierens.files.reading import short
 from hierens.hub.saving import WEIGHTS, save_config
 from hierens.hub.vetting import check_types, read_header
+from hierens.training.checkpoints.files import (
+    PARTIAL,
+    damage,
+    free_space,
+    noting_write_errors,
+    publish,
+    recover,
+    remove,
+    seal,
+)
+from hierens.training.checkpoints.resuming import check_states, read_trainer
 from hierens.training.config import TrainConfig, to_json
-from hierens.training.files import PARTIAL, damage, free_space, noting_write_errors, publish, recover, remove, seal
-from hierens.training.resuming import check_states, read_trainer
 from hierens.training.sharding import is_sharded, save_optimizer, save_weights
 from hierens.training.sharding import load as load_sharded
 

@@ -19,14 +19,21 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-from hierens.training.builtin import CLASSES, read_built_in
-from hierens.training.colour import warn_of_lost_colours
 from hierens.training.config import DataConfig
-from hierens.training.decoding import create_decoder
-from hierens.training.images import ArrayImages, HeldOutDataset, SeededDataset, StoredImages
-from hierens.training.splits import check_folder, check_folders, is_folder, match_classes, match_model, split_folder
-from hierens.training.streams import Stream, TrainStream
-from hierens.training.unreadable import Unreadable
+from hierens.training.data.builtin import CLASSES, read_built_in
+from hierens.training.data.colour import warn_of_lost_colours
+from hierens.training.data.decoding import create_decoder
+from hierens.training.data.images import ArrayImages, HeldOutDataset, SeededDataset, StoredImages
+from hierens.training.data.splits import (
+    check_folder,
+    check_folders,
+    is_folder,
+    match_classes,
+    match_model,
+    split_folder,
+)
+from hierens.training.data.streams import Stream, TrainStream
+from hierens.training.data.unreadable import Unreadable
 
 BUILT_IN = tuple(CLASSES)
 _STREAMED = ("wds/", "hfids/")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hierens.hub.saving import WEIGHTS, save_config, save_pretrained
 from hierens.models.adaptive import Adaptive
 from hierens.models.loading import from_pretrained
-from hierens.training.checkpoint import CheckpointWriteError, first_problem
-from hierens.training.files import free_space, noting_write_errors, recover
+from hierens.training.checkpoints.checkpoint import CheckpointWriteError, first_problem
+from hierens.training.checkpoints.files import free_space, noting_write_errors, recover
 from hierens.training.sharding import full_weights, is_sharded
 
 

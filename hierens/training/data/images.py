@@ -17,9 +17,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from hierens.core.labels import NO_CLASS
-from hierens.training.decoding import Source
+from hierens.training.data.decoding import Source
+from hierens.training.data.unreadable import Unreadable, UnreadableImageError
 from hierens.training.randomness import random_numbers_of
-from hierens.training.unreadable import Unreadable, UnreadableImageError
 
 
 class ArrayImages(Dataset[tuple[torch.Tensor, int]]):

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hierens.training.decoding import DecodingError, Source
+from hierens.training.data.decoding import DecodingError, Source
+from hierens.training.data.unreadable import Unreadable, UnreadableDataError
 from hierens.training.randomness import random_numbers_of, seed_of
-from hierens.training.unreadable import Unreadable, UnreadableDataError
 
 _BLANK = b"P5 1 1 255\n\0"  # the smallest image
 
