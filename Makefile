@@ -53,9 +53,10 @@ upgrade: $(VENV)/.installed ## take the newest versions of everything, into cons
 	mv $(VENV)/constraints.txt constraints.txt
 	@touch $(VENV)/.installed
 
-lint: $(VENV)/.installed ## check style
+lint: $(VENV)/.installed ## check style, and which way imports run
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.installed ## put style right
 	$(BIN)/ruff check --fix

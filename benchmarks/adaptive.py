@@ -37,11 +37,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import hierens
-from hierens.calibration import Answers, calibrate, collect, exits, fit_prediction_sets, fit_temperatures, mean_cost
-from hierens.metrics import as_record, evaluate_model, ood_auroc
-from hierens.policies import Deadline, FixedDepth, Prediction
-from hierens.profiling import millions, table
-from hierens.uncertainty import MEASURES, Measure, mutual_information
+from hierens.evaluation.metrics import as_record, evaluate_model, ood_auroc
+from hierens.evaluation.profiling import millions, table
+from hierens.evaluation.uncertainty import MEASURES, Measure, mutual_information
+from hierens.inference.calibration import (
+    Answers,
+    calibrate,
+    collect,
+    exits,
+    fit_prediction_sets,
+    fit_temperatures,
+    mean_cost,
+)
+from hierens.inference.policies import Deadline, FixedDepth, Prediction
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

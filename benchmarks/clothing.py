@@ -31,11 +31,11 @@ from comparison.train import train_missing
 from torch.utils.data import DataLoader
 
 import hierens
-from hierens.cards import COLUMNS
-from hierens.metrics import evaluate_model
-from hierens.profiling import table
-from hierens.reporting import Group
-from hierens.training.data import create_datasets
+from hierens.evaluation.metrics import evaluate_model
+from hierens.evaluation.profiling import table
+from hierens.evaluation.reporting import Group
+from hierens.hub.cards import COLUMNS
+from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import dump_run
 
 DATA = "clothing"

@@ -1,4 +1,4 @@
-"""The photographs of the demo, from their folders: a strip per split and class into hierens/training/clothing/.
+"""The photographs of the demo, from their folders: a strip per split and class into hierens/training/data/clothing/.
 
 python benchmarks/clothing_strips.py DIR        DIR holds `train`, `validation` and `test` with a folder per class
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from hierens.training.builtin import CLASSES, CLOTHING, CLOTHING_SIDE
+from hierens.training.data.builtin import CLASSES, CLOTHING, CLOTHING_SIDE
 
 QUALITY = 90
 

@@ -20,10 +20,10 @@ from comparison.differences import Difference, difference
 
 import hierens
 from hierens.cli.demo import ARMS
-from hierens.plotting import plot_accuracy
-from hierens.profiling import millions, table
-from hierens.reporting import Group, read_runs
-from hierens.training.data import create_datasets
+from hierens.evaluation.plotting import plot_accuracy
+from hierens.evaluation.profiling import millions, table
+from hierens.evaluation.reporting import Group, read_runs
+from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import PRESETS
 from hierens.training.run import train
 

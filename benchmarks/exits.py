@@ -25,8 +25,8 @@ from comparison.recipes import BASE_WIDTH
 from comparison.records import ROOT, TOLERANCE, read_records
 from comparison.train import train_missing
 
-from hierens.profiling import table
-from hierens.reporting import Group, comparison
+from hierens.evaluation.profiling import table
+from hierens.evaluation.reporting import Group, comparison
 
 RESULTS = ROOT / "docs" / "results"
 PAGES = {"cifar100": "cifar100_exits", "cifar10": "cifar10_exits", "fashion_mnist": "exits"}

@@ -27,9 +27,9 @@ from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpoo
 from executorch.runtime import Runtime
 
 import hierens
-from hierens.profiling import millions, table
-from hierens.training.builtin import fashion_mnist
+from hierens.evaluation.profiling import millions, table
 from hierens.training.config import DataConfig
+from hierens.training.data.builtin import fashion_mnist
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "export.md"
 BATCHES = (1, 8)

@@ -20,7 +20,7 @@ import tyro
 
 import hierens
 from hierens.cli import results_table
-from hierens.plotting import plot_accuracy
+from hierens.evaluation.plotting import plot_accuracy
 from hierens.training.config import to_json
 from hierens.training.presets import PRESETS
 from hierens.training.run import Run, train

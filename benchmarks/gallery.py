@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import hierens
-from hierens.adaptive import Adaptive
-from hierens.cards import COLUMNS, PICTURE
-from hierens.hub import CARD, WEIGHTS
-from hierens.policies import Confidence
-from hierens.profiling import millions, table
-from hierens.training.data import create_datasets
+from hierens.evaluation.profiling import millions, table
+from hierens.hub.cards import COLUMNS, PICTURE
+from hierens.hub.saving import CARD, WEIGHTS
+from hierens.inference.policies import Confidence
+from hierens.models.adaptive import Adaptive
+from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import load_run
 
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -235,7 +235,7 @@ All are trained by the paper's objective; figures are of the test images after t
 
 ```python
 import hierens
-from hierens.policies import load_policy
+from hierens.inference.policies import load_policy
 
 model = hierens.from_pretrained("models/{shown[0]}")
 policy = load_policy("models/{shown[0]}")  # every image leaves once its answer is sure enough

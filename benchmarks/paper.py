@@ -28,9 +28,9 @@ from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, ROWS, SINGLE_WIDTHS
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
 from comparison.train import train_in_memory, train_missing
 
-from hierens.plotting import plot_comparison, plot_leaves
-from hierens.profiling import table
-from hierens.reporting import Group, comparison
+from hierens.evaluation.plotting import plot_comparison, plot_leaves
+from hierens.evaluation.profiling import table
+from hierens.evaluation.reporting import Group, comparison
 from hierens.training.presets import dump_run
 
 RESULTS = ROOT / "docs" / "results"

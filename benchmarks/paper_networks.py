@@ -10,8 +10,8 @@ from pathlib import Path
 import timm
 
 import hierens
-from hierens.profiling import millions, table
-from hierens.tree import nested_sizes
+from hierens.core.tree import nested_sizes
+from hierens.evaluation.profiling import millions, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "paper_networks.md"
 INTRODUCTION = """# The paper's networks

@@ -35,8 +35,8 @@ import serving_page
 from ray import serve
 
 import hierens
-from hierens.training.builtin import fashion_mnist
 from hierens.training.config import DataConfig
+from hierens.training.data.builtin import fashion_mnist
 
 RESULTS = ROOT / "docs" / "results"
 Rows = list[dict[str, Any]]

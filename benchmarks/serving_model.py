@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor, nn
 
 import hierens
-from hierens.objectives import Objective
+from hierens.losses import Objective
 
 SIZE, MEAN, STD = (1, 28, 28), 0.286, 0.353
 
@@ -68,8 +68,8 @@ def main(settings: Settings) -> None:
 
 def fashion_mnist(directory: str, training: bool) -> tuple[Tensor, Tensor]:
     """Normalised images (N, 1, 28, 28) and labels (N,)."""
-    from hierens.training.builtin import fashion_mnist as read
     from hierens.training.config import DataConfig
+    from hierens.training.data.builtin import fashion_mnist as read
 
     images, labels = read(DataConfig(dataset="fashion_mnist", data_dir=directory), training)
     scaled = torch.from_numpy(np.array(images)).float().div(255).sub(MEAN).div(STD)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import hierens
-from hierens.profiling import call_ms, table
-from hierens.tree import Tree
+from hierens.core.tree import Tree
+from hierens.evaluation.profiling import call_ms, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "speed"

@@ -24,10 +24,10 @@ import tyro
 from torch.utils.data import DataLoader, Dataset
 
 import hierens
-from hierens.plotting import plot_accuracy
-from hierens.profiling import millions, table
+from hierens.evaluation.plotting import plot_accuracy
+from hierens.evaluation.profiling import millions, table
 from hierens.training.config import DataConfig, ModelConfig, TrainConfig, to_json
-from hierens.training.data import ArrayImages, SeededDataset, count_classes, create_datasets, create_transform
+from hierens.training.data.loaders import ArrayImages, SeededDataset, count_classes, create_datasets, create_transform
 from hierens.training.run import Run, create_ensemble
 from hierens.training.trainer import Trainer
 

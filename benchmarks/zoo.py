@@ -32,8 +32,9 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 import hierens
-from hierens.cutting import cut, example_input
-from hierens.modes import quiet_dropout
+from hierens.core.modes import quiet_dropout
+from hierens.core.timm_info import example_input
+from hierens.cutting.cut import cut
 
 ROOT = Path(__file__).parents[1]
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"

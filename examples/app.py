@@ -29,10 +29,10 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
 import hierens
-from hierens.training.builtin import digits, fashion_mnist
 from hierens.training.config import DataConfig
-from hierens.training.data import create_transform
-from hierens.training.decoding import DecodingError, create_decoder, decode
+from hierens.training.data.builtin import digits, fashion_mnist
+from hierens.training.data.decoding import DecodingError, create_decoder, decode
+from hierens.training.data.loaders import create_transform
 from hierens.training.preprocessing import data_config, label_names
 
 try:

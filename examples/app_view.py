@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from hierens.tree import Tree
+from hierens.core.tree import Tree
 
 _MOST_DRAWN = 256  # leaves
 _ALL_BARS, _FEW_BARS = 12, 8  # up to so many classes stand in their own order; of more, the likeliest

@@ -24,10 +24,10 @@ from inputs import Batch, Batches, Folder, Indexed, Stream, open_inputs
 from torch.utils.data import DataLoader
 
 import hierens
-from hierens.hub import load_with_policy
-from hierens.policies import Deadline, FixedDepth, Policy, load_policy
+from hierens.inference.policies import Deadline, FixedDepth, Policy, load_policy
+from hierens.models.loading import load_with_policy
+from hierens.training.checkpoints.files import publish
 from hierens.training.config import DataConfig
-from hierens.training.files import publish
 from hierens.training.preprocessing import data_config, label_names
 
 try:

@@ -22,10 +22,10 @@ from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hierens.training.config import DataConfig
-from hierens.training.data import class_names, create_held_out, create_transform
-from hierens.training.decoding import Source, create_decoder
-from hierens.training.streams import hugging_face_bytes
-from hierens.training.unreadable import UnreadableImageError
+from hierens.training.data.decoding import Source, create_decoder
+from hierens.training.data.loaders import class_names, create_held_out, create_transform
+from hierens.training.data.streams import hugging_face_bytes
+from hierens.training.data.unreadable import UnreadableImageError
 
 
 class Loaded(NamedTuple):

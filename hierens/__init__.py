@@ -7,29 +7,31 @@ puts that off until a command needs it: see `_hierens_cli.py`.
 import sys
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from hierens.core.version import __version__ as __version__
 
 if TYPE_CHECKING or "_hierens_cli" not in sys.modules:
-    from hierens.adaptive import Adaptive, Step
-    from hierens.calibration import calibrate
-    from hierens.cutting import CutError, CutPoint, cut_points
-    from hierens.ensemble import HierarchicalEnsemble, hierensify
-    from hierens.exits import MultiExit, multi_exit
-    from hierens.fusing import FusedEnsemble
-    from hierens.hub import from_pretrained
-    from hierens.tree import Tree
-    from hierens.tree_exits import TreeWithExits, tree_with_exits
+    from hierens.core.adaptive import Step
+    from hierens.core.tree import Tree
+    from hierens.cutting.cut import CutError, CutPoint, cut_points
+    from hierens.inference.calibration import calibrate
+    from hierens.models.adaptive import Adaptive
+    from hierens.models.converting import hierensify
+    from hierens.models.ensemble import FusedEnsemble, HierarchicalEnsemble
+    from hierens.models.exits import MultiExit, multi_exit
+    from hierens.models.loading import from_pretrained
+    from hierens.models.tree_exits import TreeWithExits, tree_with_exits
 else:
     _HOMES = {
-        "adaptive": ("Adaptive", "Step"),
-        "calibration": ("calibrate",),
-        "cutting": ("CutError", "CutPoint", "cut_points"),
-        "ensemble": ("HierarchicalEnsemble", "hierensify"),
-        "exits": ("MultiExit", "multi_exit"),
-        "fusing": ("FusedEnsemble",),
-        "hub": ("from_pretrained",),
-        "tree": ("Tree",),
-        "tree_exits": ("TreeWithExits", "tree_with_exits"),
+        "core.adaptive": ("Step",),
+        "models.adaptive": ("Adaptive",),
+        "inference.calibration": ("calibrate",),
+        "cutting.cut": ("CutError", "CutPoint", "cut_points"),
+        "models.converting": ("hierensify",),
+        "models.ensemble": ("FusedEnsemble", "HierarchicalEnsemble"),
+        "models.exits": ("MultiExit", "multi_exit"),
+        "models.loading": ("from_pretrained",),
+        "core.tree": ("Tree",),
+        "models.tree_exits": ("TreeWithExits", "tree_with_exits"),
     }
 
     def __getattr__(name: str) -> Any:

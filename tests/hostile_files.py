@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
-from hierens import tuning
-from hierens.policies import Confidence, Deadline, FixedDepth, Load, load_policy
+from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load, load_policy
+from hierens.models import tuning
+from hierens.training.checkpoints.files import MANIFEST, seal
 from hierens.training.config import TrainConfig
-from hierens.training.files import MANIFEST, seal
 from hierens.training.trainer import Trainer
 
 _PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452")
@@ -175,7 +175,7 @@ def _configs(folder):
 def _folders(folder):
     saved = bases(folder / "good")
     for path in saved:
-        hierens.policies.save_policy(Confidence((0.9,)), path)
+        hierens.inference.policies.save_policy(Confidence((0.9,)), path)
 
     def attack(random):
         path = folder / "bad"

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 
 import hierens
-from hierens.policies import FixedDepth, load_policy
+from hierens.inference.policies import FixedDepth, load_policy
 
 REPOSITORY = "somebody/digits"
 

@@ -19,7 +19,7 @@ import timm
 import torch
 
 import hierens
-from hierens.policies import Confidence, FixedDepth
+from hierens.inference.policies import Confidence, FixedDepth
 
 POLICIES = [Confidence((0.9,)), FixedDepth(1), None]
 RESULTS = {"accuracy (%)": [90.0, 91.0, 92.0]}

@@ -5,10 +5,10 @@ import timm
 import torch
 
 import hierens
-from hierens.metrics import LeafMetrics, evaluate_model
-from hierens.objectives import TERMS, Objective, distillation
-from hierens.policies import Confidence, Deadline, FixedDepth, Load
-from hierens.uncertainty import MEASURES
+from hierens.evaluation.metrics import LeafMetrics, evaluate_model
+from hierens.evaluation.uncertainty import MEASURES
+from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load
+from hierens.losses import TERMS, Objective, distillation
 
 # Of the second one not even the backbone takes an empty batch.
 BACKBONES = {"resnet8_cifar": {"channels": (8, 8, 16)}, "test_vit": {"num_classes": 10, "img_size": 32}}

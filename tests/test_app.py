@@ -18,7 +18,7 @@ from app_view import Answer, drawing, page, percent, quantity
 from made_up import jpeg
 
 import hierens
-from hierens.tree import Tree
+from hierens.core.tree import Tree
 
 NAMES = ("cat", "dog & co", "owl")
 

@@ -25,7 +25,7 @@ from batch_predict import MANIFEST, Settings
 from made_up import DAMAGES, jpeg, write_shards
 
 import hierens
-from hierens.policies import Confidence, Deadline, save_policy
+from hierens.inference.policies import Confidence, Deadline, save_policy
 
 CLASSES = ("cat", "dog", "owl")
 

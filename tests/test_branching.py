@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from hierens import packed_layers
-from hierens.branching import Activations, AnyLevel, Level, copies
-from hierens.checking import self_check
-from hierens.packed import Stack
-from hierens.packing import Packed
+from hierens.branches import packed_layers
+from hierens.branches.checking import self_check
+from hierens.branches.level import Activations, AnyLevel, Level, copies
+from hierens.branches.packed import Stack
+from hierens.branches.packing import Packed
 
 
 def block_of(*layers, seed=0):
@@ -173,7 +173,7 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
     assert self_check(block, example) != ""
     monkeypatch.undo()
 
-    from hierens import packing_rules
+    from hierens.branches import packing_rules
 
     def still_statistics(layer, x, width):
         rows = [layer.rows(name, width).clone() for name in ("running_mean", "running_var", "weight", "bias")]

@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 
 import hierens
-from hierens.calibration import Answers, calibrate, collect, exits, fit_prediction_sets, fit_temperatures, mean_cost
-from hierens.policies import MEASURES
+from hierens.inference.calibration import (
+    Answers,
+    calibrate,
+    collect,
+    exits,
+    fit_prediction_sets,
+    fit_temperatures,
+    mean_cost,
+)
+from hierens.inference.policies import MEASURES
 
 MACS = (100, 140, 220, 380)
 

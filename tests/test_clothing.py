@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hierens
-from hierens.policies import load_policy
-from hierens.reporting import Group
+from hierens.evaluation.reporting import Group
+from hierens.inference.policies import load_policy
 
 BACKBONE = {"backbone": "resnet8_cifar", "backbone_args": {"channels": [4, 4, 8]}}
 SPLITS = {"train": 4, "validation": 3, "test": 2}  # images a class

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hierens.cutting import CutError, cut, cut_points, example_input, input_size
+from hierens.core.timm_info import example_input, input_size
+from hierens.cutting.cut import CutError, cut, cut_points
 
 # Beyond the two families: the cutting knows none of them by name.
 OTHERS = {

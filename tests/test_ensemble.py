@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hierens
-from hierens.ensemble import _OWN
-from hierens.modes import quiet_dropout
-from hierens.tree import Tree
+from hierens.core.modes import quiet_dropout
+from hierens.core.tree import Tree
+from hierens.models.ensemble import _OWN
 
 EXECUTORS = ("looped", "grouped")
 

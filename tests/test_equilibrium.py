@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import hierens
-from hierens.equilibrium import scale_gradient
-from hierens.objectives import Objective
+from hierens.core.equilibrium import scale_gradient
+from hierens.losses import Objective
 
 
 def gradients(model, images, labels, equilibrium):

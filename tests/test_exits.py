@@ -9,10 +9,10 @@ from networks import lively
 from timm.optim import create_optimizer_v2
 
 import hierens
-from hierens.calibration import calibrate, collect
-from hierens.hub import LoadError
-from hierens.metrics import evaluate_model
-from hierens.policies import MEASURES, Confidence, Deadline, FixedDepth, Load
+from hierens.evaluation.metrics import evaluate_model
+from hierens.files.fetching import LoadError
+from hierens.inference.calibration import calibrate, collect
+from hierens.inference.policies import MEASURES, Confidence, Deadline, FixedDepth, Load
 
 BACKBONES = {
     "resnet10t": ("NCHW", {}),

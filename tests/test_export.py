@@ -11,9 +11,9 @@ from networks import lively
 from torch import nn
 
 import hierens
-from hierens import export_formats
-from hierens.export import ExportError
-from hierens.weight_file import WeightFile
+from hierens.export import formats
+from hierens.export.weight_file import WeightFile
+from hierens.export.writing import ExportError
 
 
 def tree(blocks=3, **kwargs):
@@ -86,7 +86,7 @@ def openvino_chooses_its_instructions(monkeypatch):
 
 def openvino_run(folder, depth):
     pytest.importorskip("openvino")
-    core = export_formats._openvino_core()  # of two at a time one leaves the process without a stack for signals
+    core = formats._openvino_core()  # of two at a time one leaves the process without a stack for signals
     graph = core.read_model(folder / f"depth_{depth}.xml", folder / "weights.bin")
     compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
@@ -261,8 +261,8 @@ def test_a_graph_that_answers_something_else_is_refused(tmp_path, monkeypatch):
 
 
 def test_missing_packages(tmp_path, monkeypatch):
-    import hierens.export as exporting
-    import hierens.export_formats as formats
+    import hierens.export.formats as formats
+    import hierens.export.writing as exporting
 
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"onnx and onnxscript: pip install 'hierens\[export\]'"):
@@ -278,7 +278,7 @@ SIGNALLED = """
 import gc, signal, sys
 import timm, torch, hierens
 from pathlib import Path
-from hierens.export_formats import OpenVino
+from hierens.export.formats import OpenVino
 backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1)
 model = hierens.hierensify(backbone, blocks=2)
 model.pretrained_cfg.update(input_size=(1, 16, 16))

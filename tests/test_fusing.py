@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import hierens
-from hierens.fused_layers import FusedConvolution, attachable, fused_convolution
-from hierens.packed import Width
+from hierens.branches.fused_layers import FusedConvolution, attachable, fused_convolution
+from hierens.branches.packed import Width
 
 FAMILIES = {
     "resnet10t": "batch norm, ReLU",

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from timm.data import create_transform, resolve_model_data_config
 
 import hierens
-from hierens.policies import load_policy
+from hierens.inference.policies import load_policy
 
 MODELS = sorted(path.parent for path in (Path(__file__).parents[1] / "models").glob("*/config.json"))
 

@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms as T
 
-from hierens.hub import from_pretrained
+from hierens.models.loading import from_pretrained
 from hierens.training.config import DataConfig
-from hierens.training.data import create_transform
+from hierens.training.data.loaders import create_transform
 
 CLASSES = ("cat", "dog", "eel")
 

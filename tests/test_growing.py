@@ -9,7 +9,7 @@ from networks import lively
 from torch import nn
 
 import hierens
-from hierens.cutting import CutError
+from hierens.cutting.cut import CutError
 
 FAMILIES = {
     "resnet10t": {"num_classes": 5, "channels": (8, 16, 24, 32)},

@@ -15,7 +15,9 @@ import torch
 from hub_server import hub_server
 
 import hierens
-from hierens.hub import LoadError, SaveError, model_card
+from hierens.files.fetching import LoadError
+from hierens.hub.cards import model_card
+from hierens.hub.saving import SaveError
 
 
 @pytest.fixture

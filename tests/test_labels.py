@@ -6,9 +6,9 @@ import pytest
 import timm
 
 import hierens
-from hierens.cards import model_card
-from hierens.hub import save_config
-from hierens.labels import label_names, name_labels
+from hierens.core.labels import label_names, name_labels
+from hierens.hub.cards import model_card
+from hierens.hub.saving import save_config
 
 MAKERS = {
     "tree": lambda backbone: hierens.hierensify(backbone, 2, looped={}),

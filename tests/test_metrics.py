@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from hierens.metrics import LeafMetrics, PairedDifference, evaluate_model, ood_auroc, right_answers
-from hierens.uncertainty import mutual_information
+from hierens.evaluation.metrics import LeafMetrics, PairedDifference, evaluate_model, ood_auroc, right_answers
+from hierens.evaluation.uncertainty import mutual_information
 
 
 def data(images=60, leaves=4, classes=5):
@@ -133,7 +133,7 @@ def test_strangers_are_told_apart_by_rank_alone():
 
 def test_agreement_stays_on_the_device_of_its_predictions():
     """On a GPU, validation of a tree raised: the sums of one and of several networks lay on different devices."""
-    from hierens.metrics import _agreeing
+    from hierens.evaluation.metrics import _agreeing
 
     for networks in (1, 2):
         assert _agreeing(torch.zeros(3, networks, dtype=torch.long, device="meta"), 5).device.type == "meta"

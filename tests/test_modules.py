@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hierens
-from hierens.branching import Level, first_layout
-from hierens.fetching import LoadError
+from hierens.branches.level import Level, first_layout
+from hierens.files.fetching import LoadError
 
 EXECUTORS = ("looped", "grouped", "auto")
 

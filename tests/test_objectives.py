@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hierens import objectives
-from hierens.nesting import Nesting
-from hierens.objectives import TERMS, Objective, nested_predictions
+from hierens import losses
+from hierens.core.nesting import Nesting
+from hierens.losses import TERMS, Objective, nested_predictions
 
 
 @st.composite
@@ -53,8 +53,8 @@ def assert_same(actual, expected, logits):
 def test_terms_are_equations_9_to_12(case, temperature):
     logits, target = case
     for term in TERMS:
-        arguments = (target,) if term in objectives.SUPERVISED else (target, temperature)
-        actual = getattr(objectives, term)(logits, *arguments)
+        arguments = (target,) if term in losses.SUPERVISED else (target, temperature)
+        actual = getattr(losses, term)(logits, *arguments)
         assert_same(actual, oracles.loss(term, logits, target, temperature), logits)
 
 
@@ -78,7 +78,7 @@ def test_mixtures_weigh_labels_and_teacher(case, alpha, temperature, supervised,
     logits, target = case
     objective = Objective(supervised + distilled, alpha, temperature)
     expected = sum(
-        ((alpha if term in objectives.DISTILLED else 1 - alpha) if distilled else 1.0)
+        ((alpha if term in losses.DISTILLED else 1 - alpha) if distilled else 1.0)
         * oracles.loss(term, logits, target, temperature)
         for term in objective.terms
     )
@@ -102,24 +102,24 @@ def test_defaults_are_the_papers():
     loss_i, loss_hd = (oracles.loss(t, logits, target, 2.0) for t in Objective().terms)
     assert Objective().terms == ("independent", "hierarchical_codistillation")
     assert_same(Objective()(logits, target), (loss_i + loss_hd) / 2, logits)
-    for term in objectives.DISTILLED:
-        assert_same(getattr(objectives, term)(logits), oracles.loss(term, logits, target, 2.0), logits)
+    for term in losses.DISTILLED:
+        assert_same(getattr(losses, term)(logits), oracles.loss(term, logits, target, 2.0), logits)
 
 
 def test_the_teacher_gets_no_gradient():
     """With one term pulling the first leaf to the mean of both, the second leaf must stay where it is."""
     logits, _ = example(3, 2, 5)
-    objectives.hierarchical_codistillation(logits).backward()
+    losses.hierarchical_codistillation(logits).backward()
     assert logits.grad[:, 0].abs().max() > 1e-3
     assert logits.grad[:, 1].abs().max() == 0
 
 
 def test_one_network_has_nothing_to_distil_to_but_stays_differentiable():
     logits, target = example(3, 1, 5)
-    loss = objectives.hierarchical_codistillation(logits)
+    loss = losses.hierarchical_codistillation(logits)
     loss.backward()
     assert loss == 0 and logits.grad.abs().max() == 0
-    assert close(Objective(alpha=0.25)(logits, target), 0.75 * objectives.independent(logits, target))
+    assert close(Objective(alpha=0.25)(logits, target), 0.75 * losses.independent(logits, target))
 
 
 def test_only_the_nested_losses_depend_on_the_order_of_leaves():
@@ -145,7 +145,7 @@ def test_any_mixture_of_one_teacher_takes_one_log_softmax_and_one_softmax():
 
     logits, target = example(3, 6, 5)
     with Counter() as counter:
-        Objective("+".join(term for term in TERMS if term != objectives.STEPWISE))(logits, target)
+        Objective("+".join(term for term in TERMS if term != losses.STEPWISE))(logits, target)
     # 6 leaves, and the ensembles of 2, 4 and 6: that of 1 is the first leaf
     assert counter.calls == [("aten._log_softmax", (3, 9, 5)), ("aten._softmax", (3, 5))]
 
@@ -225,8 +225,8 @@ def test_another_teacher_takes_the_ensembles_place():
 def test_distillation_from_another_model_is_zero_where_all_agree():
     logits, _ = example(3, 1, 5)
     same = logits.detach()[:, 0]
-    assert abs(objectives.distillation(logits, same, 2.0).item()) < 1e-12
-    assert objectives.distillation(logits.detach().expand(3, 4, 5) + torch.arange(5.0), same, 2.0) > 0.1
+    assert abs(losses.distillation(logits, same, 2.0).item()) < 1e-12
+    assert losses.distillation(logits.detach().expand(3, 4, 5) + torch.arange(5.0), same, 2.0) > 0.1
 
 
 LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
@@ -246,8 +246,8 @@ LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
         (lambda: Objective(alpha=float("nan")), "alpha must be from 0 to 1, got nan"),
         (lambda: Objective(temperature=0), "temperature must be positive, got 0"),
         (lambda: Objective(temperature=-2.0), "temperature must be positive, got -2.0"),
-        (lambda: objectives.codistillation(LOGITS, LABELS, 0.0), "temperature must be positive, got 0.0"),
-        (lambda: objectives.codistillation(LOGITS, 3.0), "got 3.0: pass a temperature by name"),
+        (lambda: losses.codistillation(LOGITS, LABELS, 0.0), "temperature must be positive, got 0.0"),
+        (lambda: losses.codistillation(LOGITS, 3.0), "got 3.0: pass a temperature by name"),
         (lambda: Objective()(torch.zeros(2, 10), LABELS), "reduce=False"),
         (lambda: nested_predictions(torch.zeros(2, 10)), "reduce=False"),
         (lambda: Objective()(torch.zeros(2, 0, 10), LABELS), r"at least one leaf, got shape \(2, 0, 10\)"),
@@ -261,7 +261,7 @@ LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
             "depth_weights needs 3 values, one per depth of 4",
         ),
         (lambda: Objective()(LOGITS, LABELS, torch.zeros(2, 9)), r"teacher's logits must be \(2, 10\)"),
-        (lambda: objectives.distillation(LOGITS, torch.zeros(3, 10)), r"teacher's logits must be \(2, 10\)"),
+        (lambda: losses.distillation(LOGITS, torch.zeros(3, 10)), r"teacher's logits must be \(2, 10\)"),
     ],
 )
 def test_bad_input_says_what_is_allowed(call, message):
@@ -293,8 +293,8 @@ def test_one_for_all_is_the_papers_loss(case, gamma, temperature):
 
 def test_the_last_exit_learns_from_labels_alone():
     logits, target = example(3, 4, 5)
-    (gradient,) = torch.autograd.grad(objectives.one_for_all(logits, target), logits)
-    (labels,) = torch.autograd.grad(objectives.independent(logits[:, -1:], target), logits)
+    (gradient,) = torch.autograd.grad(losses.one_for_all(logits, target), logits)
+    (labels,) = torch.autograd.grad(losses.independent(logits[:, -1:], target), logits)
     assert close(gradient[:, -1], labels[:, -1]) and gradient[:, :-1].abs().max() > 1e-3
 
 
@@ -309,7 +309,7 @@ def test_weights_of_exits_make_up_the_ensembles_and_get_gradients():
         ("ensemble", each[-1]),
         ("hierarchical", sum(each)),
         ("independent+ensemble", exits + each[-1]),
-        ("one_for_all+ensemble", objectives.one_for_all(logits, target, 0.5, 2.0) + each[-1]),
+        ("one_for_all+ensemble", losses.one_for_all(logits, target, 0.5, 2.0) + each[-1]),
     ):
         actual = Objective(name)(logits, target, nesting=Nesting((1, 2, 3, 4), weights))
         assert_same(actual, expected, logits)
@@ -320,7 +320,7 @@ def test_exits_that_answer_alone_are_their_own_ensembles():
     logits, target = example(3, 3, 5)
     nesting = Nesting((1, 2, 3), early=3)
     summed = Objective("hierarchical", depth_weights=(1.0, 2.0, 4.0))(logits, target, nesting=nesting)
-    expected = sum(w * objectives.independent(logits[:, i : i + 1], target) for i, w in enumerate((1.0, 2.0, 4.0)))
+    expected = sum(w * losses.independent(logits[:, i : i + 1], target) for i, w in enumerate((1.0, 2.0, 4.0)))
     assert_same(summed, expected, logits)
 
 

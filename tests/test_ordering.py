@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from test_growing import independent
 
-from hierens.modes import evaluating
-from hierens.tree import nested_sizes
+from hierens.core.modes import evaluating
+from hierens.core.tree import nested_sizes
 
 TREES = [(1, 2, 2), (1, 3, 2), (3, 2, 1), (1, 1, 5)]
 

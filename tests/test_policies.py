@@ -13,9 +13,10 @@ import timm
 import torch
 
 import hierens
-from hierens.adaptive import Step
-from hierens.fetching import LoadError
-from hierens.policies import (
+from hierens.core.adaptive import Step
+from hierens.evaluation.uncertainty import MEASURES, certainty
+from hierens.files.fetching import LoadError
+from hierens.inference.policies import (
     Confidence,
     Deadline,
     FixedDepth,
@@ -23,7 +24,6 @@ from hierens.policies import (
     from_dict,
     load_policy,
 )
-from hierens.uncertainty import MEASURES, certainty
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hierens
-from hierens import profiling
-from hierens.counting import count_macs
-from hierens.plotting import plot_accuracy
-from hierens.profiling import latency, millions, table
+from hierens.core.counting import count_macs
+from hierens.evaluation import profiling
+from hierens.evaluation.plotting import plot_accuracy
+from hierens.evaluation.profiling import latency, millions, table
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import hierens
-from hierens.exit_weights import PRIORS, prior
+from hierens.models.exit_weights import PRIORS, prior
 
 
 @pytest.fixture(scope="module")

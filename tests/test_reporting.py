@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from hierens.reporting import comparison, read_runs, write_report
+from hierens.evaluation.reporting import comparison, read_runs, write_report
 
 
 def finished(directory, seed, objective, first):

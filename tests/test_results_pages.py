@@ -6,7 +6,7 @@ import pytest
 from comparison import recipes, records
 from comparison.differences import Claim, Difference, Point, difference, front, gains, verdict, verdicts
 
-from hierens.reporting import Group
+from hierens.evaluation.reporting import Group
 
 FIELDS = ("nll", "ece", "std", "agreement")
 

@@ -14,9 +14,11 @@ import timm
 from saver import POLICIES, RESULTS, marks, models, save
 
 import hierens
-from hierens import fetching, hub
-from hierens.hub import load_with_policy
-from hierens.policies import FixedDepth, load_policy, save_policy
+from hierens.files import fetching
+from hierens.hub import saving as hub
+from hierens.inference.policies import FixedDepth, load_policy, save_policy
+from hierens.models import loading
+from hierens.models.loading import load_with_policy
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_a_model_that_is_replaced_while_it_loads_is_loaded_whole(made, tmp_path,
     """Between its config and its weights, and between its weights and their use."""
     save(made, 0, tmp_path)
     replaced = []
-    for name, call, number in (("read_header", hub.read_header, 2), ("check_fit", hub.check_fit, 1)):
+    for name, call, number in (("read_header", loading.read_header, 2), ("check_fit", loading.check_fit, 1)):
 
         def and_replace(*args, call=call, number=number):
             if number not in replaced:
@@ -104,7 +106,7 @@ def test_a_model_that_is_replaced_while_it_loads_is_loaded_whole(made, tmp_path,
                 save(made, number, tmp_path)
             return call(*args)
 
-        monkeypatch.setattr(hub, name, and_replace)
+        monkeypatch.setattr(loading, name, and_replace)
     model, policy = load_with_policy(tmp_path)
     assert replaced == [2, 1]
     assert marks(model) == {2} and policy is None
@@ -114,20 +116,20 @@ def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, t
     save(made, 0, tmp_path)
     monkeypatch.setattr(fetching, "_PATIENCE", 0.3)
 
-    def and_touch(file, read=hub.read_config):
+    def and_touch(file, read=loading.read_config):
         found = read(file)
         os.utime(file)
         return found
 
-    monkeypatch.setattr(hub, "read_config", and_touch)
-    with pytest.raises(hierens.hub.LoadError, match=r"is being written: for 0 s .* Load it again when the saving is"):
+    monkeypatch.setattr(loading, "read_config", and_touch)
+    with pytest.raises(fetching.LoadError, match=r"is being written: for 0 s .* Load it again when the saving is"):
         hierens.from_pretrained(tmp_path)
 
 
 def test_uploads_of_a_folder_leave_out_what_a_kill_left(made, tmp_path):
     from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-    from hierens.files import saving
+    from hierens.files.saving import saving
 
     save(made, 2, tmp_path)
     with saving(tmp_path) as partial:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hierens.tree import Tree, nested_sizes
+from hierens.core.tree import Tree, nested_sizes
 
 branchings = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple)
 

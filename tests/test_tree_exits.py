@@ -9,12 +9,12 @@ import torch
 from networks import lively
 
 import hierens
-from hierens.calibration import calibrate, collect
-from hierens.hub import LoadError
-from hierens.metrics import evaluate_model
-from hierens.nesting import Nesting
-from hierens.objectives import Objective
-from hierens.policies import Confidence, FixedDepth
+from hierens.core.nesting import Nesting
+from hierens.evaluation.metrics import evaluate_model
+from hierens.files.fetching import LoadError
+from hierens.inference.calibration import calibrate, collect
+from hierens.inference.policies import Confidence, FixedDepth
+from hierens.losses import Objective
 
 FAMILIES = {
     "resnet10t": {},

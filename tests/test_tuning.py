@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_fusing import close, different
 
-from hierens import tuning
-from hierens.fetching import LoadError
-from hierens.packing import Packed
-from hierens.tuning import Measurement, Tuning
+from hierens.branches.packing import Packed
+from hierens.files.fetching import LoadError
+from hierens.models import tuning
+from hierens.models.tuning import Measurement, Tuning
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_it_is_remembered_for_the_machine_the_model_and_the_size(model, images, 
 
 TUNE = """
 import sys, timm, torch, hierens
-from hierens import tuning
+from hierens.models import tuning
 
 torch.set_num_threads(1)
 tuning._ways = lambda level, x, parents, branches: {1: 1.0, branches: 2.0}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hierens.uncertainty import MEASURES, certainty, mutual_information, risk_coverage, variance
+from hierens.evaluation.uncertainty import MEASURES, certainty, mutual_information, risk_coverage, variance
 
 
 @pytest.fixture

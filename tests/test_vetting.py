@@ -9,8 +9,8 @@ from hostile import bases, little_memory, starved
 from safetensors.torch import load_file, save_file
 
 import hierens
-from hierens.hub import LoadError
-from hierens.vetting import check_arguments, read_config
+from hierens.files.fetching import LoadError
+from hierens.hub.vetting import check_arguments, read_config
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import zoo
 from timm.models import model_entrypoint
 
 import hierens
-from hierens.modes import quiet_dropout
+from hierens.core.modes import quiet_dropout
 
 SAMPLE = {
     "test_convnext": "channel layer norm, layer scale",

@@ -13,8 +13,8 @@ import torch
 from comparison.differences import Point
 from comparison.recipes import BASE_WIDTH, RECIPES, ROWS, configured
 from comparison.records import DEEP_ENSEMBLE, RECORDS, machine
-from hierens.profiling import latency
-from hierens.reporting import Group
+from hierens.evaluation.profiling import latency
+from hierens.evaluation.reporting import Group
 from hierens.training.run import create_ensemble
 
 UNITS = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Literal
 
-from hierens.profiling import table
-from hierens.reporting import Group
+from hierens.evaluation.profiling import table
+from hierens.evaluation.reporting import Group
 
 
 @dataclass(frozen=True)

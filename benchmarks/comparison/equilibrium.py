@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from comparison.recipes import configured
 from comparison.records import RECORDS
-from hierens.training.data import count_classes, create_datasets
+from hierens.training.data.loaders import count_classes, create_datasets
 from hierens.training.run import create_ensemble
 
 

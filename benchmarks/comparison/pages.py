@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hierens.profiling import table
-from hierens.reporting import Group
+from hierens.evaluation.profiling import table
+from hierens.evaluation.reporting import Group
 
 
 def runs(groups: Mapping[str, Group]) -> str:

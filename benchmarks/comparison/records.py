@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, Subset
 
 import hierens
 from comparison.recipes import TEST_SPLITS, study
-from hierens.calibration import Answers, calibrate, collect, exits
-from hierens.metrics import LeafMetrics, as_record, evaluate_model
-from hierens.nesting import Nesting
-from hierens.reporting import Group
+from hierens.core.nesting import Nesting
+from hierens.evaluation.metrics import LeafMetrics, as_record, evaluate_model
+from hierens.evaluation.reporting import Group
+from hierens.inference.calibration import Answers, calibrate, collect, exits
+from hierens.models.tuning import _processor
 from hierens.training.config import Run, to_json
-from hierens.training.data import create_datasets
-from hierens.tuning import _processor
+from hierens.training.data.loaders import create_datasets
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "results" / "runs"

@@ -1,8 +1,8 @@
 """Images that lie on the training device, so that no loader process can be too slow for it.
 
 A data set of small images fits into the memory of any GPU. Crops and flips are the product's own (`crop_flip` of
-hierens.training.data), drawn for a whole epoch from the seed and the epoch, and done for a batch at a time where the
-images lie: what a sample's augmentation draws depends on (seed, epoch, sample) alone, as in the product.
+hierens.training.data.loaders), drawn for a whole epoch from the seed and the epoch, and done for a batch at a time
+where the images lie: what a sample's augmentation draws depends on (seed, epoch, sample) alone, as in the product.
 """
 
 from __future__ import annotations

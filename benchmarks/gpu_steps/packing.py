@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hierens.training.config import DataConfig
-from hierens.training.data import count_classes, create_datasets
+from hierens.training.data.loaders import count_classes, create_datasets
 
 SPLITS = ("train", "test")
 SIDE = 32  # images along each edge of a mosaic

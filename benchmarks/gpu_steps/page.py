@@ -9,7 +9,7 @@ from typing import Any
 
 from gpu_steps.records import read, write_whole
 from gpu_steps.training import OBJECTIVES, PAPERS_EPOCHS
-from hierens.profiling import table
+from hierens.evaluation.profiling import table
 
 SHOWN = ("backbone", "looped", "grouped", "auto", "fused", "fused, tuned")
 BASES = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from comparison.records import machine as processor_and_versions
 
-from hierens.errors import first_line
+from hierens.core.errors import first_line
 
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "driver_version")
 SAME = ("device", "torch", "hierens")  # rows of one table come from the same of these

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from hierens.modes import evaluating
+from hierens.core.modes import evaluating
 
 _REPEATS = 5
 

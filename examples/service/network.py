@@ -17,10 +17,10 @@ import torch
 from ray import serve
 
 import hierens
-from hierens.hub import load_with_policy
-from hierens.policies import FixedDepth, Load, Policy, load_policy
+from hierens.evaluation.uncertainty import mutual_information
+from hierens.inference.policies import FixedDepth, Load, Policy, load_policy
+from hierens.models.loading import load_with_policy
 from hierens.training.preprocessing import label_names
-from hierens.uncertainty import mutual_information
 from service.settings import Settings
 from service.uploads import read_image
 

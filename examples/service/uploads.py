@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from hierens.training.decoding import DecodingError, decode
+from hierens.training.data.decoding import DecodingError, decode
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_HEADER_BYTES = 16_384

@@ -14,7 +14,6 @@ from importlib.util import find_spec
 if missing := [name for name in ("tyro", "rich", "yaml") if find_spec(name) is None]:
     sys.exit(f"error: the command line needs {' and '.join(missing)}: pip install 'hierens[train]'.")
 
-from hierens import __version__
 from hierens.cli.answers import PREDICT
 from hierens.cli.command import Command, UsageError
 from hierens.cli.completion import completion_of
@@ -23,7 +22,8 @@ from hierens.cli.demo import DEMO
 from hierens.cli.results import EVAL, REPORT, results_table
 from hierens.cli.sharing import EXPORT, PUSH
 from hierens.cli.training import TRAIN, train
-from hierens.errors import did_you_mean
+from hierens.core.errors import did_you_mean
+from hierens.core.version import __version__
 
 __all__ = ["COMMANDS", "main", "results_table", "train"]
 

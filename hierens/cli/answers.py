@@ -11,13 +11,13 @@ import tyro
 
 from hierens.cli.command import Command, UsageError
 from hierens.cli.output import complain, machine_readable, print_table, watched
-from hierens.errors import first_line
+from hierens.core.errors import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hierens.adaptive import Adaptive
-    from hierens.policies import Policy
+    from hierens.inference.policies import Policy
+    from hierens.models.adaptive import Adaptive
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def predict(arguments: Sequence[str]) -> None:
     if folder := next((name for name in settings.images if Path(name).is_dir()), None):
         raise UsageError(f"{folder} is a folder: name images, or predict all it holds with examples/batch_predict.py.")
 
-    from hierens.training.data import create_transform
-    from hierens.training.decoding import create_decoder
+    from hierens.training.data.decoding import create_decoder
+    from hierens.training.data.loaders import create_transform
     from hierens.training.preprocessing import data_config, label_names
 
     answers: list[dict[str, Any]] = []
@@ -78,8 +78,8 @@ def predict(arguments: Sequence[str]) -> None:
 
 def _loaded(settings: PredictSettings) -> tuple[Adaptive, Policy]:
     """The model, with the depth or the policy that was asked for, else the one beside it, else all networks."""
-    from hierens.hub import from_pretrained, load_with_policy
-    from hierens.policies import FixedDepth, load_policy
+    from hierens.inference.policies import FixedDepth, load_policy
+    from hierens.models.loading import from_pretrained, load_with_policy
 
     if settings.depth is not None:
         model = from_pretrained(settings.model)
@@ -97,7 +97,7 @@ def _read(file: str, decode: Callable[[str], Any], transform: Callable[[Any], Te
     Raises:
         ValueError: it cannot be read.
     """
-    from hierens.training.decoding import DecodingError
+    from hierens.training.data.decoding import DecodingError
 
     try:
         return transform(decode(file))[None]
@@ -119,7 +119,7 @@ def _answer(model: Adaptive, policy: Policy, image: Tensor, top: int, names: lis
 
 def _rows(answers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A row per class; image and cost stand in the first of them."""
-    from hierens.profiling import millions
+    from hierens.evaluation.profiling import millions
 
     rows: list[tuple[str, ...]] = []
     for answer in answers:

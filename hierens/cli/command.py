@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
-from hierens.errors import did_you_mean
+from hierens.core.errors import did_you_mean
 
 _Settings = TypeVar("_Settings")
 _WIDTH, _FLAGS = 100, 30  # columns of help, and of them for flags

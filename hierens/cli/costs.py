@@ -12,13 +12,13 @@ import tyro
 from hierens.cli.command import Command, UsageError
 from hierens.cli.methods import check_made, check_method
 from hierens.cli.output import complain, machine_readable, print_table, watched
-from hierens.errors import did_you_mean, first_line
+from hierens.core.errors import did_you_mean, first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from hierens.adaptive import Adaptive
-    from hierens.cutting import Cutting
+    from hierens.cutting.cut import Cutting
+    from hierens.models.adaptive import Adaptive
 
 _OF_TIMM_MODELS = ("method", "blocks", "exits")  # flags of `profile` that saved models have no use for
 
@@ -73,11 +73,11 @@ def _is_saved(name: str) -> bool:
 def _made(settings: ProfileSettings, given: set[str]) -> Adaptive:
     import timm
 
-    from hierens.adaptive import Adaptive
-    from hierens.ensemble import hierensify
-    from hierens.exits import multi_exit
-    from hierens.hub import from_pretrained
-    from hierens.tree_exits import tree_with_exits
+    from hierens.models.adaptive import Adaptive
+    from hierens.models.converting import hierensify
+    from hierens.models.exits import multi_exit
+    from hierens.models.loading import from_pretrained
+    from hierens.models.tree_exits import tree_with_exits
 
     name = settings.model
     if _is_saved(name):
@@ -163,7 +163,7 @@ def cut_report(name: str, blocks: int, places: bool = False) -> dict[str, Any]:
     import timm
     import torch
 
-    from hierens.cutting import cut, cut_points
+    from hierens.cutting.cut import cut, cut_points
 
     try:
         with torch.device("meta"):
@@ -192,8 +192,8 @@ def _macs(backbone: nn.Module, cutting: Cutting) -> list[int]:
     """Of each block, of the head and of the classifier."""
     from torch import nn
 
-    from hierens.counting import count_macs
-    from hierens.cutting import input_size
+    from hierens.core.counting import count_macs
+    from hierens.core.timm_info import input_size
 
     def piece_by_piece(pieces: Iterable[nn.Module], value: Any) -> Iterator[Any]:
         for piece in pieces:
@@ -205,7 +205,7 @@ def _macs(backbone: nn.Module, cutting: Cutting) -> list[int]:
 
 
 def _line(record: dict[str, Any]) -> tuple[str, ...]:
-    from hierens.profiling import millions
+    from hierens.evaluation.profiling import millions
 
     if "error" in record:
         return (record["name"], "", "", f"not cut: {record['error']}")

@@ -17,7 +17,7 @@ from hierens.training.presets import preset
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hierens.adaptive import Adaptive
+    from hierens.models.adaptive import Adaptive
 
 ARMS = {"with co-distillation": "independent+hierarchical_codistillation", "labels only": "independent"}
 """what the demo compares: objectives by name"""
@@ -52,8 +52,8 @@ def demo(arguments: Sequence[str]) -> None:
 
 def compare_with_labels_only(run: Run) -> dict[str, Any]:
     """Train a finished run again by labels only, and print what either gives at every depth, image by image."""
-    from hierens.hub import from_pretrained
-    from hierens.plotting import plot_accuracy
+    from hierens.evaluation.plotting import plot_accuracy
+    from hierens.models.loading import from_pretrained
     from hierens.training.run import train as run_training
 
     print("\nthe same again, by labels only")
@@ -89,16 +89,16 @@ def _right_answers(model: Adaptive, run: Run) -> Tensor:
     """Which test images each depth names rightly, (images, depths)."""
     from torch.utils.data import DataLoader
 
-    from hierens.metrics import right_answers
-    from hierens.training.data import create_held_out
+    from hierens.evaluation.metrics import right_answers
+    from hierens.training.data.loaders import create_held_out
 
     return right_answers(model, DataLoader(create_held_out(run.data), run.train.val_batch_size))
 
 
 def _compared(model: Adaptive, ours: Tensor, theirs: Tensor) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows: what every depth costs, and gives in both runs."""
-    from hierens.metrics import PairedDifference
-    from hierens.profiling import millions
+    from hierens.evaluation.metrics import PairedDifference
+    from hierens.evaluation.profiling import millions
 
     rows = []
     for depth, (networks, macs) in enumerate(zip(model.sizes, model.macs(), strict=True)):
@@ -110,7 +110,7 @@ def _compared(model: Adaptive, ours: Tensor, theirs: Tensor) -> tuple[tuple[str,
 
 def _gained(ours: Tensor, theirs: Tensor) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows: what more networks add to the first one, in both runs."""
-    from hierens.metrics import PairedDifference
+    from hierens.evaluation.metrics import PairedDifference
 
     rows = [
         (f"{depth}", *(f"{PairedDifference.of(right[:, depth], right[:, 0])}" for right in (ours, theirs)))

@@ -25,7 +25,7 @@ def machine_readable(wanted: bool) -> Iterator[Callable[[Any], None]]:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table: drawn on a terminal, else in Markdown's form."""
-    from hierens.profiling import table
+    from hierens.evaluation.profiling import table
 
     rows = list(rows)
     if not sys.stdout.isatty():

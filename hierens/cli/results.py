@@ -15,7 +15,7 @@ from hierens.training.config import DataConfig
 from hierens.training.presets import load_run
 
 if TYPE_CHECKING:
-    from hierens.adaptive import Adaptive
+    from hierens.models.adaptive import Adaptive
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from torch.utils.data import DataLoader
 
-    from hierens.hub import from_pretrained
-    from hierens.labels import label_names
-    from hierens.metrics import as_record, evaluate_model
-    from hierens.training.data import create_held_out
+    from hierens.core.labels import label_names
+    from hierens.evaluation.metrics import as_record, evaluate_model
+    from hierens.models.loading import from_pretrained
+    from hierens.training.data.loaders import create_held_out
 
     with machine_readable(settings.json) as give:
         model = from_pretrained(settings.model)
@@ -69,14 +69,14 @@ def _trained_on(model: Path) -> DataConfig:
 
 def results_table(model: Adaptive, record: Mapping[str, Any]) -> str:
     """What every depth costs and gives."""
-    from hierens.profiling import table
+    from hierens.evaluation.profiling import table
 
     return table(*results(model, record))
 
 
 def results(model: Adaptive, record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the table of depths."""
-    from hierens.profiling import millions
+    from hierens.evaluation.profiling import millions
 
     profile = model.profile()
     rows: list[tuple[str, ...]] = [
@@ -129,7 +129,7 @@ def report(arguments: Sequence[str]) -> None:
     if not settings.runs:
         raise UsageError("name the output directories of finished runs: hierens report RUN...")
 
-    from hierens.reporting import comparison, read_runs, write_report
+    from hierens.evaluation.reporting import comparison, read_runs, write_report
 
     with machine_readable(settings.json) as give:
         groups = read_runs(settings.runs, settings.names)

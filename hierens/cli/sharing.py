@@ -11,7 +11,7 @@ import tyro
 
 from hierens.cli.command import Command, UsageError
 from hierens.cli.output import machine_readable
-from hierens.errors import first_line
+from hierens.core.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def export(arguments: Sequence[str]) -> None:
         raise UsageError(f"--depths takes `all` or numbers, got {' '.join(settings.depths)}.")
     depths: Any = "all" if settings.depths == ("all",) else [int(depth) for depth in settings.depths]
 
-    from hierens.hub import from_pretrained
+    from hierens.models.loading import from_pretrained
 
     with machine_readable(settings.json) as give:
         model = from_pretrained(settings.model)
@@ -89,7 +89,7 @@ def push(arguments: Sequence[str]) -> None:
     if settings.repository.count("/") != 1:
         raise UsageError(f"the repository should be user/name, got {settings.repository!r}.")
 
-    from hierens.hub import load_with_policy
+    from hierens.models.loading import load_with_policy
 
     with machine_readable(settings.json) as give:
         model, policy = load_with_policy(settings.model)
@@ -115,8 +115,8 @@ def card_results(file: str, depths: int) -> dict[str, list[float]]:
     Raises:
         ValueError: no such file, or none with results of so many depths.
     """
-    from hierens.cards import COLUMNS
-    from hierens.reading import read_json
+    from hierens.files.reading import read_json
+    from hierens.hub.cards import COLUMNS
 
     try:
         found = read_json(Path(file), "the results of a run", nan=True)

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
-from hierens.metrics import LeafMetrics, as_record
-from hierens.modes import evaluating
+from hierens.core.modes import evaluating
+from hierens.evaluation.metrics import LeafMetrics, as_record
 from hierens.training.sharding import gather
 
 
@@ -33,7 +33,8 @@ def evaluate(
         after_batch: called after every batch.
 
     Returns:
-        `val_loss`, the mean cross-entropy of the full ensemble in nats, and `hierens.metrics.LeafEvaluation`'s fields.
+        `val_loss`, the mean cross-entropy of the full ensemble in nats, and the fields of
+        `hierens.evaluation.metrics.LeafEvaluation`.
     """
     # Processes may have different numbers of batches, so they meet only at the end, and call no wrapper that would.
     module = accelerator.unwrap_model(model)

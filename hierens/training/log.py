@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hierens.files import replacing, sync
-from hierens.reading import is_whole, parse_json, short
-from hierens.training.files import free_space
+from hierens.files.reading import is_whole, parse_json, short
+from hierens.files.saving import replacing, sync
+from hierens.training.checkpoints.files import free_space
 
 _LARGEST = 2**53  # of a step, or an epoch
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hierens.nesting import Nesting
-from hierens.objectives import Objective, distillation
+from hierens.core.nesting import Nesting
+from hierens.losses import Objective, distillation
 from hierens.training.config import TeacherConfig, TrainConfig
 
 Precision = Callable[[], AbstractContextManager[Any]]  # such as `accelerator.autocast`

@@ -6,7 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from hierens.adaptive import Adaptive
+from hierens.models.adaptive import Adaptive
 from hierens.training.config import TrainConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hierens.labels import label_names
+from hierens.core.labels import label_names
 from hierens.training.config import DataConfig
 
 __all__ = ["data_config", "label_names"]

@@ -11,19 +11,19 @@ import timm
 import torch
 from torch import nn
 
-from hierens.adaptive import Adaptive
-from hierens.describing import unusable
-from hierens.ensemble import hierensify
-from hierens.exits import multi_exit
-from hierens.files import replacing
-from hierens.hub import from_pretrained
-from hierens.labels import name_labels
+from hierens.core.labels import name_labels
+from hierens.files.saving import replacing
+from hierens.hub.describing import unusable
+from hierens.models.adaptive import Adaptive
+from hierens.models.converting import hierensify
+from hierens.models.exits import multi_exit
+from hierens.models.loading import from_pretrained
+from hierens.models.tree_exits import tree_with_exits
 from hierens.training.config import Run, to_json
-from hierens.training.data import class_names, count_classes, create_loaders
+from hierens.training.data.loaders import class_names, count_classes, create_loaders
 from hierens.training.lock import check_free
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
-from hierens.tree_exits import tree_with_exits
 
 __all__ = ["Run", "create_ensemble", "create_teacher", "train"]
 
@@ -41,7 +41,7 @@ def train(
 
     Returns:
         The model, on the CPU, and the record of its last validation: `accuracy` per depth in percent, and the rest of
-        `hierens.metrics.LeafEvaluation`.
+        `hierens.evaluation.metrics.LeafEvaluation`.
 
     Raises:
         ValueError: anything in the configuration that does not work, before the first step.

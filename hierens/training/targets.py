@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hierens.labels import as_indices, out_of_range
+from hierens.core.labels import as_indices, out_of_range
 
 
 class TargetCheck:

@@ -23,12 +23,12 @@ from accelerate.utils import set_seed, tqdm
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
-from hierens.adaptive import Adaptive
-from hierens.cards import COLUMNS
-from hierens.errors import first_line
-from hierens.objectives import Objective
+from hierens.core.errors import first_line
+from hierens.hub.cards import COLUMNS
+from hierens.losses import Objective
+from hierens.models.adaptive import Adaptive
 from hierens.training.batchnorm import SyncedBatchNorm
-from hierens.training.checkpoint import (
+from hierens.training.checkpoints.checkpoint import (
     CheckpointWriteError,
     TrainState,
     agreed,
@@ -41,9 +41,11 @@ from hierens.training.checkpoint import (
     score,
     start_from,
 )
+from hierens.training.checkpoints.saving import save_model
 from hierens.training.config import TeacherConfig, TrainConfig, to_json
 from hierens.training.convolutions import subsampled_convolutions
-from hierens.training.data import check_division, data_signature
+from hierens.training.data.loaders import check_division, data_signature
+from hierens.training.data.unreadable import check_readable, report_unreadable
 from hierens.training.evaluation import evaluate
 from hierens.training.lock import alone_in
 from hierens.training.log import JsonLines
@@ -51,13 +53,11 @@ from hierens.training.loss import TrainingLoss
 from hierens.training.mixing import Mixing
 from hierens.training.optimizers import create_optimizer, frozen_levels
 from hierens.training.randomness import seed_of
-from hierens.training.saving import save_model
 from hierens.training.schedules import bring_up_to, create_schedule
 from hierens.training.sharding import own_part, shard, taken_over
 from hierens.training.signals import StopSignals, interruption
 from hierens.training.targets import TargetCheck
 from hierens.training.throughput import Throughput
-from hierens.training.unreadable import check_readable, report_unreadable
 
 _STEPS_BETWEEN_AGREEMENTS = 10  # on accelerators, where agreeing to stop would wait for the device at every step
 

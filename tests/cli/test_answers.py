@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import hierens as library
-from hierens.policies import Confidence, save_policy
-from hierens.training.data import create_datasets
+from hierens.inference.policies import Confidence, save_policy
+from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import load_run
 
 

@@ -10,8 +10,8 @@ from command_line import hierens
 from torch.utils.data import DataLoader
 
 import hierens as package
-from hierens.metrics import right_answers
-from hierens.training.data import create_held_out
+from hierens.evaluation.metrics import right_answers
+from hierens.training.data.loaders import create_held_out
 from hierens.training.presets import PRESETS, preset
 
 DIFFERENCE = r"[+-]\d+\.\d\d ± \d+\.\d\d \([+-]\d+\)"

@@ -17,14 +17,14 @@ from launcher import log, weights
 from test_trainer import fresh_accelerator, trainer  # noqa: F401
 
 import hierens
-from hierens.training.checkpoint import (
+from hierens.training.checkpoints.checkpoint import (
     choose_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     start_from,
 )
-from hierens.training.files import MANIFEST, damage, publish, recover, remove, seal
+from hierens.training.checkpoints.files import MANIFEST, damage, publish, recover, remove, seal
 
 SHORT = {"blocks": 2, "epochs": 4, "batch_size": 64, "checkpoint_steps": 4, "log_steps": 3}  # 21 steps an epoch
 

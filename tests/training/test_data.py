@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from hierens.training.config import DataConfig
-from hierens.training.data import (
+from hierens.training.data.loaders import (
     SeededDataset,
     class_names,
     count_classes,

@@ -23,9 +23,9 @@ from hostile_uploads import png_header
 
 import hierens
 from hierens.training.config import DataConfig
-from hierens.training.data import create_datasets, create_held_out, create_loaders
-from hierens.training.decoding import DecodingError, decode
-from hierens.training.unreadable import UnreadableImageError
+from hierens.training.data.decoding import DecodingError, decode
+from hierens.training.data.loaders import create_datasets, create_held_out, create_loaders
+from hierens.training.data.unreadable import UnreadableImageError
 
 SIDE = 16
 MODES = ("L", "RGB")
@@ -390,7 +390,7 @@ def test_pixels_are_counted_before_anything_is_decoded(monkeypatch):
 def test_damaged_exif_and_transparent_palettes_raise_no_warnings(tmp_path):
     for number, (data, _) in enumerate(CASES.values()):
         (tmp_path / f"{number}.png").write_bytes(data)
-    code = "import sys, hierens.training.decoding as d; [d.decode(file, 'RGB') for file in sys.argv[1:]]"
+    code = "import sys, hierens.training.data.decoding as d; [d.decode(file, 'RGB') for file in sys.argv[1:]]"
     files = [str(file) for file in sorted(tmp_path.iterdir())]
     done = subprocess.run([sys.executable, "-W", "always", "-c", code, *files], capture_output=True, text=True)
     assert done.returncode == 0 and "PIL" not in done.stderr, done.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hierens.objectives import Objective, distillation
+from hierens.losses import Objective, distillation
 from hierens.training.config import TeacherConfig, TrainConfig
 from hierens.training.loss import TrainingLoss
 

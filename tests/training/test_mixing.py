@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hierens.objectives import Objective, hierarchical_codistillation, independent
+from hierens.losses import Objective, hierarchical_codistillation, independent
 from hierens.training.config import TrainConfig
 from hierens.training.mixing import Mixing
 

@@ -10,8 +10,8 @@ from launcher import log
 from torch.utils.data import DataLoader
 
 import hierens
-from hierens.metrics import evaluate_model
-from hierens.training.data import create_datasets
+from hierens.evaluation.metrics import evaluate_model
+from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import PRESETS
 
 # A smooth activation: the digits' background is one constant, and where rounding moves it across a ReLU's kink, curves

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_trainer import trainer
 
-from hierens.fetching import LoadError
-from hierens.training.checkpoint import choose_checkpoint
-from hierens.training.files import MANIFEST, damage, seal
+from hierens.files.fetching import LoadError
+from hierens.training.checkpoints.checkpoint import choose_checkpoint
+from hierens.training.checkpoints.files import MANIFEST, damage, seal
 
 
 @pytest.fixture(scope="module", params=["sgd", "adamw"])

@@ -14,7 +14,7 @@ from test_trainer import fresh_accelerator, made_up_data, trainer  # noqa: F401
 from torch.utils.data import TensorDataset
 
 from hierens.training import signals
-from hierens.training.checkpoint import newest_checkpoint
+from hierens.training.checkpoints.checkpoint import newest_checkpoint
 from hierens.training.signals import StopSignals, TrainingInterrupted
 
 SHORT = {"blocks": 2, "epochs": 2, "batch_size": 64, "checkpoint_steps": 100, "log_steps": 3}  # 21 steps an epoch

@@ -12,9 +12,9 @@ from made_up import jpeg, write_cifar, write_folders, write_shards
 from PIL import Image
 
 import hierens as library
-from hierens.export import MANIFEST
+from hierens.export.writing import MANIFEST
 from hierens.training.config import DataConfig
-from hierens.training.data import class_names, count_classes, create_datasets, create_held_out, create_loaders
+from hierens.training.data.loaders import class_names, count_classes, create_datasets, create_held_out, create_loaders
 
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5,), "std": (0.25,), "workers": 0}
 FLAGS = ["--input-size", 3, 16, 16, "--workers", 0, "--epochs", 1, "--batch-size", 6, "--cpu", "--blocks", 2]

@@ -17,9 +17,9 @@ from made_up import jpeg, write_shards
 
 import hierens
 from hierens.training.config import DataConfig, TrainConfig
-from hierens.training.data import create_loaders, data_signature
+from hierens.training.data.loaders import create_loaders, data_signature
+from hierens.training.data.unreadable import check_readable
 from hierens.training.trainer import Trainer
-from hierens.training.unreadable import check_readable
 
 HERE = Path(__file__)
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5,), "std": (0.25,)}
@@ -177,7 +177,7 @@ def test_missing_shards_and_packages_say_so(shards, tmp_path, monkeypatch):
         create_loaders(config(shards, dataset="tfds/mnist"), 8, 4)
     counted = config(shards, train_split="train-{0000..0003}.tar|40")
     assert len(create_loaders(counted, 8, 4)[0]) == 5
-    monkeypatch.setattr("hierens.training.data.find_spec", lambda name: None)
+    monkeypatch.setattr("hierens.training.data.loaders.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'hierens\[data\]'"):
         create_loaders(config(shards), 8, 4)
 

@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from test_trainer import made_up_data, trainer
 from torch.utils.data import TensorDataset
 
-from hierens.metrics import LeafMetrics
+from hierens.evaluation.metrics import LeafMetrics
 from hierens.training.targets import TargetCheck
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
-from hierens.labels import label_names
-from hierens.training.checkpoint import choose_checkpoint, newest_checkpoint
+from hierens.core.labels import label_names
+from hierens.training.checkpoints.checkpoint import choose_checkpoint, newest_checkpoint
+from hierens.training.checkpoints.files import MANIFEST, seal
 from hierens.training.config import TeacherConfig, TrainConfig
-from hierens.training.files import MANIFEST, seal
 from hierens.training.trainer import Trainer, TrainingDivergedError
 
 DEMO = Path(__file__).with_name("demo_run.py")

@@ -14,11 +14,11 @@ from PIL import Image
 
 import hierens
 from hierens.training.config import DataConfig, TrainConfig
-from hierens.training.data import create_loaders
+from hierens.training.data.images import NO_CLASS
+from hierens.training.data.loaders import create_loaders
+from hierens.training.data.unreadable import Unreadable, UnreadableDataError
 from hierens.training.evaluation import evaluate
-from hierens.training.images import NO_CLASS
 from hierens.training.trainer import Trainer
-from hierens.training.unreadable import Unreadable, UnreadableDataError
 
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5,), "std": (0.25,)}
 

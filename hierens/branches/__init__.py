@@ -1,0 +1,1 @@
+"""How copies of a block are held and run: looped, grouped, fused, tuned."""

@@ -1,0 +1,266 @@
+"""Layers over w branches at once, with packed weights.
+
+Feature maps come in one of two forms. Side by side in channels, (N, w*C, ...), is the paper's (section 3.1, figure 2):
+a convolution has w times the groups. One after another in the batch, (w*N, ...), is for what works per sample: token
+layers with weights become batched matrix products, and all that has no weights runs unchanged.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    BatchNormAct2d,
+    Conv2dSame,
+    GroupNormAct,
+    LayerNormAct,
+    LayerNormAct2d,
+    ScaledStdConv2d,
+    ScaledStdConv2dSame,
+    StdConv2d,
+)
+from timm.layers.drop import drop_path
+from timm.layers.padding import pad_same
+from timm.layers.std_conv import StdConv2dSame
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from hierens.branches.packed import Layer, Width
+
+
+def to_batch(value: Any, width: Width) -> Any:
+    """From side by side (N, w*C, ...) to one after another (w*N, C, ...); tuples tensor by tensor."""
+    return tree_map_only(Tensor, lambda x: x.unflatten(1, (width.active, -1)).transpose(0, 1).flatten(0, 1), value)
+
+
+def to_channels(value: Any, width: Width) -> Any:
+    """From one after another (w*N, C, ...) to side by side (N, w*C, ...); tuples tensor by tensor."""
+    return tree_map_only(Tensor, lambda x: x.unflatten(0, (width.active, -1)).transpose(0, 1).flatten(1, 2), value)
+
+
+def to_siblings(value: Any, width: Width) -> Any:
+    """From one input per parent (N, parents*C, ...) to one per branch (N, w*C, ...); tuples tensor by tensor."""
+    if width.siblings == 1:
+        return value
+
+    def repeated(x: Tensor) -> Tensor:
+        apart = x.unflatten(1, (width.parents, 1, -1))
+        return apart.expand(-1, -1, width.siblings, *apart.shape[3:]).flatten(1, 3)
+
+    return tree_map_only(Tensor, repeated, value)
+
+
+def shape_of_parents(x: Tensor, width: Width) -> torch.Size:
+    """The shape (w*N, C, ...) that a tensor with one input per parent would have one after another."""
+    batch, channels, *rest = x.shape
+    return torch.Size((batch * width.active, channels // width.parents, *rest))
+
+
+def shape_in_batch(x: Tensor, width: Width) -> torch.Size:
+    """The shape (w*N, C, ...) that a tensor lying side by side would have one after another."""
+    batch, channels, *rest = x.shape
+    return torch.Size((batch * width.active, channels // width.active, *rest))
+
+
+def shape_of_one(weights: Tensor, width: Width) -> torch.Size:
+    """The shape that weights (w, ...) have in a single branch."""
+    return weights.shape[1:]
+
+
+# --- layers over feature maps side by side ---------------------------------------------------------------------------
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # TensorFlow's padding, computed from the input's size
+STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+
+
+def convolution(layer: Layer, x: Tensor, width: Width, shared: bool = False) -> Tensor:
+    """Any convolution over w branches: they are further groups. On what siblings share, they are further outputs."""
+    module, weight, bias = layer.module, layer.rows("weight", width), layer.rows("bias", width)
+    if isinstance(module, STANDARDISED):
+        weight = standardised(module, weight, layer.rows("gain", width) if hasattr(module, "gain") else None)
+    padding = module.padding
+    if isinstance(module, SAME) and getattr(module, "same_pad", True):
+        x, padding = pad_same(x, module.kernel_size, module.stride, module.dilation), 0
+    run = _CONVOLUTIONS[weight.ndim - 2]
+    groups = module.groups * (width.parents if shared else width.active)
+    return run(x, weight, bias, module.stride, padding, module.dilation, groups)
+
+
+def standardised(module: Any, weight: Tensor, gain: Tensor | None) -> Tensor:
+    """Standardised weights; this is per output channel, so branches are further output channels."""
+    if gain is not None:
+        gain = (gain * module.scale).view(-1)
+    flat = weight.reshape(1, weight.shape[0], -1)
+    return F.batch_norm(flat, None, None, gain, None, True, 0.0, module.eps).reshape_as(weight)
+
+
+def batch_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """Batch norm is per channel, so branches are further channels; their statistics are updated in place."""
+    module = layer.module
+    tracked = module.training and module.track_running_stats
+    if tracked and module.num_batches_tracked is not None:
+        layer.rows("num_batches_tracked", width).add_(1)
+    use_statistics = tracked or not module.training
+    x = F.batch_norm(
+        x,
+        layer.rows("running_mean", width) if use_statistics else None,
+        layer.rows("running_var", width) if use_statistics else None,
+        layer.rows("weight", width),
+        layer.rows("bias", width),
+        module.training or module.running_mean is None,
+        module.momentum or 0.0,
+        module.eps,
+    )
+    return _then_act(module, x)
+
+
+def group_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """Group norm over w branches: w times the groups."""
+    module = layer.module
+    groups = module.num_groups * width.active
+    x = F.group_norm(x, groups, layer.rows("weight", width), layer.rows("bias", width), module.eps)
+    return _then_act(module, x)
+
+
+def channel_layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """Layer norm over the channels (N, w*C, H, W) of each branch, at every position."""
+    module = layer.module
+    rows = x.unflatten(1, (width.active, -1)).movedim(2, -1)  # (N, w, H, W, C)
+    rows = F.layer_norm(rows, module.normalized_shape, None, None, module.eps)
+    x = rows.movedim(-1, 2).flatten(1, 2)
+    if module.weight is not None:
+        x = x * layer.rows("weight", width).view(-1, 1, 1)
+    if module.bias is not None:
+        x = x + layer.rows("bias", width).view(-1, 1, 1)
+    return _then_act(module, x)
+
+
+def blur_pool(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """Timm's anti-aliased downsampling; its filter is a constant that all branches share."""
+    module = layer.module
+    x = F.pad(x, module.padding, mode=module.pad_mode)
+    weight = module.filt[:1].expand(x.shape[1], 1, module.filt_size, module.filt_size)
+    return F.conv2d(x, weight, stride=module.stride, groups=x.shape[1])
+
+
+def stochastic_depth(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """Drop-path drawn per sample and branch, so that siblings are dropped independently of each other."""
+    module = layer.module
+    if not module.training or module.drop_prob == 0.0:
+        return x
+    dropped = drop_path(to_batch(x, width), module.drop_prob, True, module.scale_by_keep)
+    return torch.as_tensor(to_channels(dropped, width))
+
+
+def _then_act(module: nn.Module, x: Tensor) -> Tensor:
+    """Timm's norm-act layers carry their activation inside."""
+    if isinstance(module, (BatchNormAct2d, GroupNormAct, LayerNormAct, LayerNormAct2d)):
+        x = module.act(module.drop(x))
+    return x
+
+
+# --- layers over feature maps one after another ----------------------------------------------------------------------
+
+
+def linear(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """A linear layer of w branches: one batched matrix product. (w*N, ..., in) -> (w*N, ..., out)."""
+    if width.active == 1:  # fewer kernels, which is what a small batch on a GPU waits for
+        return F.linear(x, layer.rows("weight", width), layer.rows("bias", width))
+    rows = x.unflatten(0, (width.active, -1)).flatten(1, -2)  # (w, N * positions, in)
+    weight, bias = (
+        layer.stacked("weight", width).transpose(1, 2),
+        layer.stacked("bias", width),
+    )  # (w, in, out), (w, out)
+    rows = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+
+def layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+    """Layer norm over the last dimensions, with each branch's own scale and shift."""
+    module = layer.module
+    if width.active == 1:
+        weight, bias = layer.rows("weight", width), layer.rows("bias", width)
+        return _then_act(module, F.layer_norm(x, module.normalized_shape, weight, bias, module.eps))
+    x = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if module.weight is not None:
+        x = with_weights("mul", x, layer.stacked("weight", width), width)
+    if module.bias is not None:
+        x = with_weights("add", x, layer.stacked("bias", width), width)
+    return _then_act(module, x)
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
+
+
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "pow")},
+    **{name: getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv")},
+    **{name: getattr(torch, name) for name in ("maximum", "minimum")},
+}
+
+
+def concatenate_channels(tensors: Sequence[Tensor], width: Width) -> Tensor:
+    """`torch.cat` along the channels of each branch."""
+    return torch.cat([x.unflatten(1, (width.active, -1)) for x in tensors], 2).flatten(1, 2)
+
+
+def split_channels(x: Tensor, size: int | Sequence[int], width: Width) -> tuple[Tensor, ...]:
+    """`torch.split` along the channels of each branch."""
+    parts = x.unflatten(1, (width.active, -1)).split(size, 2)
+    return tuple(part.flatten(1, 2) for part in parts)
+
+
+def chunk_channels(x: Tensor, chunks: int, width: Width) -> tuple[Tensor, ...]:
+    """`torch.chunk` along the channels of each branch."""
+    return tuple(part.flatten(1, 2) for part in x.unflatten(1, (width.active, -1)).chunk(chunks, 2))
+
+
+def broadcast_channels(op: str, a: Tensor, b: Tensor, width: Width) -> Tensor:
+    """An elementwise operation of two tensors side by side, of which one may have one channel per branch."""
+    operation = _OPERATIONS[op]
+    if a.shape[1:2] == b.shape[1:2]:
+        return operation(a, b)
+    return operation(a.unflatten(1, (width.active, -1)), b.unflatten(1, (width.active, -1))).flatten(1, 2)
+
+
+def with_weights_of_channels(op: str, a: Tensor, b: Tensor, width: Width, first: bool) -> Tensor:
+    """An elementwise operation of a tensor side by side and weights (w, ...); `first`: the weights are `a`."""
+    operation = _OPERATIONS[op]
+    x, weight = (b, a) if first else (a, b)
+    branches = x.unflatten(1, (width.active, -1))  # (N, w, C, ...)
+    weight = weight.reshape(width.active, *(1,) * (branches.ndim - weight.ndim), *weight.shape[1:]).transpose(0, 1)
+    return (operation(weight, branches) if first else operation(branches, weight)).flatten(1, 2)
+
+
+def with_weights(op: str, a: Tensor, b: Tensor, width: Width, first: bool = False) -> Tensor:
+    """An elementwise operation of a tensor (w*N, ...) and weights (w, ...); `first`: the weights are `a`."""
+    operation = _OPERATIONS[op]
+    x, weight = (b, a) if first else (a, b)
+    branches = x.unflatten(0, (width.active, -1))  # (w, N, ...)
+    weight = weight.reshape(width.active, *(1,) * (branches.ndim - weight.ndim), *weight.shape[1:])
+    return (operation(weight, branches) if first else operation(branches, weight)).flatten(0, 1)
+
+
+def spread(weight: Tensor, sizes: Sequence[int], width: Width) -> Tensor:
+    """`weight.expand(batch, ...)` for weights (w, 1, ...) whose first size is that of the batch: (w*N, ...)."""
+    batch, *rest = sizes
+    return weight.expand(width.active, batch // width.active, *rest).flatten(0, 1)
+
+
+def repeated(weight: Tensor, repeats: Sequence[int], width: Width) -> Tensor:
+    """`weight.repeat(batch, ...)` for weights (w, 1, ...): (w*N, ...)."""
+    batch, *rest = repeats
+    return weight.repeat(1, batch // width.active, *rest).flatten(0, 1)
+
+
+def has_layer(module: nn.Module) -> bool:
+    """Whether a module's settings allow the form that its type has here."""
+    if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
+        return False
+    # A cumulative average would need a factor for each branch.
+    return not (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None)

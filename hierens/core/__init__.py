@@ -1,0 +1,1 @@
+"""What the other packages build on: trees, nested predictions, costs, and what every network here offers."""

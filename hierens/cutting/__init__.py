@@ -1,0 +1,1 @@
+"""Where a backbone is cut into blocks, and the blocks."""

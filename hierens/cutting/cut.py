@@ -1,0 +1,314 @@
+"""From a backbone to blocks in sequence, and the proof that they compose to the backbone.
+
+The coarse trace is cut where the blocks get about equal shares of the work. Modules that hold too much of it are opened
+first, the heaviest before the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hierens.core.modes import evaluating, ordinary_tensors
+from hierens.core.timm_info import example_input
+from hierens.cutting.coarse import CoarseTrace, CutError, CutPoint, Cutting, ancestors
+
+__all__ = [
+    "CutError",
+    "CutPoint",
+    "Cutting",
+    "classifier_names",
+    "cut",
+    "cut_points",
+    "next_cut",
+]
+
+_UNEVEN = 1.6  # a block may hold this multiple of an equal share of the MACs before leaves are opened
+_OFF_STAGE = 0.02  # added to the sum of squared shares for a cut within a stage
+_SEVERAL = 0.1  # for one that several tensors cross
+_OTHER = 1.0  # and for one that anything else crosses, such as sizes: taken only when nothing else is left
+_TINY = 4.0  # for a block with less than a quarter of an equal share, which would hardly be a level
+
+
+@ordinary_tensors
+def cut(
+    backbone: nn.Module,
+    blocks: int = 4,
+    at: Sequence[str] | None = None,
+    example: Tensor | None = None,
+    single: bool = False,
+) -> Cutting:
+    """Cut a copy of a backbone into blocks of about equal work.
+
+    Args:
+        backbone: a timm classification model; it is left as it is.
+        blocks: how many blocks; ignored when `at` is given.
+        at: names of modules that shall begin the second and later blocks, in order.
+        example: an input (N, C, H, W) to weigh the layers with; by default made from the backbone's configuration.
+        single: choose only places that a single tensor of features crosses, whatever else does; found out by an
+            example of two images or more.
+
+    Raises:
+        CutError: too few places to cut, an unknown name in `at`, no classifier, or a forward pass that
+            cannot be traced.
+    """
+    if blocks < 1:
+        raise CutError(f"blocks must be at least 1, got {blocks}.")
+    backbone = copy.deepcopy(backbone)
+    shared = _unshare(backbone)
+    example = example_input(backbone, 2 if single else 1) if example is None else example
+    classifiers = classifier_names(backbone)
+    with evaluating(backbone):
+        # Cuts are made by name, also those chosen here, so that a saved model is cut as it was.
+        names = _balanced(backbone, classifiers, blocks, example, single) if at is None else at
+        trace, positions = _traced_for(backbone, classifiers, names, example)
+        cutting, called_again = _unshare_blocks(trace.split(positions))
+        _prove(cutting, backbone, example)
+    if shared or called_again:
+        _warn_of_sharing(backbone, shared + called_again)
+    return cutting
+
+
+@ordinary_tensors
+def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = None) -> str:
+    """Where to cut the last of the blocks once more: the module that halves its work best.
+
+    Args:
+        backbone: as for `cut`; it is left as it is.
+        at: the cuts so far.
+        example: as for `cut`.
+
+    Returns:
+        A module's name: `cut(backbone, at=[*at, name])` has one block more.
+
+    Raises:
+        CutError: the last block has no place to cut.
+    """
+    backbone = copy.deepcopy(backbone)
+    example = example_input(backbone) if example is None else example
+    classifiers = classifier_names(backbone)
+    opened, closed = ancestors([*at, *classifiers]), set[str]()
+    with evaluating(backbone):
+        trace, everywhere = _measured(backbone, opened, classifiers, example)
+        while True:
+            candidates = _within_last(trace, everywhere, at)
+            best = _best_cuts(candidates, 2)
+            start = trace.position(at[-1]) if at else 0
+            inside = {node.target for node in trace.nodes[start:] if node.op == "call_module"}
+            heavy = {name: macs for name, macs in trace.openable(closed).items() if name in inside}
+            if not heavy or (best is not None and best[1] <= _UNEVEN / 2):
+                break
+            name = next(iter(heavy))
+            try:
+                trace, everywhere = _measured(backbone, opened | {name}, classifiers, example)
+                opened.add(name)
+            except CutError:
+                closed.add(name)
+    if best is None:
+        raise CutError(f"the last block of this {type(backbone).__name__} has no place left to cut.")
+    return candidates[best[0][0]][1].name
+
+
+def _within_last(
+    trace: CoarseTrace, candidates: list[tuple[int, CutPoint]], at: Sequence[str]
+) -> list[tuple[int, CutPoint]]:
+    """The candidates inside the last block, with the share of that block's work that lies before each."""
+    start = trace.position(at[-1]) if at else 0
+    total = sum(trace.macs)
+    spent = sum(trace.macs[:start]) / total
+    return [
+        (position, replace(point, macs_before=(point.macs_before - spent) / (1 - spent)))
+        for position, point in candidates
+        if position > start and spent < point.macs_before
+    ]
+
+
+@ordinary_tensors
+def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPoint]:
+    """The places where a backbone can be cut without opening its blocks, with the work that lies before each.
+
+    Examples:
+        >>> import timm
+        >>> [point.name for point in cut_points(timm.create_model("resnet10t")) if point.stage_end]
+        ['layer1', 'layer2', 'layer3', 'layer4']
+    """
+    backbone = copy.deepcopy(backbone)
+    example = example_input(backbone) if example is None else example
+    classifiers = classifier_names(backbone)
+    with evaluating(backbone):
+        trace = CoarseTrace(backbone, ancestors(classifiers), classifiers)
+        return [point for _, point in trace.candidates(example)]
+
+
+def _traced_for(
+    backbone: nn.Module, classifiers: tuple[str, ...], at: Sequence[str], example: Tensor
+) -> tuple[CoarseTrace, list[int]]:
+    """A trace that can be cut at the named modules, and where; what would hand on a list across a cut is opened."""
+    opened = ancestors([*at, *classifiers])
+    trace, _ = _measured(backbone, opened, classifiers, example)
+    while True:
+        positions = [trace.position(name) for name in at]
+        crossing = {str(node.target) for position in positions for node in trace.crossing(position)}
+        makers = crossing & trace.list_makers - opened
+        if not makers:
+            return trace, positions
+        try:
+            trace, _ = _measured(backbone, opened | makers, classifiers, example)
+        except CutError:
+            return trace, positions
+        opened |= makers
+
+
+def _measured(
+    backbone: nn.Module, opened: set[str], classifiers: tuple[str, ...], example: Tensor
+) -> tuple[CoarseTrace, list[tuple[int, CutPoint]]]:
+    """A trace that runs, and its candidates: a module that asks for a list gets one, if its maker is opened as well."""
+    opened = set(opened)
+    while True:
+        trace = CoarseTrace(backbone, opened, classifiers)
+        try:
+            return trace, trace.candidates(example)
+        except CutError:
+            makers = trace.list_makers - opened
+            if not makers:
+                raise
+            opened |= makers
+
+
+def _balanced(
+    backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor, single: bool
+) -> list[str]:
+    """Open the heaviest leaves until the best cuts leave no block with too much of the work; the cuts by name."""
+    opened, closed = ancestors(classifiers), set[str]()
+    trace, candidates = _measured(backbone, opened, classifiers, example)
+    while True:
+        if single:
+            candidates = [(at, point) for at, point in candidates if point.features == 1]
+        best = _best_cuts(candidates, blocks)
+        heavy = trace.openable(closed)
+        if not heavy or (best is not None and best[1] <= max(_UNEVEN / blocks, 1.1 * trace.indivisible(heavy))):
+            break
+        try:
+            # A trace each would take long: leaves of like weight are opened together, all when places are short.
+            least = max(heavy.values()) / 2 if best is not None else 0
+            names = [name for name, macs in heavy.items() if macs >= least]
+            trace, candidates = _measured(backbone, opened | set(names), classifiers, example)
+            opened |= set(names)
+        except CutError:
+            closed |= set(names)
+    if best is None:
+        raise CutError(
+            f"blocks={blocks} is more than this {type(backbone).__name__} can be cut into: "
+            f"{len(candidates) + 1} at most."
+        )
+    return [candidates[index][1].name for index in best[0]]
+
+
+def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[list[int], float] | None:
+    """The cuts with the smallest sum of squared shares plus penalties, and the largest share they leave."""
+    before = [0.0] + [point.macs_before for _, point in candidates] + [1.0]
+    penalty = [0.0] + [
+        _OFF_STAGE * (not point.stage_end) + _SEVERAL * (point.crossing > 1) + _OTHER * (not point.tensors_only)
+        for _, point in candidates
+    ]
+    if len(candidates) + 1 < blocks:
+        return None
+
+    def block_cost(share: float) -> float:
+        return share**2 + _TINY * (share < 0.25 / blocks)
+
+    # cheapest[j]: the best way to end a block at place j, as (cost, places of the cuts so far)
+    cheapest: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for _ in range(blocks - 1):
+        cheapest = {
+            place: min(
+                (cost + block_cost(before[place] - before[last]) + penalty[place], (*cuts, place))
+                for last, (cost, cuts) in cheapest.items()
+                if last < place
+            )
+            for place in range(1, len(candidates) + 1)
+            if any(last < place for last in cheapest)
+        }
+    _, cuts = min((cost + block_cost(1 - before[last]), cuts) for last, (cost, cuts) in cheapest.items())
+    edges = [0, *cuts, len(before) - 1]
+    largest = max(before[right] - before[left] for left, right in pairwise(edges))
+    return [place - 1 for place in cuts], largest
+
+
+def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
+    """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone."""
+    getter: Callable[[], Any] | None = getattr(backbone, "get_classifier", None)
+    found = getter() if getter else None
+    modules = found if isinstance(found, (tuple, list)) else [found]
+    names = [
+        next((name for name, own in backbone.named_modules() if own is module), "")
+        for module in modules
+        if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
+    ]
+    if not names or not all(names):
+        kind = type(backbone).__name__
+        raise CutError(f"this {kind} has no classifier: make it with num_classes of at least 1.")
+    return tuple(names)
+
+
+def _unshare(backbone: nn.Module) -> list[str]:
+    """Give every place where a backbone uses a layer again a layer of its own, with the same weights; their names."""
+    seen: set[nn.Module] = set()
+    shared: list[str] = []
+
+    def visit(owner: nn.Module, path: str) -> None:
+        for name, module in owner._modules.items():
+            if module is None or next(module.parameters(), None) is None:
+                continue
+            if module in seen:
+                shared.append(f"{path}{name}")
+                module = owner._modules[name] = copy.deepcopy(module)
+            seen.add(module)
+            visit(module, f"{path}{name}.")
+
+    visit(backbone, "")
+    return shared
+
+
+def _unshare_blocks(cutting: Cutting) -> tuple[Cutting, list[str]]:
+    """The same for layers that several blocks call."""
+    seen: set[int] = set()
+    blocks, shared = [], []
+    for block in cutting.blocks:
+        own = {id(parameter): name for name, parameter in block.named_parameters()}
+        again = [name for parameter, name in own.items() if parameter in seen]
+        blocks.append(copy.deepcopy(block) if again else block)
+        shared += again
+        seen |= own.keys()
+    return replace(cutting, blocks=tuple(blocks)), shared
+
+
+def _warn_of_sharing(backbone: nn.Module, shared: Sequence[str]) -> None:
+    some = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+    warnings.warn(
+        f"this {type(backbone).__name__} uses layers in more than one place ({some}): in a tree they become separate "
+        "layers with equal weights, which training tells apart.",
+        stacklevel=4,
+    )
+
+
+def _prove(cutting: Cutting, backbone: nn.Module, example: Tensor) -> None:
+    """Raise unless the pieces compose to the backbone on an example."""
+    with torch.no_grad():
+        expected, value = backbone(example), example
+        for piece in (*cutting.blocks, cutting.head, cutting.classifier):
+            value = piece(*value) if isinstance(value, tuple) else piece(value)
+    if value.is_meta:
+        return  # there are no values to compare
+    if not torch.allclose(value, expected, rtol=1e-5, atol=1e-6):
+        raise CutError(
+            f"the blocks of this {type(backbone).__name__} do not compose to it "
+            f"(outputs differ by {(value - expected).abs().max():.1e}): its forward pass does more than a trace tells."
+        )

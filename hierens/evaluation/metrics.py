@@ -1,0 +1,278 @@
+"""What an ensemble is judged by: accuracy, likelihood and calibration of every depth, and how its networks differ.
+
+Needs torchmetrics (`pip install 'hierens[train]'`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hierens.core.labels import NO_CLASS, as_indices, out_of_range
+from hierens.core.modes import evaluating
+from hierens.core.nesting import Nesting
+from hierens.core.tree import nested_sizes
+from hierens.evaluation.uncertainty import mutual_information, risk_coverage, variance
+
+BINS = 15  # of the calibration error, as is the custom
+
+
+@dataclass(frozen=True)
+class LeafEvaluation:
+    """How the nested ensembles and the single networks did; a value per depth unless it says otherwise.
+
+    Attributes:
+        count: images seen.
+        accuracy: of the first 2^b networks together, in percent.
+        nll: their mean negative log-likelihood, in nats.
+        brier: their Brier score, the squared distance between probabilities and the true class, from 0 to 2.
+        ece: their expected calibration error, from 0 to 1: top-1, 15 equal bins, weighted by absolute difference.
+        std: standard deviation of the evaluated networks' logits, mean over classes and images: the paper's measure of
+            diversity (arXiv 2003.01474, section 4.2); around their own mean, so 0 for a single network.
+        agreement: share of images on which two of the evaluated networks name the same class, mean over pairs, from 0
+            to 1; 1 for a single network.
+        mutual_information: between class and network, mean over images, in nats: see `hierens.evaluation.uncertainty`.
+        variance: of the evaluated networks' probabilities, mean over classes and images.
+        aurc: area under the risk-coverage curve when the surest answers are given first, from 0 to 1.
+        leaf_accuracy: of every network alone, in percent, in the order of the leaves.
+    """
+
+    count: int
+    accuracy: list[float]
+    nll: list[float]
+    brier: list[float]
+    ece: list[float]
+    std: list[float]
+    agreement: list[float]
+    mutual_information: list[float]
+    variance: list[float]
+    aurc: list[float]
+    leaf_accuracy: list[float]
+
+
+class LeafMetrics:
+    """Gathers a `LeafEvaluation` batch by batch.
+
+    Args:
+        nesting: how the networks make up depths, as `model.nesting`; by default as in a tree.
+
+    Examples:
+        >>> metrics = LeafMetrics()
+        >>> metrics.update(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]), torch.tensor([0]))  # two networks disagree
+        >>> result = metrics.compute()
+        >>> result.accuracy, result.leaf_accuracy, result.agreement
+        ([100.0, 100.0], [100.0, 0.0], [1.0, 0.0])
+    """
+
+    def __init__(self, nesting: Nesting | None = None) -> None:
+        self._nesting = nesting
+        self._sums: dict[str, Tensor] = {}
+        self._confidence: list[Tensor] = []
+        self._correct: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, leaf_logits: Tensor, targets: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            leaf_logits: (N, leaves, classes), of any floating-point type.
+            targets: class indices (N,); images with -1, which are of no class, are passed over.
+
+        Raises:
+            ValueError: another label that is no class.
+        """
+        targets = as_indices(targets, "a batch")
+        classes = leaf_logits.shape[-1]
+        if len(wrong := ((targets < NO_CLASS) | (targets >= classes)).nonzero()):
+            raise out_of_range(int(wrong[0]), int(targets[wrong[0]]), classes, "a batch")
+        known = targets != NO_CLASS
+        leaf_logits, targets = leaf_logits[known], targets[known]
+        if not len(targets):
+            return
+        nesting = self._nesting or Nesting(nested_sizes(leaf_logits.shape[1]))
+        nested = nesting(leaf_logits)  # (N, depths, classes)
+        log_p = F.log_softmax(nested, dim=-1)
+        p = log_p.exp()
+        confidence, chosen = p.max(-1)
+        correct = chosen == targets[:, None]
+        self._confidence.append(confidence.cpu())
+        self._correct.append(correct.cpu())
+        of_leaf = leaf_logits.argmax(-1)  # (N, leaves)
+        self._add("nll", -log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).sum((0, 2)))
+        truth = F.one_hot(targets, p.shape[-1])[:, None]
+        self._add("brier", (p - truth).square().sum(-1).sum(0))
+        self._add("leaf", (of_leaf == targets[:, None]).sum(0))
+        sizes = [nesting.together(size) for size in nesting.sizes]
+        logits = leaf_logits.float()
+        self._add("std", torch.stack([logits[:, n].std(1, correction=0).mean(-1).sum() for n in sizes]))
+        self._add("information", torch.stack([mutual_information(logits[:, n]).sum() for n in sizes]))
+        self._add("variance", torch.stack([variance(logits[:, n]).sum() for n in sizes]))
+        self._add("same", torch.stack([_agreeing(of_leaf[:, n], leaf_logits.shape[2]).sum() for n in sizes]))
+
+    @classmethod
+    def merged(cls, parts: Sequence[LeafMetrics]) -> LeafMetrics:
+        """All batches that several processes took in."""
+        merged = cls()
+        for part in parts:
+            for name, values in part._sums.items():
+                merged._add(name, values)
+            merged._confidence += part._confidence
+            merged._correct += part._correct
+        return merged
+
+    def compute(self) -> LeafEvaluation:
+        """The result so far.
+
+        Raises:
+            ValueError: no image was seen, or torchmetrics is not installed.
+        """
+        if not self._correct:
+            raise ValueError("there is nothing to evaluate: no image with a label was seen.")
+        confidence, correct = torch.cat(self._confidence), torch.cat(self._correct)
+        count, depths = correct.shape
+        confidence, correct = confidence.T.contiguous(), correct.T.int().contiguous()
+        ece = [_classification().binary_calibration_error(confidence[b], correct[b], BINS, "l1") for b in range(depths)]
+        mean: dict[str, list[float]] = {name: (total / count).tolist() for name, total in self._sums.items()}
+        return LeafEvaluation(
+            count=count,
+            accuracy=[100 * share for share in correct.double().mean(1).tolist()],
+            nll=mean["nll"],
+            brier=mean["brier"],
+            ece=[float(error) for error in ece],
+            std=mean["std"],
+            agreement=mean["same"],
+            mutual_information=mean["information"],
+            variance=mean["variance"],
+            aurc=[risk_coverage(confidence[b], correct[b]).area for b in range(depths)],
+            leaf_accuracy=[100 * share for share in mean["leaf"]],
+        )
+
+    def right(self) -> Tensor:
+        """Whether each depth named the class of each image so far, (images, depths)."""
+        return torch.cat(self._correct)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        values = values.double().cpu()
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+
+@torch.no_grad()
+def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafEvaluation:
+    """Evaluate an ensemble on labelled images, on the device where it lies, in evaluation mode.
+
+    Args:
+        model: answers `model(images, reduce=False)` with (N, leaves, classes); without a `nesting` it counts as a tree.
+        batches: images (N, C, H, W) and class indices (N,).
+    """
+    return _metrics(model, batches).compute()
+
+
+@torch.no_grad()
+def right_answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Which labelled images each depth of an ensemble gets right, (images, depths); arguments as `evaluate_model`."""
+    return _metrics(model, batches).right()
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How many more of the same images one answer gets right than another (the numbers of McNemar's test).
+
+    Attributes:
+        more: images that only the first gets right.
+        fewer: images that only the second gets right.
+        count: images in all.
+    """
+
+    more: int
+    fewer: int
+    count: int
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> PairedDifference:
+        """Of two answers, each right or wrong on every image, (images,).
+
+        Examples:
+            >>> first, second = torch.tensor([True, True, True, False]), torch.tensor([True, False, False, True])
+            >>> str(PairedDifference.of(first, second))
+            '+25.00 ± 47.87 (+1)'
+        """
+        return cls(int((first & ~second).sum()), int((second & ~first).sum()), len(first))
+
+    @property
+    def images(self) -> int:
+        """The difference in images."""
+        return self.more - self.fewer
+
+    @property
+    def percent(self) -> float:
+        """The difference in percentage points."""
+        return 100 * self.images / self.count
+
+    @property
+    def error(self) -> float:
+        """Its standard error over images, in percentage points; 0 for a single image, which tells nothing."""
+        if self.count < 2:
+            return 0.0
+        squares = self.more + self.fewer - self.images**2 / self.count
+        return float(100 * (squares / (self.count - 1) / self.count) ** 0.5)
+
+    def __str__(self) -> str:
+        """Such as `+1.38 ± 0.79 (+26)`: percentage points, their standard error, and images."""
+        return f"{self.percent:+.2f} ± {self.error:.2f} ({self.images:+d})"
+
+
+def _metrics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafMetrics:
+    device, metrics = next(model.parameters()).device, LeafMetrics(getattr(model, "nesting", None))
+    with evaluating(model):
+        for images, targets in batches:
+            metrics.update(model(images.to(device), reduce=False), targets.to(device))
+    return metrics
+
+
+def ood_auroc(unsure: Tensor, unsure_strangers: Tensor) -> float:
+    """How well uncertainty tells images of other data apart (out-of-distribution detection).
+
+    Args:
+        unsure: uncertainty of images like those trained on, (N,).
+        unsure_strangers: of other images, (M,).
+
+    Returns:
+        The area under the receiver operating characteristic: the probability that the stranger is the more
+        uncertain one of two images, ties counting half.
+
+    Raises:
+        ValueError: one of the two is empty, or torchmetrics is not installed.
+    """
+    if not len(unsure) or not len(unsure_strangers):
+        raise ValueError("telling strangers apart takes images of both kinds.")
+    scores = torch.cat([unsure, unsure_strangers]).double()
+    strange = torch.cat([torch.zeros(len(unsure)), torch.ones(len(unsure_strangers))]).int()
+    _, ranks = scores.unique(return_inverse=True)  # torchmetrics takes scores from 0 to 1
+    return float(_classification().binary_auroc(ranks.double() / max(1, int(ranks.max())), strange))
+
+
+def _classification() -> Any:
+    try:
+        from torchmetrics.functional import classification
+    except ImportError as error:
+        raise ValueError("metrics need torchmetrics: pip install 'hierens[train]'.") from error
+    return classification
+
+
+def _agreeing(classes: Tensor, num_classes: int) -> Tensor:
+    """Per image, the share of pairs of networks that chose the same class. (N, networks) -> (N,)."""
+    networks = classes.shape[1]
+    if networks == 1:
+        return torch.ones(len(classes), device=classes.device)
+    votes = F.one_hot(classes, num_classes).sum(1).double()
+    return (votes * (votes - 1)).sum(-1) / (networks * (networks - 1))
+
+
+def as_record(evaluation: LeafEvaluation) -> dict[str, Any]:
+    """For a log: every list under its name, without the count."""
+    return {name: value for name, value in vars(evaluation).items() if name != "count"}

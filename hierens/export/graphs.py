@@ -1,0 +1,90 @@
+"""A model at one depth as a graph that other runtimes can take: no choice of executor in it, batch norms folded."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from hierens.branches.fused_level import FusedLevel
+from hierens.branches.level import Activations, AnyLevel
+from hierens.core.adaptive import AdaptiveBase
+
+_TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
+
+
+class _Apart(nn.Module):
+    """A level whose branches are modules of their own: sliced weights would stay slices in the graph."""
+
+    def __init__(self, level: FusedLevel) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(level.part(branch, branch + 1) for branch in range(level.branches))
+
+    def forward(self, x: Activations, parents: Any = None) -> Activations:
+        values = x.some(range(x.count) if parents is None else parents).listed()
+        branches: list[Any] = list(self.branches)
+        return Activations([level.run_branch(0, v) for level, v in zip(branches, values, strict=True)])
+
+
+class _Inputs(nn.Module):
+    """A model that takes images only, under a name that every runtime shows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def for_inference(model: AdaptiveBase) -> AdaptiveBase:
+    """A copy in single precision on the CPU, in evaluation mode, with the batch norms of its blocks folded."""
+    plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    plain.gradient_equilibrium = False
+    plain.set_grad_checkpointing(False)
+    return plain.fold_norms().requires_grad_(False)
+
+
+def graph(
+    model: AdaptiveBase, depth: int, size: tuple[int, ...], apart: bool = False, largest_batch: int | None = None
+) -> ExportedProgram:
+    """The graph of one depth, from `images` (N, C, H, W) to logits (N, classes); N is free.
+
+    Args:
+        model: what `for_inference` made.
+        depth: the depth.
+        size: of an image, (C, H, W).
+        apart: whether levels with token layers become a module per branch, since one product of all branches' matrices
+            is nothing that quantisation knows.
+        largest_batch: the most images at a time, for runtimes that must know; they want plain layouts, too.
+    """
+    part: Any = model.at_depth(depth)
+    for name, level in list(part.named_modules()):
+        if isinstance(level, AnyLevel):
+            level.executor = "grouped"
+            last = name.rpartition(".")[2] in ("head", "classifier")
+            part.set_submodule(name, _taken_apart(level, apart and not last))
+    if largest_batch is not None:
+        part = part.to(memory_format=torch.contiguous_format)
+    images = torch.zeros(_TRACED_BATCH, *size)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own workings
+        shapes = {"images": {0: Dim("batch", max=largest_batch)}}
+        program = torch.export.export(_Inputs(part), (images,), dynamic_shapes=shapes, strict=False)
+    for node in list(program.graph.nodes):
+        node.meta.pop("stack_trace", None)  # which names files of the machine that exports
+        if largest_batch is not None and node.target is torch.ops.aten.contiguous.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    return program
+
+
+def _taken_apart(level: AnyLevel, tokens: bool) -> nn.Module:
+    """A level that runs all its branches in one call, or as one module each if it cannot (or `tokens`: should not)."""
+    level.plan = {}
+    together = level.grouped and (level.channelwise or not tokens)
+    return _Apart(level) if isinstance(level, FusedLevel) and level.branches > 1 and not together else level

@@ -1,0 +1,265 @@
+"""Models for other runtimes: a graph per depth, their weights stored once, and a manifest that says what they are.
+
+A folder that `export` wrote holds `depth_0.onnx`, `depth_1.onnx`, ... (`.xml` for OpenVINO, `.pte` for ExecuTorch,
+`.pt2` for torch.export), with ONNX and OpenVINO `weights.bin`, which all of them read, and `export.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hierens.core.adaptive import AdaptiveBase
+from hierens.core.errors import did_you_mean, first_line
+from hierens.core.labels import label_names
+from hierens.core.modes import evaluating
+from hierens.core.version import __version__
+from hierens.export.formats import FORMATS, INPUT, OUTPUT, Format, Run
+from hierens.export.graphs import for_inference, graph
+from hierens.files.saving import saving
+
+MANIFEST = "export.json"
+_WRITTEN = (MANIFEST, "weights.bin", *(f"depth_*{kind.suffix}" for kind in FORMATS.values()))
+TOLERANCE = 1e-4  # of the largest logit
+_ROUGH = 0.5  # what whole numbers may be off by: beyond it something is wrong, not coarse
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+_ELSEWHERE = {
+    "plain": "'torch-export' writes plain PyTorch modules that load without hierens; a depth to train on is "
+    "model.at_depth(b).save_pretrained(directory)",
+    "torchscript": "PyTorch has given it up: 'torch-export' is what came after it",
+}
+
+__all__ = ["ExportError", "export"]
+
+
+class ExportError(ValueError):
+    """A model cannot be exported as asked."""
+
+
+def export(
+    model: AdaptiveBase,
+    directory: str | Path,
+    format: str = "onnx",
+    depths: Literal["all"] | Sequence[int] = "all",
+    *,
+    size: tuple[int, int, int] | None = None,
+    check: bool = True,
+    quantize: Literal["int8"] | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> Path:
+    """Write a graph per depth for another runtime, from images (N, C, H, W) to logits (N, classes); N is free.
+
+    The graphs compute in single precision, batch norms are folded, and no graph holds more than its depth needs. With
+    ONNX and OpenVINO all graphs read one file of weights, of the size of the largest depth's.
+
+    Args:
+        model: in either mode, on any device; it is left as it is.
+        directory: made if missing; what an earlier export left in it is removed.
+        format: `onnx`, `openvino`, `torch-export` or `executorch` (at most 8 images at a time).
+        depths: which ones.
+        size: of an image, (C, H, W); `pretrained_cfg`'s by default. Height and width are fixed by it.
+        check: compare what every graph answers with what the model does, to 1e-4 of the largest logit. If the runtime
+            is not installed, a warning says so.
+        quantize: `int8` for 8-bit whole numbers, per channel (ONNX only); the answers are then close, not equal: on the
+            first batch of `calibration` they are compared, and the manifest says how close they are.
+        calibration: batches of images as the model takes them, alone or with labels, from which the ranges of
+            activations are taken; a few hundred images will do.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ExportError: a format, depth or size that cannot be had, a package that is missing, a model that cannot be
+            written as a graph, or a graph that answers something else; the directory is then as it was.
+
+    Examples:
+        >>> import tempfile, timm, hierens
+        >>> model = hierens.hierensify(timm.create_model("resnet8_cifar", num_classes=10), blocks=2)
+        >>> folder = model.export(tempfile.mkdtemp(), format="torch-export")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['depth_0.pt2', 'depth_1.pt2', 'export.json']
+    """
+    kind = _format(format)
+    chosen = _depths(model, depths)
+    size = _size(model, size)
+    shown = _noise(size)
+    calibrating = [] if quantize is None else _calibrating(format, quantize, calibration)
+    # Of an earlier export no file may stay: its weights lie elsewhere.
+    with saving(directory, replaces=_WRITTEN) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
+        first = partial if quantize is None else Path(scratch)
+        made = _written(model, kind, first, chosen, size, kind.apart or quantize is not None)
+        differences = _checked(model, made, chosen, shown, TOLERANCE) if check else {}
+        if quantize is not None:
+            from hierens.export.quantizing import quantized
+
+            made = quantized(made, partial, [_name(kind, depth) for depth in reversed(chosen)], calibrating)
+            differences = _checked(model, made, chosen, calibrating[:1], _ROUGH) if check else {}
+        manifest = _manifest(model, format, kind, chosen, size, differences, quantize)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    return Path(directory)
+
+
+def _format(name: str) -> type[Format]:
+    if name not in FORMATS:
+        known = ", ".join(map(repr, FORMATS))
+        because = _ELSEWHERE.get(name, f"choose from {known}{did_you_mean(name, FORMATS)}")
+        raise ExportError(f"there is no format {name!r}: {because}.")
+    if missing := FORMATS[name].missing():
+        extra = name if name == "executorch" else "export"
+        raise ExportError(f"exporting to {name} needs {' and '.join(missing)}: pip install 'hierens[{extra}]'.")
+    return FORMATS[name]
+
+
+def _depths(model: AdaptiveBase, depths: Literal["all"] | Sequence[int]) -> list[int]:
+    if depths == "all":
+        return list(range(model.depths))
+    if isinstance(depths, str) or not depths or any(type(d) is not int or not 0 <= d < model.depths for d in depths):
+        raise ExportError(f"depths must be 'all' or some of 0 to {model.depths - 1}, got {depths!r}.")
+    return sorted(set(depths))
+
+
+def _size(model: AdaptiveBase, size: tuple[int, ...] | None) -> tuple[int, int, int]:
+    """The size of an image, that the model can take."""
+    found = tuple(size or model.pretrained_cfg["input_size"])
+    if len(found) != 3 or found[0] != model.in_chans:
+        raise ExportError(f"size must be ({model.in_chans}, H, W), the model's channels first, got {found}.")
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(_taken(model, torch.zeros(2, *found)), depth=0)
+    except Exception as error:
+        raise ExportError(f"the model does not take images of size {found}: {first_line(error)}") from error
+    return found
+
+
+def _calibrating(format: str, quantize: str, calibration: Iterable[Any] | None) -> list[Tensor]:
+    """The batches of images to take ranges from."""
+    if quantize != "int8":
+        raise ExportError(f"quantize must be 'int8' or None, got {quantize!r}.")
+    if format != "onnx":
+        raise ExportError(f"quantize='int8' is for format='onnx', not {format!r}.")
+    if find_spec("onnxruntime") is None:
+        raise ExportError("quantize='int8' needs onnxruntime: pip install 'hierens[export]'.")
+    batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in calibration or ()]
+    if not batches or not all(isinstance(batch, Tensor) and batch.ndim == 4 for batch in batches):
+        raise ExportError("quantize='int8' needs calibration=batches of images (N, C, H, W), alone or with labels.")
+    return batches
+
+
+def _written(
+    model: AdaptiveBase, kind: type[Format], folder: Path, depths: list[int], size: tuple[int, ...], apart: bool
+) -> Format:
+    made = kind(folder)
+    plain = for_inference(model)
+    for depth in reversed(depths):  # the weights of a small depth are found in those of a larger one
+        try:
+            made.write(graph(plain, depth, size, apart, kind.largest_batch), _name(kind, depth), size)
+        except Exception as error:
+            raise ExportError(f"depth {depth} cannot be written as a graph: {_reason(error)}") from error
+    made.finish()
+    return made
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that is at the bottom of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+def _checked(
+    model: AdaptiveBase, made: Format, depths: list[int], batches: list[Tensor], tolerance: float
+) -> dict[int, float]:
+    """How far each graph is off on some images, relative to the largest logit.
+
+    Raises:
+        ExportError: one of them by more than the tolerance.
+    """
+    if made.runs_with is not None and find_spec(made.runs_with) is None:
+        warnings.warn(f"{made.runs_with} is not installed: what was exported has not been compared.", stacklevel=3)
+        return {}
+    found = {}
+    for depth in depths:
+        name = _name(type(made), depth)
+        try:
+            run = made.runner(name)
+            found[depth] = max(_difference(model, run, depth, images) for images in batches)
+        except Exception as error:
+            raise ExportError(f"the graph of depth {depth} does not run: {first_line(error)}") from error
+        if not found[depth] <= tolerance:
+            raise ExportError(
+                f"the graph of depth {depth} is off by {found[depth]:.1e} of the largest logit, "
+                f"more than {tolerance:.0e}: what was exported does not answer as the model does."
+            )
+    return found
+
+
+@torch.no_grad()
+def _difference(model: AdaptiveBase, run: Run, depth: int, images: Tensor) -> float:
+    with evaluating(model):
+        own = model(_taken(model, images), depth=depth).float().cpu()
+    theirs = torch.from_numpy(run(images.float().cpu().numpy()))
+    if theirs.shape != own.shape:
+        raise ValueError(f"it returns {tuple(theirs.shape)} where the model returns {tuple(own.shape)}.")
+    return float((theirs - own).abs().max() / own.abs().max().clamp_min(1e-12))
+
+
+def _noise(size: tuple[int, ...]) -> list[Tensor]:
+    """Images in batches of other sizes than the one that graphs are traced with."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, *size, generator=generator) for batch in (3, 1)]
+
+
+def _taken(model: AdaptiveBase, images: Tensor) -> Tensor:
+    """Images as the model's weights are."""
+    like = next(model.parameters())
+    return images.to(like.device, like.dtype)
+
+
+def _name(kind: type[Format], depth: int) -> str:
+    return f"depth_{depth}{kind.suffix}"
+
+
+def _manifest(
+    model: AdaptiveBase,
+    format: str,
+    kind: type[Format],
+    depths: list[int],
+    size: tuple[int, int, int],
+    differences: dict[int, float],
+    quantize: str | None,
+) -> dict[str, Any]:
+    cfg, macs = model.pretrained_cfg, model.macs(size)
+    tools = ["torch", *kind.writes_with]
+    return {
+        "hierens": __version__,
+        "architecture": model.architecture,
+        "backbone": model.arguments()["backbone"],
+        "format": format,
+        "quantize": quantize,
+        "weights": kind.weights,
+        "largest_batch": kind.largest_batch,
+        "input": {"name": INPUT, "shape": ["batch", *size], "dtype": "float32"},
+        "output": {"name": OUTPUT, "shape": ["batch", model.num_classes], "dtype": "float32"},
+        "preprocessing": {key: cfg[key] for key in _PREPROCESSING if key in cfg},
+        "label_names": label_names(model),
+        "depths": [
+            {
+                "depth": depth,
+                "file": _name(kind, depth),
+                model.unit: model.sizes[depth],
+                "macs": macs[depth],
+                "difference": differences.get(depth),
+            }
+            for depth in depths
+        ],
+        "made_with": {tool: version(tool) for tool in tools},
+    }

@@ -1,0 +1,1 @@
+"""Saved models: writing, checking and publishing them."""

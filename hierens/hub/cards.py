@@ -1,0 +1,153 @@
+"""Model cards: what a model is, what each of its depths costs and gives, and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from hierens.core.adaptive import AdaptiveBase
+from hierens.core.labels import label_names
+from hierens.evaluation.plotting import plot_accuracy
+from hierens.evaluation.profiling import millions, table
+
+ACCURACY, PICTURE = "accuracy (%)", "accuracy.png"
+COLUMNS = {"accuracy": ACCURACY, "nll": "NLL", "ece": "ECE"}
+"""what a card's table shows of an evaluation, by its fields"""
+
+_KINDS = {  # titles of model cards, and how their first sentence begins
+    "hne": (
+        "Hierarchical neural ensemble",
+        "A tree of {leaves} networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)),",
+    ),
+    "hne_exits": (
+        "Hierarchical neural ensemble with exits",
+        "A tree of networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)), with "
+        "exits on the way to the first ([Li et al.](https://arxiv.org/abs/1908.06294)), {leaves} in all,",
+    ),
+    "multi_exit": (
+        "Multi-exit network",
+        "A network with {leaves} exits ([Li et al.](https://arxiv.org/abs/1908.06294)),",
+    ),
+}
+
+
+class About(TypedDict, total=False):
+    """What only its maker knows of a model.
+
+    Attributes:
+        license: such as `apache-2.0`.
+        base_model: the repository whose weights training began from.
+        datasets: names on the Hub, the one that the results were measured on first.
+        label_names: of the classes, in order; by default those of the model.
+    """
+
+    license: str | None
+    base_model: str | None
+    datasets: Sequence[str]
+    label_names: Sequence[str] | None
+
+
+def model_card(
+    model: AdaptiveBase,
+    results: Mapping[str, Sequence[float]] | None = None,
+    name: str = "user/name",
+    picture: bool = False,
+    **about: Unpack[About],
+) -> str:
+    """The text of a model card, with the metadata that the Hub shows and searches.
+
+    Args:
+        model: the model.
+        results: further columns of the table, a value per depth; the Hub shows those called `accuracy (%)` beside the
+            card if `datasets` says what they were measured on.
+        name: how to load it: a repository or a folder.
+        picture: whether `accuracy.png` lies beside the card.
+        about: see `About`.
+
+    Raises:
+        ValueError: results without a value per depth, or names of more or fewer classes than there are.
+    """
+    args, size = model.arguments(), tuple(model.pretrained_cfg["input_size"])
+    columns, labels = dict(results or {}), list(about.get("label_names") or label_names(model) or [])
+    if wrong := [title for title, values in columns.items() if len(values) != model.depths]:
+        raise ValueError(f"results need a value per depth ({model.depths}): {', '.join(wrong)} have not.")
+    if labels and len(labels) != model.num_classes:
+        raise ValueError(f"label_names has {len(labels)} names, and the model {model.num_classes} classes.")
+    costs = zip(model.sizes, model.macs(size), model.parameter_counts(), strict=True)
+    rows = [
+        (f"{depth}", f"{leaves}", millions(macs), millions(count), *(f"{v[depth]:.2f}" for v in columns.values()))
+        for depth, (leaves, macs, count) in enumerate(costs)
+    ]
+    header = ("depth", model.unit, "MACs", "parameters", *columns)
+    title, summary = _KINDS[model.architecture]
+    height_width = "x".join(map(str, size[1:]))
+    data = _metadata(model, columns.get(ACCURACY), name, about)
+    curve = f"\n![Accuracy against multiply-accumulates, a point per depth]({PICTURE})\n" if picture else ""
+    listed = 0 < len(labels) <= 100 and labels != [str(number) for number in range(len(labels))]
+    classes = f"\nClasses, in order: {', '.join(labels)}.\n" if listed else ""
+    channels = "1 channel" if size[0] == 1 else f"{size[0]} channels"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {title} of {args["backbone"]}
+
+{summary.format(leaves=model.leaves)}
+made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` says how many of
+the {model.unit} are run. {model.num_classes} classes; costs are for images of {channels} and
+{height_width} pixels.
+
+{table(header, rows)}
+{curve}{classes}
+```python
+import hierens
+
+model = hierens.from_pretrained("{name}")  # or a directory with this model's files
+logits = model(images, depth=1)  # images: (N, {size[0]}, {size[1]}, {size[2]})
+for step in model.anytime(images):  # or one after the other, for as long as there is time
+    print(step.leaves, step.macs, step.logits.argmax(-1))
+```
+"""
+
+
+def draw_accuracy(model: AdaptiveBase, results: Mapping[str, Sequence[float]], directory: Path) -> bool:
+    """Draw the accuracies of the depths beside a card, where there are any and matplotlib is there; whether it did."""
+    if ACCURACY not in results:
+        return False
+    title, _ = _KINDS[model.architecture]
+    curves = {title.lower(): (model.macs(), results[ACCURACY])}
+    try:
+        plot_accuracy(curves, directory / PICTURE)
+    except ValueError:
+        return False
+    return True
+
+
+def _metadata(model: AdaptiveBase, accuracy: Sequence[float] | None, name: str, about: About) -> ModelCardData:
+    datasets = list(about.get("datasets") or [])
+    measured = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=datasets[0],
+            dataset_name=datasets[0],
+            metric_type="accuracy",
+            metric_name=f"accuracy (%), {model.unit}: {leaves}",
+            metric_value=round(float(value), 2),
+            metric_args={"depth": depth},
+        )
+        for depth, (leaves, value) in enumerate(zip(model.sizes, accuracy or (), strict=False))
+        if datasets
+    ]
+    return ModelCardData(
+        library_name="timm",
+        tags=["image-classification", "timm", "hierens", "anytime-inference", model.architecture.replace("_", "-")],
+        pipeline_tag="image-classification",
+        license=about.get("license"),
+        base_model=about.get("base_model"),
+        datasets=datasets or None,
+        model_name=name if measured else None,
+        eval_results=measured or None,
+    )

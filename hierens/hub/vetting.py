@@ -1,0 +1,312 @@
+"""Whether a saved model can be trusted to be built: said before memory or time is spent on it.
+
+A config from a stranger is a short program: it names a network and its arguments. So its values are checked first, then
+the network is built without memory (on torch's meta device), where layers, work and the sizes of values are counted.
+Its parameters must be exactly those that the header of the weights lists. What is built for real then needs memory in
+proportion to the file, whose size its owner had to upload.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from hierens.branches.level import first_layout, in_first_layout
+from hierens.core.adaptive import AdaptiveBase
+from hierens.core.errors import first_line
+from hierens.files.fetching import LoadError
+from hierens.files.reading import is_finite, is_whole, read_json, short
+from hierens.hub.describing import check_labels, description
+
+_SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
+ARGUMENTS = {
+    "hne": _SHARED | {"branching", "leaves", "looped"},
+    "hne_exits": _SHARED | {"branching", "leaves", "looped", "head"},
+    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "kept"},
+}
+"""what a saved config may say to each entry point"""
+TREES = ("hne", "hne_exits")
+
+# What timm's factory takes for itself: other weights, files on this machine, code to call, a bare list of features.
+_FACTORY_ONLY = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
+    *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "model_cfg"),
+    *("features_only", "feature_cfg", "kwargs_filter", "device", "dtype"),
+}
+_MOST_LEAVES, _MOST_LEVELS, _MOST_EXITS = 4096, 64, 256
+_MOST_VALUES, _LARGEST, _LARGEST_SUM = 4096, 2**16, 2**20  # in a backbone's arguments
+_LARGEST_NAMED = {"window": 64, "size": 4096, "resolution": 4096}  # timm has loops over all pairs of a window's places
+_MOST_ELEMENTS = 2**28  # of one value while the example image goes through: 1 GiB in float32
+_MODULES = (1_000, 20)  # how many modules a backbone may have, and how many more per tensor of the file
+_FLOPS = (10**11, 2**16)  # what the example image may cost, and how much more per weight in the file
+_VALUES = (2**32, 2**9)  # elements of all values on the way, likewise
+_REAL = ("F32", "F16", "BF16", "F64")
+# By the type that the model has, those that its weights may be stored in. Others (float8, quantised) need scales.
+_STORED_AS: dict[torch.dtype, tuple[str, ...]] = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), _REAL),
+    torch.int64: ("I64",),
+    torch.int32: ("I32",),
+    torch.uint8: ("U8",),
+    torch.bool: ("BOOL",),
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file of weights: its type in safetensors' words, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config whose values are of the right kinds and sizes.
+
+    Raises:
+        LoadError: it is not.
+    """
+    config = read_json(file, "the config of a hierens model")
+    args = config.get("model_args") if isinstance(config, dict) else None
+    if not isinstance(args, dict):
+        raise LoadError(f"{file} has no model_args: it is not the config of a hierens model.")
+    kind = config.get("architecture")
+    if not isinstance(kind, str) or kind not in ARGUMENTS:
+        raise LoadError(f"{file} names the architecture {short(kind)}; hierens loads {', '.join(ARGUMENTS)} only.")
+    # timm writes the image size of a transformer beside the rest: the backbone takes it.
+    if unknown := sorted(set(args) - {*ARGUMENTS[kind], "img_size"}):
+        raise LoadError(f"{file} has model_args that hierens does not know: {short(', '.join(unknown), plain=True)}.")
+    _check_backbone(args, file)
+    for key in ("num_classes", "in_chans"):
+        if not is_whole(args.get(key), 1, 10_000_000):
+            raise LoadError(f"{file} has no usable {key} (got {short(args.get(key))}).")
+    at = args.get("at")
+    if not isinstance(at, list) or len(at) >= _MOST_EXITS or not all(isinstance(name, str) for name in at):
+        raise LoadError(f"{file} has no usable list of cuts, `at` (got {short(at)}).")
+    _check_tree(args, file) if kind in TREES else _check_exits(args, file)
+    config["pretrained_cfg"] = description(config.get("pretrained_cfg"), args["in_chans"], file)
+    for key, kinds in (("label_names", (list, dict)), ("label_descriptions", (dict,))):
+        if not isinstance(config.get(key, kinds[0]()), kinds):
+            raise LoadError(f"{file} has no usable {key} (got {short(config[key])}).")
+    check_labels(config, args["num_classes"], file)
+    return config
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """What a file of weights holds, from its header: safetensors compares the sizes to that of the file.
+
+    Raises:
+        LoadError: no safetensors file, or a damaged one.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {name: Stored(str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = short(first_line(error), plain=True)
+        raise LoadError(f"{file} is damaged or no safetensors file ({reason}): copy or download it again.") from error
+
+
+def check_types(wanted: Mapping[str, Tensor], header: Mapping[str, Stored], file: Path) -> None:
+    """See that numbers are stored as such that become the model's own without loss of meaning.
+
+    Real numbers may be of another precision; whole numbers are those of indices and counts.
+
+    Raises:
+        LoadError: a tensor is stored in another type.
+    """
+    for name, tensor in wanted.items():
+        allowed = _STORED_AS.get(tensor.dtype)
+        if name in header and allowed and header[name].dtype not in allowed:
+            raise LoadError(
+                f"{file} stores {short(name, plain=True)} as {header[name].dtype}; a model of hierens has "
+                f"{' or '.join(allowed)} there: save it in one of these."
+            )
+
+
+def check_fit(
+    make: Callable[[], AdaptiveBase], header: Mapping[str, Stored], config_file: Path, weights_file: Path
+) -> None:
+    """Build a model without memory, within bounds that the weights set, and compare its parameters to theirs.
+
+    An image of the size that the config names goes through it, too, since whatever asks for its costs will do that.
+
+    Args:
+        make: builds the model that the config describes.
+        header: of the weights.
+        config_file: for messages.
+        weights_file: likewise.
+
+    Raises:
+        LoadError: it cannot be built, takes too much, or has parameters of other names, shapes or types than the file.
+    """
+    shapes = {name: stored.shape for name, stored in header.items()}
+    try:
+        with torch.device("meta"), _bounded(shapes):
+            model = make()
+            model.macs()
+    except Exception as error:
+        raise unbuildable(config_file, error) from error
+    state = first_layout(model) if in_first_layout(header) else model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wrong := [name for name in (*wanted, *(shapes.keys() - wanted)) if wanted.get(name) != shapes.get(name)]:
+        raise LoadError(
+            f"the weights in {weights_file} do not fit the config beside them: {short(wrong[0], plain=True)} is "
+            f"{_shape(shapes, wrong[0])} in the file and {_shape(wanted, wrong[0])} by the config"
+            + (f", and {len(wrong) - 1} more differ." if len(wrong) > 1 else ".")
+        )
+    check_types(state, header, weights_file)
+
+
+def check_leaves(config: Mapping[str, Any], header: Mapping[str, Stored], file: Path) -> None:
+    """A tree has no more leaves than its weights have tensors, or rows of packed ones: each is built by itself.
+
+    Raises:
+        LoadError: it has.
+    """
+    rows = (stored.shape[0] for stored in header.values() if stored.shape)
+    most = max(rows, default=0) if in_first_layout(header) else len(header)
+    if (leaves := config["model_args"].get("leaves", 1)) > most:
+        raise LoadError(f"{file} describes {leaves} networks, and the weights beside it are of {most} at the most.")
+
+
+def unbuildable(file: Path, error: BaseException) -> LoadError:
+    """What to raise when building failed."""
+    return LoadError(f"{file} describes a model that cannot be built: {short(first_line(error), plain=True)}")
+
+
+def check_arguments(args: Mapping[str, Any]) -> None:
+    """The arguments of a backbone: plain, few, of sizes that networks have.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if taken := sorted(_FACTORY_ONLY & set(args)):
+        raise ValueError(f"{', '.join(taken)} is timm's to decide, not a config's")
+    total, values = 0, 0
+    pending: list[tuple[str, Any]] = [(str(key), value) for key, value in args.items()]
+    while pending:
+        name, value = pending.pop()
+        values += 1
+        if isinstance(value, dict):
+            pending += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(name, inner) for inner in value]
+        elif isinstance(value, (int, float)):
+            largest = min((cap for part, cap in _LARGEST_NAMED.items() if part in name), default=_LARGEST)
+            if not abs(value) <= largest:
+                raise ValueError(f"{short(name, plain=True)} is {short(value)}, and {largest} is the most")
+            total += int(abs(value))
+        if values + len(pending) > _MOST_VALUES or total > _LARGEST_SUM:
+            raise ValueError("there are more, or larger, values than a network needs")
+
+
+def _check_backbone(args: dict[str, Any], file: Path) -> None:
+    backbone = args.get("backbone")
+    if not isinstance(backbone, str) or not timm.is_model(backbone):
+        raise LoadError(
+            f"{file} names the backbone {short(backbone)}, which this timm ({timm.__version__}) does not have."
+        )
+    if backbone.startswith(tuple(ARGUMENTS)):
+        raise LoadError(f"{file} names the backbone {short(backbone)}, which is no backbone.")
+    further = args.get("backbone_args") or {}
+    if not isinstance(further, dict):
+        raise LoadError(f"{file} has no usable backbone_args (got {short(further)}).")
+    try:
+        check_arguments({**further, "img_size": [args.get("img_size"), further.get("img_size")]})
+    except ValueError as error:
+        raise LoadError(f"{file} has no usable backbone_args: {error}.") from error
+
+
+def _check_tree(args: dict[str, Any], file: Path) -> None:
+    branching, leaves, looped = args.get("branching"), args.get("leaves"), args.get("looped") or {}
+    whole = isinstance(branching, list) and all(is_whole(f, 1, _MOST_LEAVES) for f in branching)
+    if not whole or not is_whole(leaves, 1, _MOST_LEAVES) or len(branching or []) > _MOST_LEVELS:
+        raise LoadError(f"{file} has no usable branching and leaves (got {short(branching)} and {short(leaves)}).")
+    if not isinstance(looped, dict) or not all(isinstance(because, str) for because in looped.values()):
+        raise LoadError(f"{file} has no usable reasons to loop levels, `looped` (got {short(looped)}).")
+
+
+def _check_exits(args: dict[str, Any], file: Path) -> None:
+    kept, exits = args.get("kept"), len(args["at"]) + 1
+    whole = isinstance(kept, list) and kept and all(is_whole(exit, 0, exits - 1) for exit in kept)
+    if not whole or sorted(set(kept or [])) != kept:
+        raise LoadError(f"{file} has no usable list of exits, `kept` (got {short(kept)} of {exits}).")
+    weights = args.get("weights")
+    numbers = isinstance(weights, list) and all(map(is_finite, weights))
+    if weights is not None and not isinstance(weights, str) and not (numbers and len(weights) == exits):
+        raise LoadError(f"{file} has no usable weights of exits (got {short(weights)}).")
+    for key in ("collaborate", "learn_weights"):
+        if type(args.get(key, False)) is not bool:
+            raise LoadError(f"{file} has no usable {key} (got {short(args[key])}).")
+
+
+@contextmanager
+def _bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """While a model is built in this thread, let it grow, compute and hold no more than its weights give reason for."""
+    weights, tensors, here = sum(map(math.prod, shapes.values())), len(shapes), threading.get_ident()
+    counter = _Counter(_FLOPS[0] + _FLOPS[1] * weights, _VALUES[0] + _VALUES[1] * weights)
+    most_modules, modules, parameters = _MODULES[0] + _MODULES[1] * tensors, 0, 0
+
+    def count_module(*_: Any) -> None:
+        nonlocal modules
+        modules += threading.get_ident() == here
+        if modules > most_modules:
+            raise ValueError(f"it has more than {most_modules} layers, and the file of weights only {tensors} tensors")
+
+    def count_parameter(_: Any, name: str, parameter: Tensor | None) -> None:
+        nonlocal parameters
+        if parameter is not None and threading.get_ident() == here:
+            # Exits and copies of a layer come on top of the backbone's: what is exact is compared at the end.
+            parameters = max(parameters, parameter.numel())
+            if not parameter.numel():
+                raise ValueError(f"its {name} has no elements")
+        if parameters > max(weights, 1):
+            raise ValueError(f"its {name} has {parameters} elements, and all weights in the file only {weights}")
+
+    hooks = (
+        register_module_module_registration_hook(count_module),
+        register_module_parameter_registration_hook(count_parameter),
+    )
+    try:
+        with counter:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Counter(TorchDispatchMode):
+    """Raises when what is computed under it is too much, or a value too large."""
+
+    def __init__(self, most_flops: int, most_values: int) -> None:
+        super().__init__()
+        self.flops, self.values, self.most_flops, self.most_values = 0, 0, most_flops, most_values
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        sizes = [value.numel() for value in tree_leaves(out) if isinstance(value, Tensor)]
+        self.values += sum(sizes)
+        if self.flops > self.most_flops or self.values > self.most_values or max(sizes, default=0) > _MOST_ELEMENTS:
+            raise ValueError("it takes far more computing or memory than its weights give reason for")
+        return out
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    return "x".join(map(str, shapes[name])) or "a number" if name in shapes else "missing"

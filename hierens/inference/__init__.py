@@ -1,0 +1,1 @@
+"""How much to compute: policies, and what they are calibrated by."""

@@ -1,0 +1,1 @@
+"""The networks: trees, multi-exit networks, trees with exits, and what changes them."""

@@ -1,0 +1,36 @@
+"""What users call on every network here: saving, publishing, exporting and profiling, beside all of its base."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from hierens.core.adaptive import AdaptiveBase
+from hierens.evaluation.profiling import Profile, profile
+from hierens.export.writing import export
+from hierens.hub.saving import push_to_hub, save_pretrained
+
+
+class Adaptive(AdaptiveBase):
+    """A network whose depth is chosen when it is run: a tree, a multi-exit network, or both in one."""
+
+    @abstractmethod
+    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> Adaptive:
+        """A model of its own with only what a depth (or the first `leaves`) needs."""
+
+    def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
+        """Leaves, parameters, MACs and latency of every depth: a table to print, a picture to draw."""
+        return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
+
+    def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
+        """Write `config.json`, `model.safetensors` and a model card: see `hierens.hub.saving.save_pretrained`."""
+        save_pretrained(self, directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Publish on the Hugging Face Hub: see `hierens.hub.saving.push_to_hub`."""
+        return push_to_hub(self, repo_id, **kwargs)
+
+    def export(self, directory: str | Path, format: str = "onnx", **kwargs: Any) -> Path:
+        """Write a graph per depth for ONNX, OpenVINO, ExecuTorch, torch.export: see `hierens.export.writing.export`."""
+        return export(self, directory, format, **kwargs)

@@ -1,0 +1,128 @@
+"""One more level for a tree that has been made, or trained: the last block is cut in two, every leaf gets a sibling.
+
+The second half of the last block is copied for both children of a former leaf, so that nothing changes at first: a
+tree can be trained small and grown, or a converted network deepened without converting it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, TypeVar
+
+from torch import Tensor, fx, nn
+
+from hierens.branches.checking import reasons_to_loop
+from hierens.branches.level import Level
+from hierens.branches.level import copies as branches_with
+from hierens.branches.packed import state_of
+from hierens.core.modes import ordinary_tensors
+from hierens.core.tree import Tree
+from hierens.cutting.cut import CutError, cut, next_cut
+from hierens.models.level_tree import LevelTree
+
+Grown = TypeVar("Grown", bound=LevelTree)
+
+
+@ordinary_tensors
+def grow(model: Grown) -> Grown:
+    """A model of its own with one more level and twice the leaves, which answers as the old one does.
+
+    The last block is cut in two where that halves its work best (the leaf's head counts to its second part), and both
+    children of a former leaf hold copies of its weights. So depth b answers as depth b - 1 did, depth 0 as depth 0.
+
+    Args:
+        model: the model to grow; it is left as it is.
+
+    Raises:
+        CutError: the last block has no place left to cut, the classifier was removed, or blocks share weights.
+    """
+    if model.num_classes < 1:
+        raise CutError("the classifier was removed: reset_classifier to a number of classes before growing.")
+    network, at = _Network(model.at_depth(0)), model._model_args["at"]
+    cutting = cut(network, at=[*at, next_cut(network, at)])
+    *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
+    reasons = reasons_to_loop(cutting, network)
+    leaves = model.tree.leaves
+    upper, lower = (
+        _planted(block, last, copies=copies, because=reasons.get(str(index), ""))
+        for index, block, copies in (
+            (len(levels), cutting.blocks[-2], 1),
+            (len(levels) + 1, cutting.blocks[-1], 2),
+        )
+    )
+    grown: Grown = model.with_levels(
+        Tree((*model.tree.branching, 2), 2 * leaves),
+        [*(level.narrowed(level.branches) for level in levels), upper, lower],
+        _planted(head.first(), head, copies=2, because=head.looped_because),
+        _planted(classifier.first(), classifier, copies=2, because=classifier.looped_because),
+    )
+    grown._model_args["at"] = list(cutting.at)
+    return grown
+
+
+def _planted(block: nn.Module, source: Level, copies: int, because: str) -> Level:
+    """A level of a block, or of a part of it, with the weights of every branch of its source `copies` times."""
+    own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
+    level = Level(branches_with(block, own))
+    level.executor, level.looped_because = source.executor, because
+    return level.train(source.training)
+
+
+class _Network(nn.Module):
+    """The blocks, head and classifier of a tree of one leaf, joined to the backbone that they were cut from.
+
+    Under the backbone's own names, so that cuts made here can be repeated on the backbone when a model is loaded.
+    """
+
+    def __init__(self, single: LevelTree) -> None:
+        super().__init__()
+        self.in_chans, self.num_classes, self.num_features = single.in_chans, single.num_classes, single.num_features
+        self.pretrained_cfg = {"input_size": single.pretrained_cfg["input_size"]}
+        self._classifier_names = single.classifier_names
+        blocks: Sequence[Any] = [
+            branch for level in single.all_levels() if isinstance(level, Level) for branch in level
+        ]
+        names = list(chain.from_iterable(block.state_dict() for block in blocks))
+        if len(names) != len(set(names)):
+            raise CutError("blocks of this backbone share weights: grow it by hierensify with more blocks instead.")
+        for block in blocks:
+            for node in block.graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    self._adopt(node.target, block)
+        # In a list, for the modules are registered under their own names already.
+        self._pieces = [fx.GraphModule(self, block.graph) for block in blocks]
+        if len(self._pieces[-2].graph.find_nodes(op="placeholder")) > 1:
+            raise CutError("several values cross into the head of this backbone: it cannot be grown.")
+
+    def _adopt(self, target: str, block: fx.GraphModule) -> None:
+        *path, name = target.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if hasattr(owner, name):
+            return  # a module without weights that two blocks use
+        value = getattr(block.get_submodule(".".join(path)), name)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            persistent = target in block.state_dict()
+            owner.register_buffer(name, value, persistent)
+        else:
+            setattr(owner, name, value)
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        return tuple(self.get_submodule(name) for name in self._classifier_names)
+
+    def forward_features(self, x: Any) -> Any:
+        return self._run(self._pieces[:-2], x)
+
+    def forward(self, x: Any) -> Any:
+        return self._run(self._pieces[-2:], self.forward_features(x))
+
+    @staticmethod
+    def _run(pieces: Sequence[fx.GraphModule], value: Any) -> Any:
+        for piece in pieces:
+            # Not called as a module: a trace shall see the backbone's modules and none around them.
+            value = piece.forward(*value) if isinstance(value, tuple) else piece.forward(value)
+        return value

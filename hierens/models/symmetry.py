@@ -1,0 +1,66 @@
+"""Which branches are copies of each other, and how they are told apart.
+
+Leaves with the same weights all along their paths get the same gradients, and would stay the same for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hierens.branches.level import Level
+from hierens.core.tree import Tree
+
+
+@torch.no_grad()
+def originals(level: Level) -> list[int]:
+    """For each branch the first branch of its level with equal parameters: itself, or the one it is a copy of."""
+    if level.branches == 1:
+        return [0]
+    states = [dict(branch.named_parameters()) for branch in level]
+    first: list[int] = []
+    for branch, state in enumerate(states):
+        known = (k for k in range(branch) if first[k] == k)
+        same = (k for k in known if all(torch.equal(states[k][name], value) for name, value in state.items()))
+        first.append(next(same, branch))
+    return first
+
+
+def symmetric(tree: Tree, levels: Sequence[Level]) -> bool:
+    """Whether any two leaves have the same parameters all along their paths.
+
+    Args:
+        tree: the arithmetic.
+        levels: the levels of the tree, then those with a copy per leaf (head, classifier).
+    """
+    paths: list[tuple[int, ...]] = [()] * tree.leaves
+    for index, level in reversed(list(enumerate(levels))):
+        first, span = originals(level), tree.span(index) if index < tree.levels else 1
+        paths = [(*path, first[leaf // span]) for leaf, path in enumerate(paths)]
+        if len(set(paths)) == tree.leaves:
+            return False
+    return True
+
+
+@torch.no_grad()
+def break_symmetry(levels: Sequence[Level], noise: float, seed: int) -> None:
+    """Add Gaussian noise to every branch that is a copy of an earlier one of its level.
+
+    Args:
+        levels: all levels, head and classifier included.
+        noise: in standard deviations of each weight over its level's branches but the first.
+        seed: of the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for level in levels:
+        copied = torch.tensor([branch != first for branch, first in enumerate(originals(level))][1:])
+        if level.branches == 1:
+            continue
+        for parameters in zip(*(branch.parameters() for branch in level), strict=True):
+            if parameters[0].ndim > 1:
+                rest = torch.stack(parameters[1:])
+                drawn = torch.randn(rest.shape, generator=generator).to(rest)
+                chosen = copied.to(rest.device).view(-1, *(1,) * (rest.ndim - 1))
+                for parameter, added in zip(parameters[1:], drawn * chosen * noise * rest.std(), strict=True):
+                    parameter.add_(added)

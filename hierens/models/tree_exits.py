@@ -1,0 +1,333 @@
+"""Trees that also have exits: depths below one whole network, and above it the ensemble.
+
+The exits stand on the way to the first leaf, one after each level but the last: a budget too small for one network
+is met by the first of them, as in a multi-exit network; a larger one by the networks, as in a tree.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hierens.branches.level import Executor
+from hierens.core.adaptive import Step
+from hierens.core.counting import count_macs
+from hierens.core.equilibrium import scaled
+from hierens.core.modes import ordinary_tensors
+from hierens.core.nesting import Nesting
+from hierens.core.tree import nested_sizes
+from hierens.core.values import is_empty, rows
+from hierens.cutting.cut import cut
+from hierens.models.adaptive import Adaptive
+from hierens.models.converting import grown_from, planned
+from hierens.models.ensemble import HierarchicalEnsemble
+from hierens.models.exit_heads import ConvExit, HeadKind, PooledExit, early_exits
+from hierens.models.exits import MultiExit
+
+__all__ = ["TreeWithExits", "tree_with_exits"]
+
+_OWN = ("architecture", "first_conv", "classifier")  # of a model's description: names of its own layers
+
+
+class TreeWithExits(Adaptive):
+    """A tree of networks with exits on the way to the first of them; made by `tree_with_exits`.
+
+    Its leaves are the exits, from the root up, and then the networks. The first depths are the exits, each by itself;
+    after them come the nested ensembles of 1, 2, 4, ... networks, in whose mean the exits have no part.
+
+    Attributes:
+        exits: the heads, in order: exit l reads what the first branch of level l hands on.
+    """
+
+    architecture = "hne_exits"
+    unit: ClassVar[str] = "exits and networks"
+
+    def __init__(self, networks: HierarchicalEnsemble, exits: Sequence[PooledExit | ConvExit], head: HeadKind) -> None:
+        """Put exits on a tree.
+
+        Args:
+            networks: the tree, which is taken over.
+            exits: a head for every level but the last.
+            head: their kind.
+        """
+        super().__init__()
+        self.add_module("networks", networks)
+        self.exits = nn.ModuleList(exits)
+        self._describe_as(networks, ("levels.0.", "networks.levels.0."))
+        self._model_args["head"] = head
+        names = networks.pretrained_cfg["classifier"]
+        own = [f"networks.{name}" for name in ([names] if isinstance(names, str) else names)]
+        self.pretrained_cfg["classifier"] = (*(f"exits.{i}.classifier" for i in range(len(exits))), *own)
+        self.train(networks.training)
+
+    @property
+    def _tree(self) -> HierarchicalEnsemble:
+        """The tree, as it is run."""
+        tree = self._modules["networks"]
+        assert isinstance(tree, HierarchicalEnsemble)
+        return tree
+
+    @property
+    def networks(self) -> HierarchicalEnsemble:
+        """The tree by itself, which is also a model: to fuse, to tune, to save without exits.
+
+        What was said of this model's images and classes since it was made holds for the tree, too.
+        """
+        said = {key: value for key, value in self.pretrained_cfg.items() if key not in _OWN}
+        self._tree.pretrained_cfg.update(said)
+        return self._tree
+
+    @property
+    def levels(self) -> nn.ModuleList:  # type: ignore[override]
+        """The tree's levels."""
+        return self._tree.levels
+
+    @property
+    def nesting(self) -> Nesting:
+        """The exits one by one, then the mean of the first 1, 2, 4, ... networks."""
+        early = len(self.exits)
+        ensembles = nested_sizes(self._tree.tree.leaves)
+        return Nesting((*range(1, early + 1), *(early + size for size in ensembles)), early=early)
+
+    @property
+    def gradient_equilibrium(self) -> bool:
+        """Whether every branch gets the mean, not the sum, of the gradients of the exits and networks behind it."""
+        return self._tree.gradient_equilibrium
+
+    @gradient_equilibrium.setter
+    def gradient_equilibrium(self, on: bool) -> None:
+        self._tree.gradient_equilibrium = on
+
+    @property
+    def symmetric(self) -> Any:
+        """Whether any two networks have the same weights."""
+        return self._tree.symmetric
+
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
+        """Tell networks with equal weights apart: see `HierarchicalEnsemble.break_symmetry`."""
+        self._tree.break_symmetry(noise, seed)
+
+    def set_executor(self, executor: Executor) -> None:
+        """How levels are run: see `HierarchicalEnsemble.set_executor`."""
+        self._tree.set_executor(executor)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each level's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+        self._tree.set_grad_checkpointing(enable)
+
+    # --- the path of a batch ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
+        """What an exit says, or the mean of the first networks; nothing behind them is run.
+
+        Args:
+            x: images (N, C, H, W).
+            depth: first the exits, then 1, 2, 4, ... networks; all by default.
+            leaves: exits and networks to run, in place of a depth.
+            reduce: False returns what each of them says, which the objectives take.
+
+        Returns:
+            (N, classes), or (N, leaves, classes) if not `reduce`.
+
+        Raises:
+            ValueError: depth or leaves out of range, or images of another shape than the model takes.
+        """
+        count = self.leaves_at(depth, leaves)
+        x = self._prepared(x)
+        if is_empty(x):
+            return self._no_logits(x, count, reduce)
+        early, networks = self._split(count)
+        climb = self._tree.climb(x, networks, early)
+        answers = []
+        for index, exit in enumerate(self.exits[:early]):
+            value = next(climb).listed()[0]
+            if self.gradient_equilibrium:
+                value = scaled(value, 1 / self._tree.answers_behind(index, networks, early)[0])
+            answers.append(exit(value))
+        if networks:
+            answers += self._tree.leaf_logits(next(climb)).unbind(1)
+        if reduce:
+            return answers[-1] if networks < 2 else torch.stack(answers[early:], 1).mean(1)
+        return torch.stack(answers, 1)
+
+    def _split(self, leaves: int) -> tuple[int, int]:
+        """Of the first leaves, how many are exits, and how many networks."""
+        early = min(leaves, len(self.exits))
+        return early, leaves - early
+
+    def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
+        """Predictions exit by exit, then network by network; every activation is computed once.
+
+        Images that are done can leave on the way, as in `HierarchicalEnsemble.anytime`.
+
+        Args:
+            x: images (N, C, H, W).
+
+        Yields:
+            After each exit or network what `forward(x, leaves=step.leaves)` returns.
+        """
+        x = self._prepared(x)
+        return self._walk([x], tuple(x.shape[1:])) if len(x) else self._walk_of_none(x)
+
+    @torch.no_grad()
+    def _walk(self, path: list[Any], size: tuple[int, ...]) -> Generator[Step, Tensor | None, None]:
+        for index, exit in enumerate(self.exits):
+            path.append(self._first_branch(index, path[-1]))
+            logits = exit(path[-1])
+            kept = yield Step(index + 1, logits, self.cost(index + 1, size), logits)
+            if kept is not None:
+                path = [rows(value, kept, len(logits)) for value in path]
+        walk, kept = self._tree.walk(path, size), None
+        for _ in range(self._tree.leaves):
+            step = walk.send(kept)
+            leaves = len(self.exits) + step.leaves
+            kept = yield Step(leaves, step.logits, self.cost(leaves, size), step.newest)
+
+    def _first_branch(self, index: int, value: Any) -> Any:
+        return self._tree.level(index).run_branch(0, value)
+
+    @ordinary_tensors
+    def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> TreeWithExits | MultiExit:
+        """A model of its own with only what a depth needs: below one whole network, a chain that ends at an exit."""
+        early, networks = self._split(self.leaves_at(depth, leaves))
+        exits: Any = copy.deepcopy(self.exits[:early])
+        if networks:
+            return TreeWithExits(self.networks.at_depth(leaves=networks), exits, self._model_args["head"])
+        blocks = [self._tree.level(index).narrowed(1).first() for index in range(early)]
+        return MultiExit.beginning(self, blocks, exits, ("networks.levels.0.0.", "levels.0."))
+
+    def fold_norms(self) -> TreeWithExits:
+        """See `Adaptive.fold_norms`."""
+        self.add_module("networks", self.networks.fuse())
+        return self
+
+    # --- cost -------------------------------------------------------------------------------------------------------
+
+    def exit_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """MACs of every exit's head for one image (C, H, W)."""
+        return self._counted(size, self._count_exits)
+
+    def _count_exits(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        levels = [self._tree.level(index) for index in range(len(self.exits))]
+
+        def one_branch_and_exit_each(copies: Any, value: Any) -> Iterator[Any]:
+            for level, exit in zip(*copies, strict=True):
+                value = level.run_branch(0, value)
+                yield value
+                yield exit(value)
+
+        return count_macs(nn.ModuleList([nn.ModuleList(levels), self.exits]), size, one_branch_and_exit_each)[1::2]
+
+    def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
+        """Multiply-accumulates of the first exits and networks for one image (C, H, W)."""
+        size = tuple(size or self.pretrained_cfg["input_size"])
+        early, networks = self._split(self.leaves if leaves is None else leaves)
+        way = self._tree.cost(networks, size) if networks else sum(self._tree.branch_macs(size)[:early])
+        return way + sum(self.exit_macs(size)[:early])
+
+    def parameter_counts(self) -> tuple[int, ...]:
+        """Parameters that each depth reads."""
+        of_exits = [sum(p.numel() for p in exit.parameters()) for exit in self.exits]
+        levels = [self._tree.level(index) for index in range(len(self.exits))]
+        of_levels = [sum(p.numel() for p in level.parameters()) // level.branches for level in levels]
+        early = [sum(of_levels[:count]) + sum(of_exits[:count]) for count in range(1, len(of_exits) + 1)]
+        return (*early, *(count + sum(of_exits) for count in self._tree.parameter_counts()))
+
+    # --- a timm model to timm's tools -------------------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Each network's features before pooling, (N, networks, ...); exits have no part in them."""
+        return self._tree.forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From `forward_features`'s result to the networks' mean logits, or with `pre_logits` to pooled features."""
+        return self._tree.forward_head(x, pre_logits)
+
+    def get_classifier(self) -> Any:
+        """The networks' classifiers: see `HierarchicalEnsemble.get_classifier`."""
+        return self._tree.get_classifier()
+
+    @ordinary_tensors
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifiers for every exit and network.
+
+        Raises:
+            ValueError: no classes, a change of pooling, or a classifier other than a linear layer.
+        """
+        if num_classes < 1:
+            raise ValueError("exits need a class at least: take `model.networks` for features.")
+        self._tree.reset_classifier(num_classes, global_pool)
+        for exit in self.exits:
+            assert isinstance(exit, (PooledExit, ConvExit))
+            exit.reset(num_classes)
+        self._count_classes(num_classes)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the backbone wants spared from weight decay."""
+        return {f"networks.{name}" for name in self._tree.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Timm's layer groups, for layer-wise learning rates: a group per level, the heads last."""
+        return {"stem": r"^networks\.levels\.0\.", "blocks": r"^networks\.levels\.(\d+)\."}
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def arguments(self) -> dict[str, Any]:
+        """What the entry point `hne_exits` needs to make the model again."""
+        return {**self._tree.arguments(), **super().arguments()}
+
+    def backbone_parts(self) -> Iterator[nn.Module]:
+        """The branches of all levels."""
+        return self._tree.backbone_parts()
+
+
+@ordinary_tensors
+def tree_with_exits(
+    backbone: nn.Module,
+    blocks: int = 4,
+    *,
+    head: HeadKind = "pool",
+    at: Sequence[str] | None = None,
+    branching: Sequence[int] | None = None,
+    init: Literal["copy", "reinit"] = "copy",
+    leaves: int | None = None,
+    seed: int | None = None,
+    looped: Mapping[str, str] | None = None,
+) -> TreeWithExits:
+    """Turn a timm model into a hierarchical ensemble with exits on the way to its first network.
+
+    Args:
+        backbone: any block-structured timm classification model; it is left as it is.
+        blocks: levels of the tree, of which all but the last get an exit.
+        head: of the exits: `pool` or `conv`, as for `hierens.multi_exit`.
+        at: as for `hierens.hierensify`.
+        branching: likewise.
+        init: likewise.
+        leaves: likewise.
+        seed: of the exits, and of `init="reinit"`; drawn from torch's generator by default.
+        looped: as for `hierens.hierensify`.
+
+    Raises:
+        ValueError: a backbone that cannot be cut as asked (`CutError`), features that a head cannot read, or arguments
+            out of range.
+
+    Examples:
+        >>> import timm, torch, hierens
+        >>> model = hierens.tree_with_exits(timm.create_model("resnet10t", num_classes=10), blocks=3)
+        >>> model.depths, model.sizes  # two exits, then the first 1, 2 and 4 networks
+        (5, (1, 2, 3, 4, 6))
+    """
+    tree = planned(blocks, at, branching, leaves, init)
+    if tree.levels < 2:
+        raise ValueError("an exit stands between two blocks: a tree with exits needs blocks=2 at least.")
+    cutting = cut(backbone, tree.levels, at, single=True)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        exits = early_exits(head, backbone, cutting.blocks)
+    return TreeWithExits(grown_from(backbone, cutting, tree, init, seed, looped), exits, head)

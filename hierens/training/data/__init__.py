@@ -1,0 +1,1 @@
+"""Data sets, their splits, and how images are read from them."""

@@ -1,0 +1,171 @@
+"""Images by index: whatever a sample's augmentation draws depends only on the seed, the epoch and the index.
+
+Not on the number of workers or processes, nor on where a run was resumed. An image that cannot be read is replaced in
+training by another, drawn by the same three numbers, and belongs to no class in validation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from hierens.core.labels import NO_CLASS
+from hierens.training.data.decoding import Source
+from hierens.training.data.unreadable import Unreadable, UnreadableImageError
+from hierens.training.randomness import random_numbers_of
+
+
+class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
+    """Images that fit into memory: an array (N, H, W) or (N, H, W, 3) of bytes and a label each.
+
+    `classes` names them, if known.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Any,
+        mode: str,
+        transform: Callable[[Image.Image], torch.Tensor],
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.images, self.labels, self.mode, self.transform = images, labels, mode, transform
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = Image.fromarray(self.images[index]).convert(self.mode)
+        return self.transform(image), int(self.labels[index])
+
+
+class StoredImages(Dataset[tuple[torch.Tensor, int]]):
+    """Images of a map-style data set of timm's or torchvision's, transformed.
+
+    timm's own class puts a neighbour in the place of an image that it cannot read, and says so only in a warning. This
+    one raises.
+
+    Args:
+        dataset: the data set; its own transform is put aside.
+        decode: a file or a PIL image -> a PIL image as the model sees it.
+        transform: PIL image -> tensor (C, H, W).
+        classes: by name, if known.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        decode: Callable[[Source], Image.Image],
+        transform: Callable[[Image.Image], torch.Tensor],
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.dataset, self.decode, self.transform, self.classes = dataset, decode, transform, classes
+        self._numbers: Sequence[int] | None = None
+        dataset.transform = None
+        if hasattr(dataset, "loader"):  # torchvision's own would lose bits and orientation
+            dataset.loader = Path
+
+    def renumber(self, classes: Sequence[str], numbers: Sequence[int] | None) -> None:
+        """Give labels of other classes: `numbers` has one of `classes` for each label of the data set, None its own."""
+        self.classes, self._numbers = classes, numbers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            image, target = self._read(index)
+        except Exception as error:  # whatever data sets come up with where a file is gone
+            raise UnreadableImageError(f"{self._name(index)}: {error or type(error).__name__}") from error
+        if target is None:
+            return self.transform(image), NO_CLASS
+        return self.transform(image), target if self._numbers is None else self._numbers[target]
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        if not isinstance(self.dataset, timm.data.ImageDataset):
+            image, target = self.dataset[index]
+            return self.decode(image), target
+        file, target, *_ = self.dataset.reader[index]
+        with file:
+            return self.decode(file), target
+
+    def _name(self, index: int) -> str:
+        try:
+            if isinstance(self.dataset, timm.data.ImageDataset):
+                return str(self.dataset.filename(index, absolute=True))
+            return str(self.dataset.samples[index][0])
+        except Exception:  # not every data set names its files
+            return f"image {index}"
+
+
+class SeededDataset(Dataset[Any]):
+    """A data set whose samples draw their random numbers from (seed, epoch, index) alone.
+
+    A sample that raises `UnreadableImageError` is counted, and replaced by one that the same three numbers draw.
+
+    Args:
+        dataset: a map-style data set.
+        seed: of the run.
+        unreadable: counts.
+    """
+
+    def __init__(self, dataset: Any, seed: int, unreadable: Unreadable | None = None) -> None:
+        self.dataset, self.seed, self.unreadable = dataset, seed, unreadable or Unreadable()
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Samples fetched from now on belong to this epoch."""
+        self.epoch.fill_(epoch)
+        self.unreadable.start()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        with random_numbers_of(self.seed, int(self.epoch), int(index)):
+            while True:
+                try:
+                    sample = self.dataset[index]
+                except UnreadableImageError as error:
+                    self.unreadable.count_skipped(error)  # raises once too many fail in a row
+                    index = random.randrange(len(self))
+                else:
+                    self.unreadable.count_read()
+                    return sample
+
+
+class HeldOutDataset(Dataset[Any]):
+    """A data set to validate on, in which an image that cannot be read is blank and of no class.
+
+    Args:
+        dataset: a map-style data set.
+        input_size: (C, H, W) of the blank image.
+        unreadable: counts.
+    """
+
+    def __init__(self, dataset: Any, input_size: tuple[int, int, int], unreadable: Unreadable) -> None:
+        self.dataset, self.input_size, self.unreadable = dataset, input_size, unreadable
+
+    def set_epoch(self, epoch: int) -> None:
+        """A new pass begins. Accelerate calls this."""
+        self.unreadable.start()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            sample = self.dataset[index]
+        except UnreadableImageError as error:
+            self.unreadable.count_skipped(error)
+            return torch.zeros(self.input_size), NO_CLASS
+        self.unreadable.count_read()
+        return sample
