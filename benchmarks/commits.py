@@ -25,7 +25,7 @@ from typing import Any
 import tyro
 from comparison.records import machine
 
-from hierens.profiling import table
+from hierens.evaluation.profiling import table
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "results" / "runs" / "commits.json"
@@ -65,7 +65,11 @@ def serve() -> None:
     import torch
 
     import hierens
-    from hierens.objectives import Objective
+
+    try:
+        from hierens.losses import Objective
+    except ModuleNotFoundError:  # where an older checkout has it
+        from hierens.objectives import Objective
 
     warnings.filterwarnings("ignore")
     made: dict[str, Any] = {}
