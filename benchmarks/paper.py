@@ -159,7 +159,7 @@ python benchmarks/paper.py --data {data} --no-train --measure        # this page
 
 def _choice(groups: Mapping[str, Group], directory: Path, stem: str, data: str) -> str:
     """What a given cost is best spent on."""
-    shown = {row: groups[row] for row in (*TREES, *RIVALS) if row in groups}
+    shown = {row: _counted(groups[row], row) for row in (*TREES, *RIVALS) if row in groups}
     times = read_times(data)
     panels, tables = {}, []
     for unit, label in UNITS.items():
@@ -194,6 +194,12 @@ noise of each other.
 Megabytes of float32 weights that have to be there for all depths of a row:
 
 {table(("", "MB"), whole)}"""
+
+
+def _counted(group: Group, row: str) -> Group:
+    """The row with the number of its seeds in its name, if they are fewer than intended."""
+    few = row in ROWS and len(group.records) < len(ROWS[row].seeds)
+    return dataclasses.replace(group, name=f"{group.name} (seeds: {len(group.records)})") if few else group
 
 
 def _drawn(of_unit: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:

@@ -228,6 +228,21 @@ def test_on_a_cpu_light_levels_are_grouped_and_heavy_ones_run_branch_by_branch(m
         ran.clear()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_auto_chooses_by_device_and_size(device):
+    """Anything but a CPU counts as an accelerator, `meta` too: what is chosen depends on shapes alone."""
+    convolutions, _ = level_of(nn.Conv2d(4, 8, 3, padding=1), branches=2)
+    products, _ = level_of(nn.LayerNorm(8), nn.Linear(8, 8), branches=2)
+    for level in (convolutions, products):
+        level.eval().group()
+    few, many = torch.empty(4, 8, device=device), torch.empty(300_000, 8, device=device)
+    images = torch.empty(1, 4, 8, 8, device=device)
+    assert convolutions._together(Activations([images] * 2), 2) == 2
+    assert products._together(Activations([few] * 2), 2) == (0 if device == "cpu" else 2)
+    assert products._together(Activations([many] * 2), 2) == 0
+    assert products._together(Activations(packed=torch.cat([few] * 2), count=2), 2) == (0 if device == "cpu" else 2)
+
+
 @pytest.mark.parametrize("together", [1, 2, 3, 4, 6])
 def test_branches_run_a_few_at_a_time_agree_with_all_at_once(monkeypatch, together):
     """Whatever share of the families runs together: siblings, half of them, or members of several families."""

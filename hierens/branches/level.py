@@ -28,6 +28,8 @@ from hierens.core.values import Value, each
 Executor = Literal["auto", "looped", "grouped"]
 # Weights per branch up to which one grouped call beats a loop on CPUs (docs/architecture.md).
 LIGHT, LIGHT_FROZEN = 1_000_000, 4_000_000
+# Values of a batch, for one branch, up to which one call of batched products beats a loop on GPUs.
+MANY_TOKENS = 2_000_000
 _MOST_FORMS = 3  # that a level keeps: for evaluation, for training, and for some layers frozen
 _PACKED = re.compile(r"(networks\.)?(levels\.\d+|head|classifier)\.block\.")
 _FINDING = threading.RLock()
@@ -209,9 +211,15 @@ class AnyLevel(nn.Module):
             return count
         if self.plan and self.without_gradients():
             return _next_larger(self.plan, (count, x.first_tensor().shape[0]))
-        # On CPUs only small layers gain, and those not at all that work per sample.
-        gains = x.first_tensor().device.type != "cpu" or (self.size <= self.light and self.channelwise)
-        return count if gains else 0
+        return count if self._gains(x.first_tensor(), x.count if x.packed is not None else 1) else 0
+
+    def _gains(self, x: Tensor, branches: int) -> bool:
+        """Whether one call is faster than a loop, for inputs of so many branches in one tensor."""
+        if x.device.type == "cpu":  # only small layers gain, and those not at all that work per sample
+            return self.size <= self.light and self.channelwise
+        # On a GPU a small call waits for its launches, of which grouping needs fewer; large batched products are slower
+        # than a loop's, by up to 2.0 times for ViT-Tiny on an H200 (docs/results/gpu.md).
+        return self.channelwise or x.numel() // branches <= MANY_TOKENS
 
     def extra_repr(self) -> str:
         """How many branches, and how they are run."""
