@@ -30,6 +30,7 @@ from hierens.evaluation.reporting import Group, comparison
 
 RESULTS = ROOT / "docs" / "results"
 PAGES = {"cifar100": "cifar100_exits", "cifar10": "cifar10_exits", "fashion_mnist": "exits"}
+TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10 (JPEG copies)", "fashion_mnist": "Fashion-MNIST"}
 TREES_PAGES = {"cifar100": "cifar100", "cifar10": "cifar10", "fashion_mnist": "paper"}
 SINGLE = f"single-{BASE_WIDTH}"
 IMTA = ("exits", "exits-equilibrium", "exits-collaboration", "exits-one-for-all", "exits-imta", "exits-wide")
@@ -95,7 +96,7 @@ def page(data: str, directory: Path) -> str:
     draw_costs(_panels(shown, data), directory / f"{stem}.png")
     draw_costs(_panels(weighted | {"exits": groups["exits"]}, data), directory / f"{stem}_weights.png")
     everything = [p for of in points(shown | weighted, "macs", {}).values() for p in of]
-    return f"""# Multi-exit networks
+    return f"""# Multi-exit networks on {TITLES[data]}
 
 [Multi-exit networks](../explanation/exits.md) of one backbone beside the [trees]({TREES_PAGES[data]}.md) made of
 it: {record["test_images"]:,} test images, `resnet8_cifar` with {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH}
