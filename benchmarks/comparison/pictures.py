@@ -45,6 +45,8 @@ def draw_costs(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) 
         axes.spines[["top", "right"]].set_visible(False)
     axes_of[0].set_ylabel("accuracy (%)")
     handles = {text: handle for axes in axes_of for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=1 + len(panels), fontsize=8)
+    figure.legend(
+        handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=1 + len(panels), fontsize=8
+    )
     figure.savefig(path)
     return path
