@@ -6,6 +6,7 @@ The oracle of every case is the same thing done to plain copies of the blocks, o
 import copy
 import io
 import json
+import multiprocessing
 import pickle
 import threading
 from functools import cache
@@ -358,6 +359,41 @@ def test_a_pickle_holds_weights_once():
     torch.save(model, file)
     assert file.tell() <= 1.05 * weights
     assert len(pickle.dumps(model)) <= 1.05 * weights
+
+
+def answer(model, x):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return [model(x, depth=depth) for depth in range(model.depths)]
+
+
+def test_models_go_to_spawned_workers():
+    models = [tree("grouped"), tree().at_depth(1), tree().fuse()]
+    with multiprocessing.get_context("spawn").Pool(1) as workers:
+        found = workers.starmap(answer, [(model, images()) for model in models])
+    for model, there in zip(models, found, strict=True):
+        for depth, logits in enumerate(answer(model, images())):
+            assert torch.equal(there[depth], logits)
+
+
+def test_ray_stores_models():
+    """Ray pickles by cloudpickle and hands out buffers that cannot be written."""
+    ray = pytest.importorskip("ray")
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=128_000_000,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        for model in (tree("grouped"), tree().fuse()):
+            stored = ray.get(ray.put(model))
+            for a, b in zip(answer(stored, images()), answer(model, images()), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        ray.shutdown()
 
 
 def answers(model, requests, x):
