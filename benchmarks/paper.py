@@ -142,6 +142,7 @@ with their standard errors; *yes* and *no* stand where a difference is more than
 
 ```bash
 python benchmarks/paper.py --data {data} --data-dir DIR              # trains what has no record yet
+python benchmarks/paper.py --data {data} --processes 12              # the same on a GPU: see --help for its images
 python benchmarks/paper.py --data {data} --no-train --measure        # this page, with latencies of your machine
 ```
 
