@@ -14,8 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -23,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from comparison.records import machine
+from commit_worker import SMALL
+from comparison.records import machine, write_json
 
 from hierens.evaluation.profiling import table
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "results" / "runs" / "commits.json"
+WORKER = Path(__file__).with_name("commit_worker.py")
 PAGE = ROOT / "docs" / "results" / "commits.md"
 NETWORKS = ("hne_mobilenetv2_075", "resnet18", "resnet50", "efficientnet_b0")
 WAYS = ("fused", "unfused", "training")
-SMALL = "resnet8_cifar"  # and the network of docs/results/cifar100.md, where a step is bound by calls
 TRAINING_BATCH, MIN_ROUNDS, MAX_ROUNDS = 8, 5, 41
 
 
@@ -56,88 +55,13 @@ class Settings:
     """the file that cells are kept in"""
 
 
-# --- a process for each checkout --------------------------------------------------------------------------------------
-
-
-def serve() -> None:
-    """Time what each line of the input asks for; runs in a process whose path leads to one checkout."""
-    import timm
-    import torch
-
-    import hierens
-
-    try:
-        from hierens.losses import Objective
-    except ModuleNotFoundError:  # where an older checkout has it
-        from hierens.objectives import Objective
-
-    warnings.filterwarnings("ignore")
-    made: dict[str, Any] = {}
-
-    def tree(name: str) -> Any:
-        if name not in made:
-            made.clear()
-            torch.manual_seed(0)
-            if name == SMALL:
-                backbone = timm.create_model(SMALL, channels=[24, 48, 96], stem_stride=2, num_classes=100)
-            else:
-                backbone = timm.create_model(name) if not name.startswith("hne_") else None
-            made[name] = (
-                timm.create_model(name, num_classes=1000)
-                if backbone is None
-                else hierens.hierensify(backbone, blocks=4, init="reinit", seed=0)
-            )
-        return made[name]
-
-    def call(name: str, way: str, batch: int, depth: int) -> Any:
-        key = f"{name} {way} {batch} {depth}"
-        if key in made:
-            return made[key]
-        model, size = tree(name), 32 if name == SMALL else 224
-        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-        if way == "training":
-            labels = torch.randint(0, 100, (batch,), generator=torch.Generator().manual_seed(0))
-            optimizer = torch.optim.SGD(model.train().parameters(), 1e-3)
-            objective = Objective("independent+hierarchical_codistillation")
-
-            def run() -> None:
-                objective(model(images, reduce=False), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        else:
-            model.eval()
-            if way == "fused":
-                if "fused" not in made:
-                    made["fused"] = model.fuse()
-                model = made["fused"]
-
-            def run() -> None:
-                with torch.no_grad():
-                    model(images, depth=depth)
-
-        run()
-        made[key] = run
-        return run
-
-    for line in sys.stdin:
-        asked = json.loads(line)
-        run = call(*asked["cell"])
-        start = time.perf_counter()
-        for _ in range(asked["times"]):
-            run()
-        taken = (time.perf_counter() - start) / asked["times"]
-        high = next(int(row.split()[1]) for row in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in row)
-        Path("/proc/self/clear_refs").write_text("5")  # the next call's peak is its own
-        print(json.dumps({"s": taken, "peak_mb": high / 1024}), flush=True)
-
-
 class Checkout:
     """A process that times calls of one checkout."""
 
     def __init__(self, folder: str) -> None:
         environment = {**os.environ, "PYTHONPATH": folder}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "serve"],
+            [sys.executable, str(WORKER)],
             env=environment,
             cwd=folder,
             text=True,
@@ -173,7 +97,7 @@ def main(settings: Settings) -> None:
             checkout.close()
     if file is not None:
         record = {"old": commit(settings.old), "new": commit(settings.new), "machine": machine(), "rows": rows}
-        file.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(file, record)
         PAGE.write_text(page(record))
     for way in settings.ways:
         ratios = [row["ratio"] for row in rows if row["way"] == way]
@@ -266,7 +190,4 @@ def commit(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["serve"]:
-        serve()
-    else:
-        main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(Settings, description=__doc__))

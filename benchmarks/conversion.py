@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from comparison.records import machine
+from comparison.records import machine, write_json
+from process_memory import forget_peak, memory_mb
 
 from hierens.evaluation.profiling import table
 
@@ -53,11 +54,11 @@ def convert(name: str) -> dict[str, Any]:
 
     one_pass()
     before = statistics.median(one_pass() for _ in range(5))
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is that of the conversion
-    resident = _memory("VmRSS")
+    forget_peak()
+    resident = memory_mb("VmRSS")
     start = time.perf_counter()
     tree = hierens.hierensify(backbone, blocks=4)
-    seconds, peak = time.perf_counter() - start, _memory("VmHWM")
+    seconds, peak = time.perf_counter() - start, memory_mb("VmHWM")
     after = statistics.median(one_pass() for _ in range(5))
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tree.state_dict().values()) / 1e6
     return {
@@ -70,12 +71,6 @@ def convert(name: str) -> dict[str, Any]:
     }
 
 
-def _memory(field: str) -> float:
-    """Of this process, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
-
-
 def main(settings: Settings) -> None:
     """Convert each in turn, and write the page."""
     rows = []
@@ -83,7 +78,7 @@ def main(settings: Settings) -> None:
         done = subprocess.run([sys.executable, __file__, "one", name], stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-    RECORD.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write_json(RECORD, {"machine": machine(), "rows": rows})
     PAGE.write_text(page(json.loads(RECORD.read_text())))
     print(f"wrote {PAGE}")
 

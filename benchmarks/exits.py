@@ -20,6 +20,7 @@ import tyro
 from comparison.costs import UNITS, points, read_times
 from comparison.differences import Claim, difference, front_table, verdicts
 from comparison.equilibrium import read_variances, write_variances
+from comparison.pages import TITLES
 from comparison.pictures import draw_costs
 from comparison.recipes import BASE_WIDTH
 from comparison.records import ROOT, TOLERANCE, read_records
@@ -30,7 +31,6 @@ from hierens.evaluation.reporting import Group, comparison
 
 RESULTS = ROOT / "docs" / "results"
 PAGES = {"cifar100": "cifar100_exits", "cifar10": "cifar10_exits", "fashion_mnist": "exits"}
-TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10 (JPEG copies)", "fashion_mnist": "Fashion-MNIST"}
 TREES_PAGES = {"cifar100": "cifar100", "cifar10": "cifar10", "fashion_mnist": "paper"}
 SINGLE = f"single-{BASE_WIDTH}"
 IMTA = ("exits", "exits-equilibrium", "exits-collaboration", "exits-one-for-all", "exits-imta", "exits-wide")

@@ -22,7 +22,7 @@ import torch
 import tyro
 from comparison.costs import UNITS, measure, points, read_times, threshold_points
 from comparison.differences import Claim, Point, front, front_table, gains, verdicts
-from comparison.pages import indented, machines, runs
+from comparison.pages import TITLES, indented, machines, runs
 from comparison.pictures import draw_costs
 from comparison.recipes import BASE_WIDTH, GROUPS, RECIPES, ROWS, SINGLE_WIDTHS
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
@@ -35,7 +35,6 @@ from hierens.training.presets import dump_run
 
 RESULTS = ROOT / "docs" / "results"
 PAGES = {"cifar100": "cifar100", "cifar10": "cifar10", "fashion_mnist": "paper"}
-TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10 (JPEG copies)", "fashion_mnist": "Fashion-MNIST"}
 TABLE1 = ("tree-labels", "tree-hierarchical", "tree-both-labelled", "tree-distilled", "hierarchical-distilled")
 FIGURE4 = ("tree-labels", "tree-plain-distillation-small-alpha", "tree-plain-distillation", "tree-distilled")
 FIGURE5 = ("tree-distilled", "multi-branch", "independent")

@@ -1,4 +1,4 @@
-"""What every results page ends with: how many runs there were, and on what."""
+"""What results pages have in common: titles, and what they end with: how many runs there were, and on what."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 from hierens.evaluation.profiling import table
 from hierens.evaluation.reporting import Group
+
+TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10 (JPEG copies)", "fashion_mnist": "Fashion-MNIST"}
+"""what pages call a data set"""
 
 
 def runs(groups: Mapping[str, Group]) -> str:

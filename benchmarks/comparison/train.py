@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ def train_missing(
             run = configured(data, row, seed, data_dir, str(folder), weights)
             model, _ = train(run)
             print(f"wrote {write_record(run, model, data, row, test_images(run, data))}", flush=True)
-        if row == single and not record_file(data, DEEP_ENSEMBLE, 0).is_file():
-            images = test_images(configured(data, row, seed, data_dir, ""), data)
-            _together(data, runs, images)
+        if row == single:
+            _join_singles(data, runs, partial(test_images, configured(data, row, seed, data_dir, ""), data))
 
 
 def train_in_memory(
@@ -79,7 +78,8 @@ def train_in_memory(
     with context.Pool(min(processes, max(len(missing), 1)), _start) as pool:
         for said in pool.imap_unordered(one, missing, chunksize=1):
             print(said, flush=True)
-    _together(data, runs, _in_memory(configured(data, study(data).single, 0, "", ""), read_joined(joined)["test"]))
+    run = configured(data, study(data).single, 0, "", "")
+    _join_singles(data, runs, lambda: _in_memory(run, _images(joined)["test"]))
 
 
 def _start() -> None:
@@ -93,24 +93,25 @@ def _train_one(data: str, joined: Path, runs: Path, executor: str, what: tuple[s
     try:
         run = configured(data, row, seed, "", str(runs / data / row / f"{seed}"))
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, cpu=not torch.cuda.is_available()))
-        images = read_joined(joined)
+        images = _images(joined)
         two = study(data).rows[row].two_views
-        model, _ = train(run, _loaders(run, images, two), _by(executor, TwoViewTrainer if two else Trainer))
+        model, _ = train(run, _loaders(run, images, two), partial(_make_trainer, executor, two))
         return f"wrote {write_record(run, model, data, row, _in_memory(run, images['test']))}"
     except Exception as error:  # the others go on
         return f"{row}, seed {seed} failed: {type(error).__name__}: {error}"
 
 
-def _by(executor: str, trainer_class: type[Trainer]) -> type[Trainer]:
-    """The trainer, whose trees run by this executor."""
+def _make_trainer(executor: str, two_views: bool, model: Any, *rest: Any) -> Trainer:
+    """The trainer of a network whose levels, if it is a tree, run by this executor."""
+    if hasattr(model, "set_executor"):
+        model.set_executor(executor)
+    return (TwoViewTrainer if two_views else Trainer)(model, *rest)
 
-    class ByExecutor(trainer_class):  # type: ignore[misc, valid-type]
-        def fit(self, begun: Any = None) -> list[dict[str, Any]]:
-            if hasattr(self.ensemble, "set_executor"):
-                self.ensemble.set_executor(executor)
-            return super().fit(begun)
 
-    return ByExecutor
+@cache
+def _images(joined: Path) -> dict[str, Split]:
+    """Read once in every process."""
+    return read_joined(joined)
 
 
 def _loaders(run: Run, images: Mapping[str, Split], two_views: bool) -> tuple[Any, Any]:
@@ -126,6 +127,9 @@ def _in_memory(run: Run, split: Split) -> TensorDataset:
     return TensorDataset(*images.__getitems__(range(len(images))))
 
 
-def _together(data: str, runs: Path, images: Any) -> None:
-    if file := write_deep_ensemble(data, runs / data / study(data).single, images):
+def _join_singles(data: str, runs: Path, read_images: Callable[[], Any]) -> None:
+    """Write the record of the deep ensemble if it is not there and all of its networks are."""
+    if record_file(data, DEEP_ENSEMBLE, 0).is_file():
+        return
+    if file := write_deep_ensemble(data, runs / data / study(data).single, read_images()):
         print(f"wrote {file}", flush=True)

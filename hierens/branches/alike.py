@@ -74,8 +74,8 @@ class GroupedForm:
         self.packed: Packed | None = None
         self.because = closed.get("", "")
         self._modules = [[m for name, m in branch.named_modules() if not _within(name, closed)] for branch in branches]
-        self._all = _Kept(list(chain.from_iterable(self._modules)))
-        self._some = {(0, len(self._modules)): self._all}
+        self._all = 0, len(branches)
+        self._kept = {self._all: _Kept(list(chain.from_iterable(self._modules)))}
         own = [{n: tensor for n, tensor in state_of(branch) if not _within(n, closed)} for branch in branches]
         self.laid = not self.because and all(
             are_laid([state[name] for state in own], wholes.get(name)) for name in own[0]
@@ -93,18 +93,17 @@ class GroupedForm:
 
     def holds(self, start: int = 0, stop: int | None = None) -> bool:
         """Whether these branches are what they were, so that the form does what they do."""
-        stop = len(self._modules) if stop is None else stop
+        run = start, self._all[1] if stop is None else stop
         try:
-            return (self._some.get((start, stop)) or self._part(start, stop)).holds()
+            return (self._kept.get(run) or self._part(run)).holds()
         except Exception:  # such as tensors that were replaced, or the address of one that has none
             return False
 
-    def _part(self, start: int, stop: int) -> _Kept:
+    def _part(self, run: tuple[int, int]) -> _Kept:
         """Some of the branches as they were when the form was found, which they are while all are what they were."""
-        part = _Kept(list(chain.from_iterable(self._modules[start:stop])))
-        if not self._all.holds():
-            return self._all
-        return self._some.setdefault((start, stop), part)
+        part = _Kept(list(chain.from_iterable(self._modules[slice(*run)])))
+        whole = self._kept[self._all]
+        return self._kept.setdefault(run, part) if whole.holds() else whole
 
 
 class _Kept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ __all__ = ["Run", "create_ensemble", "create_teacher", "train"]
 
 
 def train(
-    run: Run, loaders: tuple[Any, Any] | None = None, trainer_class: type[Trainer] = Trainer
+    run: Run, loaders: tuple[Any, Any] | None = None, make_trainer: Callable[..., Trainer] = Trainer
 ) -> tuple[Adaptive, dict[str, Any]]:
     """Train as configured.
 
@@ -37,7 +37,7 @@ def train(
         run: the configuration.
         loaders: of training and validation, in place of those that `run.data` describes; batches of
             (images (N, C, H, W), targets (N,)), of the sizes that `run.train` says.
-        trainer_class: `Trainer` or a class derived from it.
+        make_trainer: `Trainer`, a class derived from it, or what else takes its arguments and gives one.
 
     Returns:
         The model, on the CPU, and the record of its last validation: `accuracy` per depth in percent, and the rest of
@@ -55,7 +55,7 @@ def train(
     names = class_names(train_loader.dataset)
     model = create_ensemble(run, run.model.num_classes or count_classes(train_loader.dataset), names)
     teacher = create_teacher(run, model.num_classes)
-    trainer = trainer_class(model, config, train_loader, val_loader, teacher, run.teacher)
+    trainer = make_trainer(model, config, train_loader, val_loader, teacher, run.teacher)
     history = trainer.fit(begun=lambda: _write(output / "run.json", to_json(run)))
     model = from_pretrained(output / "model") if is_sharded(trainer.model) else trainer.ensemble.cpu().eval()
     if trainer.accelerator.is_main_process:

@@ -1,0 +1,85 @@
+"""Times calls of the checkout that PYTHONPATH leads to, on behalf of benchmarks/commits.py.
+
+It runs in older checkouts, too, so it imports nothing of hierens but what those have.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from typing import Any
+
+import timm
+import torch
+from process_memory import forget_peak, memory_mb
+
+import hierens
+
+try:
+    from hierens.losses import Objective
+except ModuleNotFoundError:  # where an older checkout has it
+    from hierens.objectives import Objective
+
+SMALL = "resnet8_cifar"  # the network of docs/results/cifar100.md, where a step is bound by calls
+SMALL_ARGUMENTS = {"channels": [24, 48, 96], "stem_stride": 2, "num_classes": 100}
+
+
+def serve() -> None:
+    """Time what each line of the input asks for; runs in a process whose path leads to one checkout."""
+    warnings.filterwarnings("ignore")
+    made: dict[str, Any] = {}
+
+    def tree(name: str) -> Any:
+        if name not in made:
+            made.clear()
+            torch.manual_seed(0)
+            backbone = timm.create_model(name, **(SMALL_ARGUMENTS if name == SMALL else {"num_classes": 1000}))
+            is_tree = isinstance(backbone, hierens.HierarchicalEnsemble)
+            made[name] = backbone if is_tree else hierens.hierensify(backbone, blocks=4, init="reinit", seed=0)
+        return made[name]
+
+    def call(name: str, way: str, batch: int, depth: int) -> Any:
+        key = f"{name} {way} {batch} {depth}"
+        if key in made:
+            return made[key]
+        model, size = tree(name), 32 if name == SMALL else 224
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+        if way == "training":
+            labels = torch.randint(0, 100, (batch,), generator=torch.Generator().manual_seed(0))
+            optimizer = torch.optim.SGD(model.train().parameters(), 1e-3)
+            objective = Objective("independent+hierarchical_codistillation")
+
+            def run() -> None:
+                objective(model(images, reduce=False), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        else:
+            model.eval()
+            if way == "fused":
+                if "fused" not in made:
+                    made["fused"] = model.fuse()
+                model = made["fused"]
+
+            def run() -> None:
+                with torch.no_grad():
+                    model(images, depth=depth)
+
+        run()
+        made[key] = run
+        return run
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        run = call(*asked["cell"])
+        start = time.perf_counter()
+        for _ in range(asked["times"]):
+            run()
+        taken = (time.perf_counter() - start) / asked["times"]
+        print(json.dumps({"s": taken, "peak_mb": memory_mb("VmHWM")}), flush=True)
+        forget_peak()
+
+
+if __name__ == "__main__":
+    serve()
