@@ -18,9 +18,9 @@ from process_memory import forget_peak, memory_mb
 import hierens
 
 try:
-    from hierens.losses import Objective
-except ModuleNotFoundError:  # where an older checkout has it
     from hierens.objectives import Objective
+except ModuleNotFoundError:  # where some older checkouts have it
+    from hierens.losses import Objective
 
 SMALL = "resnet8_cifar"  # the network of docs/results/cifar100.md, where a step is bound by calls
 SMALL_ARGUMENTS = {"channels": [24, 48, 96], "stem_stride": 2, "num_classes": 100}

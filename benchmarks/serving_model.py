@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor, nn
 
 import hierens
-from hierens.losses import Objective
+from hierens.objectives import Objective
 
 SIZE, MEAN, STD = (1, 28, 28), 0.286, 0.353
 

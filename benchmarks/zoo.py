@@ -182,7 +182,7 @@ def few_pixels(backbone: nn.Module) -> Tensor:
 
 
 def _executor(level: Any) -> str:
-    if level.looped_because:
+    if level.fallback_reason:
         return "looped"
     inner = ", layers looped" if level.looped_layers else ""
     return ("grouped" if level.channelwise else "batched") + inner

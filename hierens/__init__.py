@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 from hierens.core.version import __version__ as __version__
 
 if TYPE_CHECKING or "_hierens_cli" not in sys.modules:
-    from hierens.core.adaptive import Step
+    from hierens.core.protocol import Step
     from hierens.core.tree import Tree
     from hierens.cutting.cut import CutError, CutPoint, cut_points
     from hierens.inference.calibration import calibrate
     from hierens.models.adaptive import Adaptive
-    from hierens.models.converting import hierensify
+    from hierens.models.conversion import hierensify
     from hierens.models.ensemble import FusedEnsemble, HierarchicalEnsemble
-    from hierens.models.exits import MultiExit, multi_exit
     from hierens.models.loading import from_pretrained
+    from hierens.models.multi_exit import MultiExit, multi_exit
     from hierens.models.tree_exits import TreeWithExits, tree_with_exits
 else:
     _HOMES = {
-        "core.adaptive": ("Step",),
+        "core.protocol": ("Step",),
         "models.adaptive": ("Adaptive",),
         "inference.calibration": ("calibrate",),
         "cutting.cut": ("CutError", "CutPoint", "cut_points"),
-        "models.converting": ("hierensify",),
+        "models.conversion": ("hierensify",),
         "models.ensemble": ("FusedEnsemble", "HierarchicalEnsemble"),
-        "models.exits": ("MultiExit", "multi_exit"),
+        "models.multi_exit": ("MultiExit", "multi_exit"),
         "models.loading": ("from_pretrained",),
         "core.tree": ("Tree",),
         "models.tree_exits": ("TreeWithExits", "tree_with_exits"),

@@ -8,7 +8,8 @@ import hierens
 from hierens.evaluation.metrics import LeafMetrics, evaluate_model
 from hierens.evaluation.uncertainty import MEASURES
 from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load
-from hierens.losses import TERMS, Objective, distillation
+from hierens.losses import distillation
+from hierens.objectives import TERMS, Objective
 
 # Of the second one not even the backbone takes an empty batch.
 BACKBONES = {"resnet8_cifar": {"channels": (8, 8, 16)}, "test_vit": {"num_classes": 10, "img_size": 32}}

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from hierens.branches import packed_layers
-from hierens.branches.checking import self_check
+from hierens.branches import layers, rules
+from hierens.branches.check import self_check
+from hierens.branches.grouped_block import Packed
 from hierens.branches.level import Activations, AnyLevel, Level, copies
-from hierens.branches.packed import Stack
-from hierens.branches.packing import Packed
+from hierens.branches.tensors import Stack
 
 
 def block_of(*layers, seed=0):
@@ -135,7 +135,7 @@ def test_a_module_that_cannot_be_traced_is_looped_in_place_and_says_why():
     block = fx.GraphModule(nn.ModuleDict({"0": nn.Conv2d(4, 4, 3), "1": Undecided()}), graph)
     level = Level(copies(block, [block.state_dict()] * 3))
     level.group()
-    assert level.looped_because == "" and "control flow" in level.looped_layers["1"]
+    assert level.fallback_reason == "" and "control flow" in level.looped_layers["1"]
     inputs = [torch.randn(2, 4, 9, 9) for _ in range(3)]
     level.executor = "looped"
     expected = level(Activations(inputs)).stacked()
@@ -173,18 +173,16 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
     assert self_check(block, example) != ""
     monkeypatch.undo()
 
-    from hierens.branches import packing_rules
-
     def still_statistics(layer, x, width):
         rows = [layer.rows(name, width).clone() for name in ("running_mean", "running_var", "weight", "bias")]
         module = layer.module
         return torch.nn.functional.batch_norm(x, *rows, module.training, module.momentum, module.eps)
 
-    monkeypatch.setitem(packing_rules.LAYERS, nn.BatchNorm2d, (packing_rules.Form.CHANNELS, still_statistics))
+    monkeypatch.setitem(rules.LAYERS, nn.BatchNorm2d, (rules.Form.CHANNELS, still_statistics))
     assert "statistics in 1.running_mean" in self_check(block, example)
     monkeypatch.undo()
 
-    monkeypatch.setattr(packing_rules, "PER_CHANNEL", (*packing_rules.PER_CHANNEL, Sneaky))
+    monkeypatch.setattr(rules, "PER_CHANNEL", (*rules.PER_CHANNEL, Sneaky))
     layers = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "mix": Sneaky()})
     graph = fx.Graph()
     graph.output(graph.call_module("mix", (graph.call_module("conv", (graph.placeholder("x"),)),)))
@@ -265,9 +263,7 @@ def test_branches_run_a_few_at_a_time_agree_with_all_at_once(monkeypatch, togeth
 
 def test_siblings_read_their_parents_feature_map_without_a_copy(monkeypatch):
     shapes, original = [], F.conv2d
-    monkeypatch.setattr(
-        packed_layers, "_CONVOLUTIONS", {2: lambda x, *a: shapes.append(tuple(x.shape)) or original(x, *a)}
-    )
+    monkeypatch.setattr(layers, "_CONVOLUTIONS", {2: lambda x, *a: shapes.append(tuple(x.shape)) or original(x, *a)})
     block = block_of(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
     level = Level(copies(block, [block.state_dict()] * 4))
     level.group()

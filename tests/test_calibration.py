@@ -83,14 +83,14 @@ def test_temperatures_lower_the_loss_and_leave_the_classes():
     assert [2 * value for value in again.values] == pytest.approx(list(twice.values), rel=1e-3)
 
 
-@pytest.mark.parametrize("miss_rate", [0.02, 0.1, 0.3])
-def test_prediction_sets_hold_the_class_as_often_as_promised(miss_rate):
-    sets, test = fit_prediction_sets(made_up(seed=0), miss_rate), made_up(seed=1)
+@pytest.mark.parametrize("alpha", [0.02, 0.1, 0.3])
+def test_prediction_sets_hold_the_class_as_often_as_promised(alpha):
+    sets, test = fit_prediction_sets(made_up(seed=0), alpha), made_up(seed=1)
     sizes = []
     for depth in range(4):
         inside = sets(test.logits[:, depth], depth)
         missed = 1 - inside[torch.arange(len(test.labels)), test.labels].float().mean()
-        assert missed <= miss_rate + 0.015
+        assert missed <= alpha + 0.015
         assert inside.any(1).all()
         sizes.append(inside.sum(1).float().mean())
     assert sizes[-1] < sizes[0], "the full ensemble needs fewer classes"

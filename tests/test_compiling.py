@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from test_fusing import close, different
+from test_fuse import close, different
 from torch._dynamo.testing import CompileCounter
 
 import hierens

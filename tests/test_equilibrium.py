@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 import hierens
 from hierens.core.equilibrium import scale_gradient
-from hierens.losses import Objective
+from hierens.objectives import Objective
 
 
 def gradients(model, images, labels, equilibrium):
     model.gradient_equilibrium = equilibrium
     model.zero_grad()
-    Objective()(model(images, reduce=False), labels, nesting=model.nesting).backward()
+    Objective()(model(images, reduce=False), labels, prediction_weights=model.prediction_weights).backward()
     return [{name: p.grad.clone() for name, p in level.named_parameters()} for level in model.all_levels()]
 
 

@@ -9,8 +9,8 @@ from networks import lively
 from timm.optim import create_optimizer_v2
 
 import hierens
+from hierens.core.fetching import LoadError
 from hierens.evaluation.metrics import evaluate_model
-from hierens.files.fetching import LoadError
 from hierens.inference.calibration import calibrate, collect
 from hierens.inference.policies import MEASURES, Confidence, Deadline, FixedDepth, Load
 
@@ -108,7 +108,7 @@ def test_every_way_to_a_depth_gives_the_same(model, small_images):
     for depth in range(3):
         expected = (answers[:, : depth + 1] * weights[: depth + 1, None]).sum(1) / weights[: depth + 1].sum()
         assert torch.allclose(model(small_images, depth=depth), expected, atol=1e-5)
-        assert torch.allclose(model.nesting(answers)[:, depth], expected, atol=1e-5)
+        assert torch.allclose(model.prediction_weights(answers)[:, depth], expected, atol=1e-5)
         assert torch.equal(model(small_images, leaves=depth + 1), model(small_images, depth=depth))
         small = model.at_depth(depth)
         assert torch.allclose(small(small_images), expected, atol=1e-5)

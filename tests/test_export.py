@@ -12,8 +12,8 @@ from torch import nn
 
 import hierens
 from hierens.export import formats
+from hierens.export.export import ExportError
 from hierens.export.weight_file import WeightFile
-from hierens.export.writing import ExportError
 
 
 def tree(blocks=3, **kwargs):
@@ -261,8 +261,8 @@ def test_a_graph_that_answers_something_else_is_refused(tmp_path, monkeypatch):
 
 
 def test_missing_packages(tmp_path, monkeypatch):
+    import hierens.export.export as exporting
     import hierens.export.formats as formats
-    import hierens.export.writing as exporting
 
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"onnx and onnxscript: pip install 'hierens\[export\]'"):

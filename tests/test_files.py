@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hierens.files import saving as files
-from hierens.files.saving import find, replacing, saving
+from hierens.core import atomic_files as files
+from hierens.core.atomic_files import find, replacing, saving
 
 OLD = {"config.json": "old", "model.safetensors": "old", "policy.json": "old", "README.md": "old"}
 NEW = {"config.json": "new", "model.safetensors": "new", "README.md": "new", "accuracy.png": "new"}

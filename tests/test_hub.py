@@ -15,7 +15,7 @@ import torch
 from hub_server import hub_server
 
 import hierens
-from hierens.files.fetching import LoadError
+from hierens.core.fetching import LoadError
 from hierens.hub.cards import model_card
 from hierens.hub.saving import SaveError
 

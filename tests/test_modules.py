@@ -24,7 +24,7 @@ from torch import nn
 
 import hierens
 from hierens.branches.level import Level, first_layout
-from hierens.files.fetching import LoadError
+from hierens.core.fetching import LoadError
 
 EXECUTORS = ("looped", "grouped", "auto")
 

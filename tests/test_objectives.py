@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hierens import losses
-from hierens.core.nesting import Nesting
-from hierens.losses import TERMS, Objective, nested_predictions
+from hierens import losses, objectives
+from hierens.core.predictions import PredictionWeights
+from hierens.losses import nested_predictions
+from hierens.objectives import TERMS, Objective
 
 
 @st.composite
@@ -53,7 +53,7 @@ def assert_same(actual, expected, logits):
 def test_terms_are_equations_9_to_12(case, temperature):
     logits, target = case
     for term in TERMS:
-        arguments = (target,) if term in losses.SUPERVISED else (target, temperature)
+        arguments = (target,) if term in objectives.SUPERVISED else (target, temperature)
         actual = getattr(losses, term)(logits, *arguments)
         assert_same(actual, oracles.loss(term, logits, target, temperature), logits)
 
@@ -78,7 +78,7 @@ def test_mixtures_weigh_labels_and_teacher(case, alpha, temperature, supervised,
     logits, target = case
     objective = Objective(supervised + distilled, alpha, temperature)
     expected = sum(
-        ((alpha if term in losses.DISTILLED else 1 - alpha) if distilled else 1.0)
+        ((alpha if term in objectives.DISTILLED else 1 - alpha) if distilled else 1.0)
         * oracles.loss(term, logits, target, temperature)
         for term in objective.terms
     )
@@ -102,7 +102,7 @@ def test_defaults_are_the_papers():
     loss_i, loss_hd = (oracles.loss(t, logits, target, 2.0) for t in Objective().terms)
     assert Objective().terms == ("independent", "hierarchical_codistillation")
     assert_same(Objective()(logits, target), (loss_i + loss_hd) / 2, logits)
-    for term in losses.DISTILLED:
+    for term in objectives.DISTILLED:
         assert_same(getattr(losses, term)(logits), oracles.loss(term, logits, target, 2.0), logits)
 
 
@@ -130,24 +130,6 @@ def test_only_the_nested_losses_depend_on_the_order_of_leaves():
         objective = Objective(term if term == "independent" else f"independent+{term}")
         same = torch.allclose(objective(logits, target), objective(mixed, target))
         assert same == (term not in nested), term
-
-
-def test_any_mixture_of_one_teacher_takes_one_log_softmax_and_one_softmax():
-    class Counter(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.calls = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "softmax" in str(func):
-                self.calls.append((str(func.overloadpacket), tuple(args[0].shape)))
-            return func(*args, **(kwargs or {}))
-
-    logits, target = example(3, 6, 5)
-    with Counter() as counter:
-        Objective("+".join(term for term in TERMS if term != losses.STEPWISE))(logits, target)
-    # 6 leaves, and the ensembles of 2, 4 and 6: that of 1 is the first leaf
-    assert counter.calls == [("aten._log_softmax", (3, 9, 5)), ("aten._softmax", (3, 5))]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -311,15 +293,15 @@ def test_weights_of_exits_make_up_the_ensembles_and_get_gradients():
         ("independent+ensemble", exits + each[-1]),
         ("one_for_all+ensemble", losses.one_for_all(logits, target, 0.5, 2.0) + each[-1]),
     ):
-        actual = Objective(name)(logits, target, nesting=Nesting((1, 2, 3, 4), weights))
+        actual = Objective(name)(logits, target, prediction_weights=PredictionWeights((1, 2, 3, 4), weights))
         assert_same(actual, expected, logits)
         assert_same(actual, expected, free)
 
 
 def test_exits_that_answer_alone_are_their_own_ensembles():
     logits, target = example(3, 3, 5)
-    nesting = Nesting((1, 2, 3), early=3)
-    summed = Objective("hierarchical", depth_weights=(1.0, 2.0, 4.0))(logits, target, nesting=nesting)
+    weights = PredictionWeights((1, 2, 3), num_exits=3)
+    summed = Objective("hierarchical", depth_weights=(1.0, 2.0, 4.0))(logits, target, prediction_weights=weights)
     expected = sum(w * losses.independent(logits[:, i : i + 1], target) for i, w in enumerate((1.0, 2.0, 4.0)))
     assert_same(summed, expected, logits)
 

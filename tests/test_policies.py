@@ -13,9 +13,9 @@ import timm
 import torch
 
 import hierens
-from hierens.core.adaptive import Step
+from hierens.core.fetching import LoadError
+from hierens.core.protocol import Step
 from hierens.evaluation.uncertainty import MEASURES, certainty
-from hierens.files.fetching import LoadError
 from hierens.inference.policies import (
     Confidence,
     Deadline,

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hierens
-from hierens.core.counting import count_macs
+from hierens.core.macs import count_macs
 from hierens.evaluation import profiling
 from hierens.evaluation.plotting import plot_accuracy
 from hierens.evaluation.profiling import latency, millions, table

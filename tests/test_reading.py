@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hierens.files.fetching import LoadError
-from hierens.files.reading import is_finite, is_whole, parse_json, read_json, short
+from hierens.core.fetching import LoadError
+from hierens.core.json_files import is_finite, is_whole, parse_json, read_json, short
 
 
 @pytest.mark.parametrize(

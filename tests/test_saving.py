@@ -14,7 +14,7 @@ import timm
 from saver import POLICIES, RESULTS, marks, models, save
 
 import hierens
-from hierens.files import fetching
+from hierens.core import fetching
 from hierens.hub import saving as hub
 from hierens.inference.policies import FixedDepth, load_policy, save_policy
 from hierens.models import loading
@@ -129,7 +129,7 @@ def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, t
 def test_uploads_of_a_folder_leave_out_what_a_kill_left(made, tmp_path):
     from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-    from hierens.files.saving import saving
+    from hierens.core.atomic_files import saving
 
     save(made, 2, tmp_path)
     with saving(tmp_path) as partial:

@@ -9,12 +9,12 @@ import torch
 from networks import lively
 
 import hierens
-from hierens.core.nesting import Nesting
+from hierens.core.fetching import LoadError
+from hierens.core.predictions import PredictionWeights
 from hierens.evaluation.metrics import evaluate_model
-from hierens.files.fetching import LoadError
 from hierens.inference.calibration import calibrate, collect
 from hierens.inference.policies import Confidence, FixedDepth
-from hierens.losses import Objective
+from hierens.objectives import Objective
 
 FAMILIES = {
     "resnet10t": {},
@@ -59,8 +59,8 @@ def test_every_way_to_a_depth_gives_the_same(model, small_images):
         wanted = pytest.approx(expected[depth].numpy(), abs=1e-5)
         assert model(small_images, depth=depth).numpy() == wanted
         assert model(small_images, leaves=size).numpy() == wanted
-        assert model.nesting(answers)[:, depth].numpy() == wanted
-        assert model.nesting.of_first(size)(answers[:, :size])[:, 0].numpy() == wanted
+        assert model.prediction_weights(answers)[:, depth].numpy() == wanted
+        assert model.prediction_weights.of_first(size)(answers[:, :size])[:, 0].numpy() == wanted
         assert steps[size - 1].logits.numpy() == wanted and steps[size - 1].macs == model.macs()[depth]
         assert torch.allclose(steps[size - 1].newest, answers[:, size - 1], atol=1e-5)
         small = model.at_depth(depth)
@@ -145,18 +145,19 @@ def test_some_of_its_networks_may_be_left_out(small_backbone, small_images):
     assert made.sizes == (1, 2), "arguments() make the model again"
 
 
-def test_losses_take_its_nesting(model, small_images):
+def test_losses_take_its_prediction_weights(model, small_images):
     """Every exit and network learns the labels; every depth below the last learns from all networks."""
     answers, labels = model(small_images, reduce=False).double().detach(), torch.arange(len(small_images))
     objective = Objective("independent+hierarchical_codistillation", alpha=0.25, temperature=2.0)
-    found = objective(answers, labels, nesting=model.nesting)
+    found = objective(answers, labels, prediction_weights=model.prediction_weights)
     log_p = torch.log_softmax(answers, -1)
     supervised = -log_p[torch.arange(len(labels)), :, labels].sum(1).mean()
     nested = [answers[:, 0], answers[:, 1], answers[:, 2], answers[:, 2:4].mean(1)]
     soft = torch.softmax(answers[:, 2:].mean(1) / 2, -1)
     distilled = -sum((soft * torch.log_softmax(y, -1)).sum(-1).mean() for y in nested)
     assert found.item() == pytest.approx((0.75 * supervised + 0.25 * distilled).item(), rel=1e-10)
-    assert not Nesting((1, 2, 3), early=2).alone and Nesting((1, 2, 3), early=3).alone
+    assert PredictionWeights((1, 2, 3), num_exits=2).has_ensembles
+    assert not PredictionWeights((1, 2, 3), num_exits=3).has_ensembles
 
 
 def test_training_reaches_every_part(model, small_images):
@@ -211,7 +212,9 @@ def test_new_classifiers_for_all(model, small_images):
         (lambda b: hierens.tree_with_exits(b, at=[]), "needs blocks=2 at least"),
         (
             lambda b: Objective("one_for_all")(
-                torch.zeros(1, 6, 10), torch.tensor([1]), nesting=hierens.tree_with_exits(b, 3).nesting
+                torch.zeros(1, 6, 10),
+                torch.tensor([1]),
+                prediction_weights=hierens.tree_with_exits(b, 3).prediction_weights,
             ),
             "a tree's leaves are peers",
         ),

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from test_fusing import close, different
+from test_fuse import close, different
 
-from hierens.branches.packing import Packed
-from hierens.files.fetching import LoadError
+from hierens.branches.grouped_block import Packed
+from hierens.core.fetching import LoadError
 from hierens.models import tuning
 from hierens.models.tuning import Measurement, Tuning
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import hierens
-from hierens.losses import Objective
+from hierens.objectives import Objective
 from hierens.training.config import DataConfig, ModelConfig
 from hierens.training.run import Run, create_ensemble
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 import hierens
 from comparison.recipes import TEST_SPLITS, study
-from hierens.core.nesting import Nesting
+from hierens.core.predictions import PredictionWeights
 from hierens.evaluation.metrics import LeafMetrics, as_record, evaluate_model
 from hierens.evaluation.reporting import Group
 from hierens.inference.calibration import Answers, calibrate, collect, exits
@@ -200,7 +200,7 @@ def _part(answers: Answers, start: int) -> Answers:
 
 def _together(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """What networks give together, (N, networks, classes): the last depth of an evaluation."""
-    metrics = LeafMetrics(Nesting((logits.shape[1],)))
+    metrics = LeafMetrics(PredictionWeights((logits.shape[1],)))
     metrics.update(logits, labels)
     return {name: values[-1] for name, values in as_record(metrics.compute()).items() if name != "leaf_accuracy"}
 

@@ -104,7 +104,7 @@ class Network:
             fixed = self.policy if isinstance(self.policy, FixedDepth) else FixedDepth(self.policy.depth)
             leaves = self.model.leaves_at(fixed.depth, fixed.leaves)
             leaf_logits = self.model(x, leaves=leaves, reduce=False)
-            logits = self.model.nesting.of_first(leaves)(leaf_logits)[:, 0]
+            logits = self.model.prediction_weights.of_first(leaves)(leaf_logits)[:, 0]
             networks, macs = [leaves] * len(x), [self.model.cost(leaves, tuple(x.shape[1:]))] * len(x)
         else:  # these say nothing of single networks
             found = self.policy(self.model, x)

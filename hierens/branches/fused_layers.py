@@ -23,7 +23,7 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from hierens.branches.packed import Width
+from hierens.branches.tensors import BranchSlice
 
 _Attached = tuple[str, list[float], str]  # oneDNN's name of an activation, its numbers and its variant
 _NAMES: dict[type[nn.Module], str] = {
@@ -84,7 +84,9 @@ class KernelCache:
         # The tensor, a second one that keeps its memory from being given to another, and its version.
         self._source: tuple[Tensor, Tensor, int] | None = None
 
-    def get(self, weight: Tensor, width: Width, groups: int, reorder: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def get(
+        self, weight: Tensor, width: BranchSlice, groups: int, reorder: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
         """What was made for some branches, or is made now; None as long as there is no room.
 
         Args:
@@ -200,9 +202,9 @@ class FusedConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, O, H', W')."""
-        return fused_convolution(self, x, Width(1, 1))
+        return fused_convolution(self, x, BranchSlice(1, 1))
 
-    def kernel(self, width: Width, groups: int, x: Tensor) -> Tensor | None:
+    def kernel(self, width: BranchSlice, groups: int, x: Tensor) -> Tensor | None:
         """The weights of some branches in oneDNN's order; None where they are best read as they are.
 
         They are made at their first use, and anew when the weights have been changed.
@@ -246,8 +248,8 @@ class FusedConvolution(nn.Module):
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
 
 
-def fused_convolution(module: FusedConvolution, x: Tensor, width: Width, shared: bool = False) -> Tensor:
-    """A fused convolution over w branches, as `hierens.branches.packed_layers.convolution`."""
+def fused_convolution(module: FusedConvolution, x: Tensor, width: BranchSlice, shared: bool = False) -> Tensor:
+    """A fused convolution over w branches, as `hierens.branches.layers.convolution`."""
     groups = module.groups * (width.parents if shared else width.active)
     if module.same_pad:
         x = pad_same(x, list(module.kernel_size), list(module.stride), list(module.dilation))

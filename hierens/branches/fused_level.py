@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hierens.branches.grouped_block import Packed
 from hierens.branches.level import LIGHT_FROZEN, AnyLevel
-from hierens.branches.packed import PackedLayer, Width, replace, state_of
-from hierens.branches.packing import Packed
+from hierens.branches.tensors import BranchSlice, PackedLayer, replace, state_of
 from hierens.core.values import Value
 
 
@@ -20,7 +20,7 @@ class Apart(nn.ModuleList):
 
 
 class FusedLevel(AnyLevel):
-    """One block in several copies whose weights are packed (`hierens.branches.packed`); it is never trained.
+    """One block in several copies whose weights are packed (`hierens.branches.tensors`); it is never trained.
 
     Attributes:
         block: the block's layers, each with the tensors of all branches, or `Apart`.
@@ -38,7 +38,7 @@ class FusedLevel(AnyLevel):
         """
         super().__init__()
         self.block, self.count, self.scalars = block, branches, scalars
-        self.executor, self.looped_because, self.plan = "auto", "", {}
+        self.executor, self.fallback_reason, self.plan = "auto", "", {}
         self.size = sum(tensor.numel() for _, tensor in state_of(block)) // branches
         self._pack()
 
@@ -59,13 +59,13 @@ class FusedLevel(AnyLevel):
         """Run a single branch."""
         if self._packed is None:
             return self.block(*value) if isinstance(value, tuple) else self.block(value)
-        return self._packed(value, Width(1, self.count, branch))
+        return self._packed(value, BranchSlice(1, self.count, branch))
 
     def first(self) -> Any:
         """See `AnyLevel.first`."""
         return self.block
 
-    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, Width], Value] | None:
+    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, BranchSlice], Value] | None:
         """See `AnyLevel.grouped_form`."""
         return self._packed
 
@@ -87,7 +87,7 @@ class FusedLevel(AnyLevel):
     @torch.no_grad()
     def part(self, start: int, stop: int) -> FusedLevel:
         """A level with the weights of branches `start` to `stop` only, run the same way."""
-        block, width = copy.deepcopy(self.block), Width(stop - start, self.count, start)
+        block, width = copy.deepcopy(self.block), BranchSlice(stop - start, self.count, start)
         for name, tensor in packed_state(block):
             replace(block, name, width.rows(tensor).clone(memory_format=torch.preserve_format))
         for name, module in apart_in(block):
@@ -107,7 +107,7 @@ class FusedLevel(AnyLevel):
 
 
 class _PackedLayers:
-    """The layers of a packed block, as `hierens.branches.rewriting.Layers`."""
+    """The layers of a packed block, as `hierens.branches.rewrite.Layers`."""
 
     def __init__(self, level: FusedLevel) -> None:
         self.block: nn.Module = level.block

@@ -3,9 +3,10 @@
 There are two ways to run a level:
 
 - looped: each branch is called. Always available; it defines what is right.
-- grouped: `hierens.branches.packing` runs several branches in one call: all of them, or for inference a few at a time,
-  whatever is fastest. A block earns it at conversion by `hierens.branches.checking.self_check`; the form is derived
-  from the branches' own modules when it runs, and left where it would not do what they do (`hierens.branches.alike`).
+- grouped: `hierens.branches.grouped_block` runs several branches in one call: all of them, or for inference a few at a
+  time, whichever is fastest. At conversion `hierens.branches.check.self_check` compares it with the loop, and a block
+  for which they differ is looped. The grouped form is derived from the branches' own modules when it runs, and not used
+  where it would not do what they do (`hierens.branches.grouped_form`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from hierens.branches.alike import GroupedForm, kind_of
-from hierens.branches.packed import Width, concatenate, lay, state_of
+from hierens.branches.grouped_form import GroupedForm, kind_of
+from hierens.branches.tensors import BranchSlice, concatenate, lay, state_of
 from hierens.core.values import Value, each
 
 Executor = Literal["auto", "looped", "grouped"]
@@ -121,14 +122,14 @@ class AnyLevel(nn.Module):
 
     Attributes:
         executor: how it is run: `looped`, `grouped` where it can be, or `auto`, by device and batch size.
-        looped_because: why the level has no grouped form; empty if it has one.
+        fallback_reason: why the level has no grouped form; empty if it has one.
         plan: how many branches to run in one call, by their number and the batch size, as `hierens.models.tuning`
             measured.
         size: weights and statistics of one branch.
     """
 
     executor: Executor
-    looped_because: str
+    fallback_reason: str
     plan: dict[tuple[int, int], int]
     size: int
     light = LIGHT
@@ -156,17 +157,17 @@ class AnyLevel(nn.Module):
         """A level with copies of the first `branches` branches only, run the same way."""
 
     @abstractmethod
-    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, Width], Value] | None:
+    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, BranchSlice], Value] | None:
         """What runs branches `start` to `stop` in one call; None where only a loop does what they do."""
 
     @property
     def grouped(self) -> bool:
         """Whether the block has a grouped form."""
-        return not self.looped_because
+        return not self.fallback_reason
 
     def loop(self, because: str) -> None:
         """Give up the grouped form for a reason."""
-        self.looped_because = because
+        self.fallback_reason = because
 
     def without_gradients(self) -> bool:
         """Whether nothing will be differentiated with respect to the weights."""
@@ -195,7 +196,7 @@ class AnyLevel(nn.Module):
             return Activations([self.run_branch(start + i, value) for i, value in enumerate(values)])
         siblings = _siblings(parents)
         family = x.some(range(parents[0], parents[-1] + 1)) if siblings else x.some(parents)
-        width = Width(len(parents), self.branches, start, siblings or 1, self.laid)
+        width = BranchSlice(len(parents), self.branches, start, siblings or 1, self.laid)
         return Activations(packed=form(family.side_by_side(), width), count=len(parents))
 
     @property
@@ -223,7 +224,9 @@ class AnyLevel(nn.Module):
 
     def extra_repr(self) -> str:
         """How many branches, and how they are run."""
-        return f"branches={self.branches}, " + (f"looped: {self.looped_because}" if self.looped_because else "grouped")
+        return f"branches={self.branches}, " + (
+            f"looped: {self.fallback_reason}" if self.fallback_reason else "grouped"
+        )
 
 
 class Level(AnyLevel, nn.ModuleList):
@@ -236,7 +239,7 @@ class Level(AnyLevel, nn.ModuleList):
     def __init__(self, branches: Iterable[nn.Module]) -> None:
         """A level of these branches, which it takes over: copies of one block, with weights of their own."""
         super().__init__(branches)
-        self.executor, self.looped_because, self.plan = "auto", "", {}
+        self.executor, self.fallback_reason, self.plan = "auto", "", {}
         self.size = sum(tensor.numel() for _, tensor in state_of(self[0]))
         self.known = {name: kind_of(module) for name, module in self[0].named_modules()}
         self._forms: list[GroupedForm] = []
@@ -259,7 +262,7 @@ class Level(AnyLevel, nn.ModuleList):
         """See `AnyLevel.first`."""
         return self[0]
 
-    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, Width], Value] | None:
+    def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, BranchSlice], Value] | None:
         """See `AnyLevel.grouped_form`."""
         form = self._form(start, stop)
         if form is None or form.packed is None or torch_module._has_any_global_hook():
@@ -288,9 +291,9 @@ class Level(AnyLevel, nn.ModuleList):
         return not torch.compiler.is_compiling() and bool(self._forms) and self._forms[0].laid
 
     def group(self) -> None:
-        """Find the grouped form now; `looped_because` tells if there is none."""
+        """Find the grouped form now; `fallback_reason` tells if there is none."""
         form = self._form() if self.branches > 1 else None
-        self.looped_because = form.because if form else ""
+        self.fallback_reason = form.because if form else ""
 
     @property
     def channelwise(self) -> bool:
@@ -307,7 +310,7 @@ class Level(AnyLevel, nn.ModuleList):
     def narrowed(self, branches: int) -> Level:
         """A level with copies of the first `branches` branches only, run the same way."""
         level = Level(copy.deepcopy(self[branch]) for branch in range(branches))
-        level.executor, level.looped_because, level.known = self.executor, self.looped_because, self.known
+        level.executor, level.fallback_reason, level.known = self.executor, self.fallback_reason, self.known
         return level
 
     def lay(self) -> None:

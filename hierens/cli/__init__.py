@@ -14,11 +14,11 @@ from importlib.util import find_spec
 if missing := [name for name in ("tyro", "rich", "yaml") if find_spec(name) is None]:
     sys.exit(f"error: the command line needs {' and '.join(missing)}: pip install 'hierens[train]'.")
 
-from hierens.cli.answers import PREDICT
 from hierens.cli.command import Command, UsageError
 from hierens.cli.completion import completion_of
 from hierens.cli.costs import PROFILE, ZOO
 from hierens.cli.demo import DEMO
+from hierens.cli.predict import PREDICT
 from hierens.cli.results import EVAL, REPORT, results_table
 from hierens.cli.sharing import EXPORT, PUSH
 from hierens.cli.training import TRAIN, train

@@ -74,9 +74,9 @@ def _made(settings: ProfileSettings, given: set[str]) -> Adaptive:
     import timm
 
     from hierens.models.adaptive import Adaptive
-    from hierens.models.converting import hierensify
-    from hierens.models.exits import multi_exit
+    from hierens.models.conversion import hierensify
     from hierens.models.loading import from_pretrained
+    from hierens.models.multi_exit import multi_exit
     from hierens.models.tree_exits import tree_with_exits
 
     name = settings.model
@@ -192,7 +192,7 @@ def _macs(backbone: nn.Module, cutting: Cutting) -> list[int]:
     """Of each block, of the head and of the classifier."""
     from torch import nn
 
-    from hierens.core.counting import count_macs
+    from hierens.core.macs import count_macs
     from hierens.core.timm_info import input_size
 
     def piece_by_piece(pieces: Iterable[nn.Module], value: Any) -> Iterator[Any]:

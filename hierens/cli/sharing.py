@@ -115,7 +115,7 @@ def card_results(file: str, depths: int) -> dict[str, list[float]]:
     Raises:
         ValueError: no such file, or none with results of so many depths.
     """
-    from hierens.files.reading import read_json
+    from hierens.core.json_files import read_json
     from hierens.hub.cards import COLUMNS
 
     try:

@@ -1,1 +1,1 @@
-"""What the other packages build on: trees, nested predictions, costs, and what every network here offers."""
+"""What the other packages build on: trees, predictions, costs, files, and the base class of every model."""

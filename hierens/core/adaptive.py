@@ -7,40 +7,21 @@ them, and costs `macs()[b]`. Policies, calibration, metrics, losses, the trainer
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar
 
 import torch
-from timm.models import get_model_args
 from torch import Tensor, nn
 
 from hierens.core.labels import forget_labels
-from hierens.core.nesting import Nesting
-from hierens.core.timm_info import input_size
+from hierens.core.model_info import ModelInfo
+from hierens.core.predictions import PredictionWeights
+from hierens.core.protocol import Step
 
 _COUNTING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Step:
-    """One moment of an anytime prediction.
-
-    Attributes:
-        leaves: networks (or exits) evaluated so far.
-        logits: what they say together, (N, classes).
-        macs: multiply-accumulates spent so far, per image.
-        newest: the logits of the one evaluated last, (N, classes).
-    """
-
-    leaves: int
-    logits: Tensor
-    macs: int
-    newest: Tensor
 
 
 class AdaptiveBase(nn.Module, ABC):
@@ -67,15 +48,37 @@ class AdaptiveBase(nn.Module, ABC):
     gradient_equilibrium: bool = False
     grad_checkpointing: bool = False
     num_classes: int
-    head_hidden_size: int
-    _model_args: dict[str, Any]
-    _macs: dict[tuple[int, ...], tuple[int, ...]]
+    pretrained_cfg: dict[str, Any]
+
+    def __init__(self, info: ModelInfo) -> None:
+        """A model without layers, under the names by which timm's tools read a record of it."""
+        super().__init__()
+        self.num_classes, self.num_features, self.in_chans = info.num_classes, info.num_features, info.in_chans
+        self.head_hidden_size, self.classifier_names = info.head_hidden_size, info.classifier_names
+        self.pretrained_cfg = self.default_cfg = {**info.pretrained_cfg, "architecture": self.architecture}
+        self._model_args, self._traits, self._no_weight_decay = info.model_args, info.traits, info.no_weight_decay
+        self._macs: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    @property
+    def info(self) -> ModelInfo:
+        """A copy of the model's record, for a model that is made of this one."""
+        return ModelInfo(
+            self.num_classes,
+            self.num_features,
+            self.head_hidden_size,
+            self.in_chans,
+            self.classifier_names,
+            self.pretrained_cfg,
+            self._model_args,
+            self._no_weight_decay,
+            self._traits,
+        ).copy()
 
     # --- what a kind of network must say of itself ------------------------------------------------------------------
 
     @property
     @abstractmethod
-    def nesting(self) -> Nesting:
+    def prediction_weights(self) -> PredictionWeights:
         """How the leaves' logits become the predictions of every depth."""
 
     @abstractmethod
@@ -107,7 +110,7 @@ class AdaptiveBase(nn.Module, ABC):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Leaves evaluated at depths 0, 1, ..."""
-        return self.nesting.sizes
+        return self.prediction_weights.sizes
 
     @property
     def leaves(self) -> int:
@@ -160,59 +163,6 @@ class AdaptiveBase(nn.Module, ABC):
         return known
 
     # --- a timm model to timm's tools -------------------------------------------------------------------------------
-
-    def _describe(
-        self, backbone: nn.Module, at: Sequence[str], classifiers: tuple[str, ...], inside: str, **arguments: Any
-    ) -> None:
-        """Carry over what timm's tools read, under the names that things have here.
-
-        Args:
-            backbone: the network that was cut.
-            at: names of the modules before which it was cut.
-            classifiers: names of its last linear layers.
-            inside: between a level's name and that of a layer of the backbone.
-            arguments: what the entry point takes to make the model again, beside the backbone and its cuts.
-        """
-        self.num_classes = int(backbone.num_classes)  # type: ignore[arg-type]
-        self.num_features = int(backbone.num_features)  # type: ignore[arg-type]
-        self.head_hidden_size = int(getattr(backbone, "head_hidden_size", self.num_features))
-        self.in_chans = input_size(backbone)[0]
-        self.classifier_names = classifiers
-        self._macs = {}
-        cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
-        first_conv = cfg.get("first_conv")
-        args = {} if not cfg.get("architecture") else get_model_args(backbone)
-        self._model_args = {
-            "backbone": cfg.get("architecture"),
-            "backbone_args": {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")},
-            "at": list(at),
-            **arguments,
-        }
-        self._traits = dict(getattr(backbone, "_traits", {}))
-        cfg.update(
-            architecture=self.architecture,
-            input_size=input_size(backbone),
-            first_conv=f"levels.0.{inside}{first_conv}" if isinstance(first_conv, str) else None,
-        )
-        self._traits["first_conv"] = cfg["first_conv"]
-        self.pretrained_cfg = self.default_cfg = cfg
-        spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
-        self._no_weight_decay = set(spared() if spared else ())
-
-    def _describe_as(self, other: AdaptiveBase, inside: tuple[str, str]) -> None:
-        """Carry over what timm's tools read from a model that this one is made of.
-
-        Args:
-            other: that model.
-            inside: what begins the names of its layers, and what begins them here.
-        """
-        own = {"training", "tree", "_macs", *nn.Module().__dict__}
-        self.__dict__.update({key: copy.deepcopy(value) for key, value in other.__dict__.items() if key not in own})
-        self._macs = {}
-        if isinstance(first_conv := self.pretrained_cfg.get("first_conv"), str):
-            self.pretrained_cfg["first_conv"] = self._traits["first_conv"] = first_conv.replace(*inside)
-        self.pretrained_cfg["architecture"] = self.architecture
-        self.default_cfg = self.pretrained_cfg
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each level's activations in the backward pass instead of keeping them."""

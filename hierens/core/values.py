@@ -23,8 +23,8 @@ def is_empty(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and len(x) == 0
 
 
-def rows(value: Any, kept: Tensor, count: int) -> Any:
+def select_samples(value: Any, kept: Tensor, count: int) -> Any:
     """Some images of what a block handed on: of every tensor that has an entry for each of `count` images."""
     if isinstance(value, tuple):
-        return tuple(rows(part, kept, count) for part in value)
+        return tuple(select_samples(part, kept, count) for part in value)
     return value[kept] if isinstance(value, Tensor) and value.ndim and len(value) == count else value

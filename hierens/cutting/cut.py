@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hierens.core.modes import evaluating, ordinary_tensors
 from hierens.core.timm_info import example_input
-from hierens.cutting.coarse import CoarseTrace, CutError, CutPoint, Cutting, ancestors
+from hierens.cutting.trace import CoarseTrace, CutError, CutPoint, Cutting, ancestors
 
 __all__ = [
     "CutError",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hierens.core.labels import NO_CLASS, as_indices, out_of_range
 from hierens.core.modes import evaluating
-from hierens.core.nesting import Nesting
+from hierens.core.predictions import PredictionWeights
 from hierens.core.tree import nested_sizes
 from hierens.evaluation.uncertainty import mutual_information, risk_coverage, variance
 
@@ -59,7 +59,7 @@ class LeafMetrics:
     """Gathers a `LeafEvaluation` batch by batch.
 
     Args:
-        nesting: how the networks make up depths, as `model.nesting`; by default as in a tree.
+        prediction_weights: the model's own, `model.prediction_weights`; by default a tree's.
 
     Examples:
         >>> metrics = LeafMetrics()
@@ -69,8 +69,8 @@ class LeafMetrics:
         ([100.0, 100.0], [100.0, 0.0], [1.0, 0.0])
     """
 
-    def __init__(self, nesting: Nesting | None = None) -> None:
-        self._nesting = nesting
+    def __init__(self, prediction_weights: PredictionWeights | None = None) -> None:
+        self._prediction_weights = prediction_weights
         self._sums: dict[str, Tensor] = {}
         self._confidence: list[Tensor] = []
         self._correct: list[Tensor] = []
@@ -94,8 +94,8 @@ class LeafMetrics:
         leaf_logits, targets = leaf_logits[known], targets[known]
         if not len(targets):
             return
-        nesting = self._nesting or Nesting(nested_sizes(leaf_logits.shape[1]))
-        nested = nesting(leaf_logits)  # (N, depths, classes)
+        weights = self._prediction_weights or PredictionWeights(nested_sizes(leaf_logits.shape[1]))
+        nested = weights(leaf_logits)  # (N, depths, classes)
         log_p = F.log_softmax(nested, dim=-1)
         p = log_p.exp()
         confidence, chosen = p.max(-1)
@@ -107,7 +107,7 @@ class LeafMetrics:
         truth = F.one_hot(targets, p.shape[-1])[:, None]
         self._add("brier", (p - truth).square().sum(-1).sum(0))
         self._add("leaf", (of_leaf == targets[:, None]).sum(0))
-        sizes = [nesting.together(size) for size in nesting.sizes]
+        sizes = [_compared(size, weights.num_exits) for size in weights.sizes]
         logits = leaf_logits.float()
         self._add("std", torch.stack([logits[:, n].std(1, correction=0).mean(-1).sum() for n in sizes]))
         self._add("information", torch.stack([mutual_information(logits[:, n]).sum() for n in sizes]))
@@ -166,7 +166,8 @@ def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     """Evaluate an ensemble on labelled images, on the device where it lies, in evaluation mode.
 
     Args:
-        model: answers `model(images, reduce=False)` with (N, leaves, classes); without a `nesting` it counts as a tree.
+        model: answers `model(images, reduce=False)` with (N, leaves, classes); without `prediction_weights` it is
+            taken for a tree.
         batches: images (N, C, H, W) and class indices (N,).
     """
     return _metrics(model, batches).compute()
@@ -227,19 +228,24 @@ class PairedDifference:
 
 
 def _metrics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafMetrics:
-    device, metrics = next(model.parameters()).device, LeafMetrics(getattr(model, "nesting", None))
+    device, metrics = next(model.parameters()).device, LeafMetrics(getattr(model, "prediction_weights", None))
     with evaluating(model):
         for images, targets in batches:
             metrics.update(model(images.to(device), reduce=False), targets.to(device))
     return metrics
 
 
-def ood_auroc(unsure: Tensor, unsure_strangers: Tensor) -> float:
+def _compared(size: int, num_exits: int) -> slice:
+    """The leaves whose differences are reported at a depth: all exits so far, or the networks of the ensemble."""
+    return slice(num_exits if size > num_exits else 0, size)
+
+
+def ood_auroc(id_scores: Tensor, ood_scores: Tensor) -> float:
     """How well uncertainty tells images of other data apart (out-of-distribution detection).
 
     Args:
-        unsure: uncertainty of images like those trained on, (N,).
-        unsure_strangers: of other images, (M,).
+        id_scores: uncertainty of images like those trained on, (N,).
+        ood_scores: of other images, (M,).
 
     Returns:
         The area under the receiver operating characteristic: the probability that the stranger is the more
@@ -248,10 +254,10 @@ def ood_auroc(unsure: Tensor, unsure_strangers: Tensor) -> float:
     Raises:
         ValueError: one of the two is empty, or torchmetrics is not installed.
     """
-    if not len(unsure) or not len(unsure_strangers):
+    if not len(id_scores) or not len(ood_scores):
         raise ValueError("telling strangers apart takes images of both kinds.")
-    scores = torch.cat([unsure, unsure_strangers]).double()
-    strange = torch.cat([torch.zeros(len(unsure)), torch.ones(len(unsure_strangers))]).int()
+    scores = torch.cat([id_scores, ood_scores]).double()
+    strange = torch.cat([torch.zeros(len(id_scores)), torch.ones(len(ood_scores))]).int()
     _, ranks = scores.unique(return_inverse=True)  # torchmetrics takes scores from 0 to 1
     return float(_classification().binary_auroc(ranks.double() / max(1, int(ranks.max())), strange))
 

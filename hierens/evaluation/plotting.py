@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hierens.files.saving import replacing
+from hierens.core.atomic_files import replacing
 
 _MARKERS = "osD^vX*P"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.core.adaptive import AdaptiveBase
-from hierens.core.counting import count_macs
+from hierens.core.macs import count_macs
 from hierens.core.modes import evaluating
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hierens.core.atomic_files import replacing
+from hierens.core.json_files import read_json, short
 from hierens.core.tree import nested_sizes
 from hierens.evaluation.plotting import plot_comparison, plot_leaves
 from hierens.evaluation.profiling import table
-from hierens.files.reading import read_json, short
-from hierens.files.saving import replacing
 
 _PLACES = ("seed", "output_dir", "resume", "workers", "data_dir", "trackers", "cpu")  # not what a run is
 

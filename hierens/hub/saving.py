@@ -23,11 +23,11 @@ from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 
 from hierens.core.adaptive import AdaptiveBase
+from hierens.core.atomic_files import saving
+from hierens.core.fetching import LoadError, explain
 from hierens.core.version import __version__
-from hierens.files.fetching import LoadError, explain
-from hierens.files.saving import saving
 from hierens.hub.cards import PICTURE, About, draw_accuracy, model_card
-from hierens.hub.vetting import ARGUMENTS, check_arguments, read_config
+from hierens.hub.validate import ARGUMENTS, check_arguments, read_config
 from hierens.inference.policies import POLICY, Policy, save_policy
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hierens.core.modes import evaluating
+from hierens.core.protocol import AdaptiveModel
 from hierens.core.tree import nested_sizes
 from hierens.evaluation.uncertainty import Measure, certainty
 from hierens.inference.policies import EVERYBODY, NOBODY, Confidence
@@ -46,7 +46,7 @@ class Answers:
 
 
 @torch.no_grad()
-def collect(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
+def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
     """Every depth's answers, from one pass over all networks, in evaluation mode.
 
     Args:
@@ -64,7 +64,7 @@ def collect(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
             size = tuple(images.shape[1:])
             known = labels >= 0
             leaf_logits = model(images.to(device), reduce=False).cpu()[known]
-            parts.append((model.nesting.cpu()(leaf_logits), leaf_logits.argmax(-1), labels[known]))
+            parts.append((model.prediction_weights.cpu()(leaf_logits), leaf_logits.argmax(-1), labels[known]))
     if not sum(len(labels) for *_, labels in parts):
         raise ValueError("there is nothing to calibrate on: no labelled image was seen.")
     logits, votes, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -72,7 +72,10 @@ def collect(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
 
 
 def calibrate(
-    model: Any, batches: Iterable[tuple[Tensor, Tensor]] | Answers, budget: float, measure: Measure = "probability"
+    model: AdaptiveModel,
+    batches: Iterable[tuple[Tensor, Tensor]] | Answers,
+    budget: float,
+    measure: Measure = "probability",
 ) -> Confidence:
     """Thresholds with which images cost a given number of MACs in the mean (budgeted batch classification).
 
@@ -176,33 +179,31 @@ class PredictionSets:
     """Sets of classes that hold the true one with a chosen probability (split conformal prediction).
 
     Attributes:
-        limits: per depth, the least probability of a class in the set.
-        miss_rate: at most this share of images like those held out has its class outside.
+        thresholds: per depth, the least probability of a class in the set.
+        alpha: at most this share of images like those held out has its class outside.
     """
 
-    limits: tuple[float, ...]
-    miss_rate: float
+    thresholds: tuple[float, ...]
+    alpha: float
 
     def __call__(self, logits: Tensor, depth: int) -> Tensor:
         """Which classes are in the set: (N, classes) of booleans. The likeliest always is."""
         p = F.softmax(logits, dim=-1)
-        return (p >= self.limits[depth]) | F.one_hot(p.argmax(-1), p.shape[-1]).bool()
+        return (p >= self.thresholds[depth]) | F.one_hot(p.argmax(-1), p.shape[-1]).bool()
 
 
-def fit_prediction_sets(answers: Answers, miss_rate: float = 0.1) -> PredictionSets:
+def fit_prediction_sets(answers: Answers, alpha: float = 0.1) -> PredictionSets:
     """Limits for every depth (Sadinle et al., JASA 2019): the quantile of the true classes' probabilities.
 
     Raises:
         ValueError: a rate that is not between 0 and 1, or too few images to guarantee it.
     """
     count = len(answers.labels)
-    rank = math.floor((count + 1) * miss_rate)
-    if not 0 < miss_rate < 1:
-        raise ValueError(f"the miss rate must lie between 0 and 1, got {miss_rate}.")
+    rank = math.floor((count + 1) * alpha)
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}.")
     if rank < 1:
-        raise ValueError(
-            f"a miss rate of {miss_rate} takes {math.ceil(1 / miss_rate) - 1} images or more, got {count}."
-        )
+        raise ValueError(f"alpha={alpha} takes {math.ceil(1 / alpha) - 1} images or more, got {count}.")
     p = F.softmax(answers.logits, dim=-1)
     of_label = p.gather(2, answers.labels[:, None, None].expand(-1, p.shape[1], 1)).squeeze(2)
-    return PredictionSets(tuple(of_label.sort(0).values[rank - 1].tolist()), miss_rate)
+    return PredictionSets(tuple(of_label.sort(0).values[rank - 1].tolist()), alpha)

@@ -28,11 +28,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.atomic_files import replacing
+from hierens.core.fetching import LoadError, MissingFileError, read_files
+from hierens.core.json_files import is_finite, is_whole, read_json, short
+from hierens.core.protocol import AdaptiveModel
 from hierens.evaluation.uncertainty import MEASURES, Measure, certainty
-from hierens.files.fetching import LoadError, MissingFileError, read_files
-from hierens.files.reading import is_finite, is_whole, read_json, short
-from hierens.files.saving import replacing
 
 POLICY = "policy.json"
 _LARGEST = 10**6  # of whole numbers
@@ -63,7 +63,7 @@ class Policy(ABC):
     kind: ClassVar[str]
 
     @torch.no_grad()
-    def __call__(self, model: Any, images: Tensor) -> Prediction:
+    def __call__(self, model: AdaptiveModel, images: Tensor) -> Prediction:
         """Answer images (N, C, H, W).
 
         Raises:
@@ -73,7 +73,7 @@ class Policy(ABC):
         return self._answer(model, images)
 
     @abstractmethod
-    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction: ...
+    def _answer(self, model: AdaptiveModel, images: Tensor) -> Prediction: ...
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `from_dict` reads back."""
@@ -95,13 +95,13 @@ def _check_positive(policy: Policy, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {short(value)}: a finite number above 0.")
 
 
-def _check_evaluating(model: Any) -> None:
+def _check_evaluating(model: AdaptiveModel) -> None:
     """Refuse a model in training mode: to change that for one call would change it for other threads, too."""
     if model.training:
         raise ValueError("policies answer in evaluation mode, and the model is in training mode: call model.eval().")
 
 
-def _uniform(model: AdaptiveBase, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
+def _uniform(model: AdaptiveModel, images: Tensor, logits: Tensor, leaves: int) -> Prediction:
     """An answer for which every image took the same."""
     cost = model.cost(leaves, tuple(images.shape[1:]))
     of_each = torch.ones(len(images), dtype=torch.int64)
@@ -130,7 +130,7 @@ class FixedDepth(Policy):
         if self.depth is not None and self.leaves is not None:
             raise ValueError(f"give depth or leaves, not both (got depth={self.depth}, leaves={self.leaves}).")
 
-    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction:
+    def _answer(self, model: AdaptiveModel, images: Tensor) -> Prediction:
         leaves = model.leaves_at(self.depth, self.leaves)
         return _uniform(model, images, model(images, leaves=leaves), leaves)
 
@@ -180,7 +180,7 @@ class Deadline(Policy):
             raise ValueError("milliseconds and caution must be positive, got None.")
         _check_positive(self, "milliseconds", "caution")
 
-    def learn(self, model: Any, example: Tensor, repeats: int = 10) -> None:
+    def learn(self, model: AdaptiveModel, example: Tensor, repeats: int = 10) -> None:
         """Measure every step for as many images as the example has, before requests come.
 
         Args:
@@ -196,7 +196,7 @@ class Deadline(Policy):
             self.within(model, example, float("inf"))
 
     @torch.no_grad()
-    def within(self, model: Any, images: Tensor, milliseconds: float | None = None) -> Prediction:
+    def within(self, model: AdaptiveModel, images: Tensor, milliseconds: float | None = None) -> Prediction:
         """Answer within another time than usual.
 
         Raises:
@@ -218,7 +218,7 @@ class Deadline(Policy):
                 break
         return _uniform(model, images, step.logits, step.leaves)
 
-    def _answer(self, model: Any, images: Tensor) -> Prediction:
+    def _answer(self, model: AdaptiveModel, images: Tensor) -> Prediction:
         return self.within(model, images)
 
     def _note(self, step: tuple[int, ...], taken: float, slowdown: float) -> float:
@@ -314,7 +314,7 @@ class Load(Policy):
         state["calm"] = state["since"] = 0
         state["latencies"].clear()  # they tell of the depth before
 
-    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction:
+    def _answer(self, model: AdaptiveModel, images: Tensor) -> Prediction:
         return FixedDepth(self.depth)._answer(model, images)
 
 
@@ -354,7 +354,7 @@ class Confidence(Policy):
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(self.measure)}.")
 
-    def _answer(self, model: AdaptiveBase, images: Tensor) -> Prediction:
+    def _answer(self, model: AdaptiveModel, images: Tensor) -> Prediction:
         sizes = model.sizes
         if len(self.thresholds) > max(len(sizes) - 1, 1):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from hierens.core.adaptive import AdaptiveBase
 from hierens.evaluation.profiling import Profile, profile
-from hierens.export.writing import export
+from hierens.export.export import export
 from hierens.hub.saving import push_to_hub, save_pretrained
 
 
@@ -32,5 +32,5 @@ class Adaptive(AdaptiveBase):
         return push_to_hub(self, repo_id, **kwargs)
 
     def export(self, directory: str | Path, format: str = "onnx", **kwargs: Any) -> Path:
-        """Write a graph per depth for ONNX, OpenVINO, ExecuTorch, torch.export: see `hierens.export.writing.export`."""
+        """Write a graph per depth for ONNX, OpenVINO, ExecuTorch, torch.export: see `hierens.export.export.export`."""
         return export(self, directory, format, **kwargs)

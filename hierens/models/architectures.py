@@ -16,10 +16,10 @@ from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
-from hierens.models.converting import hierensify
+from hierens.models.conversion import hierensify
 from hierens.models.ensemble import HierarchicalEnsemble
-from hierens.models.exits import MultiExit
-from hierens.models.exits import multi_exit as with_exits
+from hierens.models.multi_exit import MultiExit
+from hierens.models.multi_exit import multi_exit as with_exits
 from hierens.models.tree_exits import TreeWithExits, tree_with_exits
 
 __all__ = [

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hierens.branches.fuse import LayersSeen, apart_at_every_step, attach_activations, fused_levels, refuse
 from hierens.branches.fused_layers import activations_apart, loses_no_number
 from hierens.branches.fused_level import FusedLevel
-from hierens.branches.fusing import LayersSeen, apart_at_every_step, attach_activations, fused_levels, refuse
-from hierens.branches.level import Activations, Executor, Level, copies
-from hierens.core.adaptive import Step, classifier_maker, statistics_once
+from hierens.branches.level import Activations, Executor, Level
+from hierens.core.adaptive import classifier_maker, statistics_once
 from hierens.core.equilibrium import scale_gradient, scaled
 from hierens.core.modes import ordinary_tensors
-from hierens.core.nesting import Nesting
-from hierens.core.tree import Tree, nested_sizes
-from hierens.core.values import is_empty, rows
-from hierens.cutting.cut import Cutting
+from hierens.core.predictions import PredictionWeights
+from hierens.core.protocol import Step
+from hierens.core.tree import nested_sizes
+from hierens.core.values import is_empty, select_samples
 from hierens.evaluation.profiling import branch_macs
 from hierens.models.growing import grow
 from hierens.models.level_tree import LevelTree
@@ -55,45 +55,10 @@ class HierarchicalEnsemble(LevelTree):
 
     architecture = "hne"
 
-    def __init__(self, backbone: nn.Module, cutting: Cutting, tree: Tree, init: Sequence[nn.Module] = ()) -> None:
-        """Put together a tree.
-
-        Args:
-            backbone: the network that was cut: its weights go to every branch unless `init` is given.
-            cutting: its pieces; the ensemble takes them over.
-            tree: one level per block.
-            init: a network per leaf of the full tree to draw the branches' weights from.
-        """
-        super().__init__()
-        self.tree = tree
-        leaves, last = tree.leaves, tree.levels - 1
-        self.levels = nn.ModuleList(
-            Level(copies(block, [self._drawn(block, level, branch, init) for branch in range(tree.width(level))]))
-            for level, block in enumerate(cutting.blocks)
-        )
-        self.head, self.classifier = (
-            Level(copies(piece, [self._drawn(piece, last, leaf, init) for leaf in range(leaves)]))
-            for piece in (cutting.head, cutting.classifier)
-        )
-        self._describe(
-            backbone, cutting.at, cutting.classifier_names, "0.", branching=list(tree.branching), leaves=leaves
-        )
-        names = tuple(f"classifier.{leaf}.{name}" for leaf in range(leaves) for name in cutting.classifier_names)
-        self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names
-        self.train(backbone.training)
-
-    def _drawn(self, block: nn.Module, level: int, branch: int, init: Sequence[nn.Module]) -> dict[str, Tensor]:
-        """The first weights of a branch: the backbone's own, or those of the first network that runs through it."""
-        own = block.state_dict()
-        if init:
-            fresh = init[branch * self.tree.span(level)].state_dict()
-            own = {name: fresh.get(name, tensor) for name, tensor in own.items()}
-        return own
-
     @property
-    def nesting(self) -> Nesting:
+    def prediction_weights(self) -> PredictionWeights:
         """Depth b is the mean of the first 2^b leaves (eq. 5)."""
-        return Nesting(nested_sizes(self.tree.leaves))
+        return PredictionWeights(nested_sizes(self.tree.leaves))
 
     # --- the path of a batch ----------------------------------------------------------------------------------------
 
@@ -118,7 +83,7 @@ class HierarchicalEnsemble(LevelTree):
             return self._no_logits(x, n, reduce)
         return self._logits(self._features(x, n), reduce)
 
-    def climb(self, x: Tensor, leaves: int, exits: int = 0) -> Iterator[Activations]:
+    def forward_levels(self, x: Tensor, leaves: int, exits: int = 0) -> Iterator[Activations]:
         """What each level hands on to the next, for the first leaves; a level is run when it is asked for.
 
         Args:
@@ -138,7 +103,7 @@ class HierarchicalEnsemble(LevelTree):
         self, index: int, above: Activations, parents: list[int], answering: tuple[int, int]
     ) -> tuple[Activations, list[int]]:
         """What a level reads, with gradients scaled so that every branch gets the mean over the answers behind it."""
-        of_parents, of_own = (self.answers_behind(level, *answering) for level in (index - 1, index))
+        of_parents, of_own = (self.num_outputs_below(level, *answering) for level in (index - 1, index))
         shares = [own / of_parents[parent] for own, parent in zip(of_own, parents, strict=True)]
         if set(shares) == {1.0}:
             return above, parents
@@ -148,7 +113,7 @@ class HierarchicalEnsemble(LevelTree):
         own = [scaled(values[parent], share) for parent, share in zip(parents, shares, strict=True)]
         return Activations(own), list(range(len(own)))
 
-    def answers_behind(self, index: int, leaves: int, exits: int = 0) -> list[int]:
+    def num_outputs_below(self, index: int, leaves: int, exits: int = 0) -> list[int]:
         """How many answers stand behind each branch of a level: networks, and exits on the way to the first of them."""
         span = self.tree.span(index)
         counts = [min(leaves - branch * span, span) for branch in range(self.tree.width(index, max(leaves, 1)))]
@@ -156,7 +121,7 @@ class HierarchicalEnsemble(LevelTree):
         return counts
 
     def _features(self, x: Tensor, leaves: int) -> Activations:
-        for activations in self.climb(x, leaves):
+        for activations in self.forward_levels(x, leaves):
             features = activations  # of the last level: those before are let go
         return features
 
@@ -210,7 +175,7 @@ class HierarchicalEnsemble(LevelTree):
             kept = yield Step(leaf + 1, total / (leaf + 1), spent, logits)
             if kept is not None:
                 count = len(total)
-                path, total = [rows(value, kept, count) for value in path], total[kept]
+                path, total = [select_samples(value, kept, count) for value in path], total[kept]
 
     def _plain_levels(self) -> list[Level]:
         """All levels of a model that is not fused."""
@@ -297,7 +262,7 @@ class HierarchicalEnsemble(LevelTree):
     @property
     def looped(self) -> dict[str, str]:
         """The levels that have no grouped form, by index (the head and the classifier come last), and why."""
-        reasons = {str(i): level.looped_because for i, level in enumerate(self.all_levels())}
+        reasons = {str(i): level.fallback_reason for i, level in enumerate(self.all_levels())}
         return {index: because for index, because in reasons.items() if because}
 
     def set_executor(self, executor: Executor) -> None:

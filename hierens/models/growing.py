@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from hierens.branches.checking import reasons_to_loop
+from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
 from hierens.branches.level import copies as branches_with
-from hierens.branches.packed import state_of
+from hierens.branches.tensors import state_of
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
 from hierens.cutting.cut import CutError, cut, next_cut
@@ -54,8 +54,8 @@ def grow(model: Grown) -> Grown:
     grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
         [*(level.narrowed(level.branches) for level in levels), upper, lower],
-        _planted(head.first(), head, copies=2, because=head.looped_because),
-        _planted(classifier.first(), classifier, copies=2, because=classifier.looped_because),
+        _planted(head.first(), head, copies=2, because=head.fallback_reason),
+        _planted(classifier.first(), classifier, copies=2, because=classifier.fallback_reason),
     )
     grown._model_args["at"] = list(cutting.at)
     return grown
@@ -65,7 +65,7 @@ def _planted(block: nn.Module, source: Level, copies: int, because: str) -> Leve
     """A level of a block, or of a part of it, with the weights of every branch of its source `copies` times."""
     own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
     level = Level(branches_with(block, own))
-    level.executor, level.looped_because = source.executor, because
+    level.executor, level.fallback_reason = source.executor, because
     return level.train(source.training)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hierens.branches.level import AnyLevel
+from hierens.core.model_info import ModelInfo
 from hierens.core.tree import Tree
 from hierens.models.adaptive import Adaptive
 
@@ -24,10 +24,25 @@ class LevelTree(Adaptive):
         classifier_names: of the last linear layer (two for a distilled backbone), as the backbone has them.
     """
 
-    tree: Tree
-    head: Any
-    classifier: Any
-    classifier_names: tuple[str, ...]
+    def __init__(
+        self, tree: Tree, levels: Sequence[AnyLevel], head: AnyLevel, classifier: AnyLevel, info: ModelInfo
+    ) -> None:
+        """Put together a tree.
+
+        Args:
+            tree: the arithmetic of levels, widths and leaves.
+            levels: one per level, with as many branches as the tree has there.
+            head: a branch per leaf, from the features to the classifier.
+            classifier: a branch per leaf, the last linear layer.
+            info: of the backbone or of another tree.
+        """
+        super().__init__(info)
+        self.tree, self.levels = tree, nn.ModuleList(levels)
+        self.head: Any = head
+        self.classifier: Any = classifier
+        self._model_args.update(branching=list(tree.branching), leaves=tree.leaves)
+        names = tuple(f"classifier.{leaf}.{name}" for leaf in range(tree.leaves) for name in self.classifier_names)
+        self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names
 
     @abstractmethod
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> LevelTree:
@@ -49,14 +64,10 @@ class LevelTree(Adaptive):
         levels: Sequence[AnyLevel],
         head: AnyLevel,
         classifier: AnyLevel,
-        kind: type[Any] | None = None,
+        kind: type[LevelTree] | None = None,
     ) -> Any:
-        """A model of its own (of this class, or of `kind`) that is described as this one but has other levels."""
-        other: Any = object.__new__(kind or type(self))
-        nn.Module.__init__(other)
-        kept = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in nn.Module().__dict__}
-        other.__dict__.update(kept, tree=tree, training=self.training, _macs={})
-        other.default_cfg = other.pretrained_cfg
-        other._model_args.update(branching=list(tree.branching), leaves=tree.leaves)
-        other.levels, other.head, other.classifier = nn.ModuleList(levels), head, classifier
+        """A model of its own (of this class, or of `kind`) with this one's record and settings and other levels."""
+        other = (kind or type(self))(tree, levels, head, classifier, self.info)
+        other.gradient_equilibrium, other.grad_checkpointing = self.gradient_equilibrium, self.grad_checkpointing
+        other.training = self.training
         return other

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 import hierens.models.architectures  # registers the entry points that a config names  # noqa: F401
 from hierens.core.errors import first_line
+from hierens.core.fetching import LoadError, read_files
 from hierens.core.modes import ordinary_tensors
-from hierens.files.fetching import LoadError, read_files
 from hierens.hub.saving import CONFIG, WEIGHTS
-from hierens.hub.vetting import TREES, Stored, check_fit, check_leaves, read_config, read_header, unbuildable
+from hierens.hub.validate import TREES, Stored, check_fit, check_leaves, read_config, read_header, unbuildable
 from hierens.inference.policies import POLICY, Policy, read_policy
 from hierens.models.adaptive import Adaptive
 

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.level import Executor
-from hierens.core.adaptive import Step
-from hierens.core.counting import count_macs
 from hierens.core.equilibrium import scaled
+from hierens.core.macs import count_macs
 from hierens.core.modes import ordinary_tensors
-from hierens.core.nesting import Nesting
+from hierens.core.predictions import PredictionWeights
+from hierens.core.protocol import Step
 from hierens.core.tree import nested_sizes
-from hierens.core.values import is_empty, rows
+from hierens.core.values import is_empty, select_samples
 from hierens.cutting.cut import cut
 from hierens.models.adaptive import Adaptive
-from hierens.models.converting import grown_from, planned
+from hierens.models.conversion import build_ensemble, build_tree
 from hierens.models.ensemble import HierarchicalEnsemble
-from hierens.models.exit_heads import ConvExit, HeadKind, PooledExit, early_exits
-from hierens.models.exits import MultiExit
+from hierens.models.heads import ConvExit, HeadKind, PooledExit, early_exits
+from hierens.models.multi_exit import MultiExit
 
 __all__ = ["TreeWithExits", "tree_with_exits"]
 
@@ -54,10 +54,10 @@ class TreeWithExits(Adaptive):
             exits: a head for every level but the last.
             head: their kind.
         """
-        super().__init__()
-        self.add_module("networks", networks)
+        super().__init__(networks.info.renamed("levels.0.", "networks.levels.0."))
+        self._modules["networks"] = networks  # add_module would ask for the property of that name
         self.exits = nn.ModuleList(exits)
-        self._describe_as(networks, ("levels.0.", "networks.levels.0."))
+        self.grad_checkpointing = networks.grad_checkpointing
         self._model_args["head"] = head
         names = networks.pretrained_cfg["classifier"]
         own = [f"networks.{name}" for name in ([names] if isinstance(names, str) else names)]
@@ -87,11 +87,12 @@ class TreeWithExits(Adaptive):
         return self._tree.levels
 
     @property
-    def nesting(self) -> Nesting:
+    def prediction_weights(self) -> PredictionWeights:
         """The exits one by one, then the mean of the first 1, 2, 4, ... networks."""
-        early = len(self.exits)
+        num_exits = len(self.exits)
         ensembles = nested_sizes(self._tree.tree.leaves)
-        return Nesting((*range(1, early + 1), *(early + size for size in ensembles)), early=early)
+        sizes = (*range(1, num_exits + 1), *(num_exits + size for size in ensembles))
+        return PredictionWeights(sizes, num_exits=num_exits)
 
     @property
     def gradient_equilibrium(self) -> bool:
@@ -141,24 +142,24 @@ class TreeWithExits(Adaptive):
         x = self._prepared(x)
         if is_empty(x):
             return self._no_logits(x, count, reduce)
-        early, networks = self._split(count)
-        climb = self._tree.climb(x, networks, early)
+        exits_run, networks = self._split(count)
+        levels = self._tree.forward_levels(x, networks, exits_run)
         answers = []
-        for index, exit in enumerate(self.exits[:early]):
-            value = next(climb).listed()[0]
+        for index, exit in enumerate(self.exits[:exits_run]):
+            value = next(levels).listed()[0]
             if self.gradient_equilibrium:
-                value = scaled(value, 1 / self._tree.answers_behind(index, networks, early)[0])
+                value = scaled(value, 1 / self._tree.num_outputs_below(index, networks, exits_run)[0])
             answers.append(exit(value))
         if networks:
-            answers += self._tree.leaf_logits(next(climb)).unbind(1)
+            answers += self._tree.leaf_logits(next(levels)).unbind(1)
         if reduce:
-            return answers[-1] if networks < 2 else torch.stack(answers[early:], 1).mean(1)
+            return answers[-1] if networks < 2 else torch.stack(answers[exits_run:], 1).mean(1)
         return torch.stack(answers, 1)
 
     def _split(self, leaves: int) -> tuple[int, int]:
         """Of the first leaves, how many are exits, and how many networks."""
-        early = min(leaves, len(self.exits))
-        return early, leaves - early
+        exits_run = min(leaves, len(self.exits))
+        return exits_run, leaves - exits_run
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions exit by exit, then network by network; every activation is computed once.
@@ -181,7 +182,7 @@ class TreeWithExits(Adaptive):
             logits = exit(path[-1])
             kept = yield Step(index + 1, logits, self.cost(index + 1, size), logits)
             if kept is not None:
-                path = [rows(value, kept, len(logits)) for value in path]
+                path = [select_samples(value, kept, len(logits)) for value in path]
         walk, kept = self._tree.walk(path, size), None
         for _ in range(self._tree.leaves):
             step = walk.send(kept)
@@ -194,12 +195,17 @@ class TreeWithExits(Adaptive):
     @ordinary_tensors
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> TreeWithExits | MultiExit:
         """A model of its own with only what a depth needs: below one whole network, a chain that ends at an exit."""
-        early, networks = self._split(self.leaves_at(depth, leaves))
-        exits: Any = copy.deepcopy(self.exits[:early])
+        exits_run, networks = self._split(self.leaves_at(depth, leaves))
+        exits: Any = copy.deepcopy(self.exits[:exits_run])
         if networks:
             return TreeWithExits(self.networks.at_depth(leaves=networks), exits, self._model_args["head"])
-        blocks = [self._tree.level(index).narrowed(1).first() for index in range(early)]
-        return MultiExit.beginning(self, blocks, exits, ("networks.levels.0.0.", "levels.0."))
+        blocks = [self._tree.level(index).narrowed(1).first() for index in range(exits_run)]
+        info = self.info.renamed("networks.levels.0.0.", "levels.0.")
+        info.model_args = {key: info.model_args[key] for key in ("backbone", "backbone_args", "at", "head")}
+        info.model_args.update(collaborate=False, weights=None, learn_weights=False)
+        chain = MultiExit(blocks, exits, info)
+        chain.gradient_equilibrium, chain.grad_checkpointing = self.gradient_equilibrium, self.grad_checkpointing
+        return chain.train(self.training)
 
     def fold_norms(self) -> TreeWithExits:
         """See `Adaptive.fold_norms`."""
@@ -226,17 +232,17 @@ class TreeWithExits(Adaptive):
     def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
         """Multiply-accumulates of the first exits and networks for one image (C, H, W)."""
         size = tuple(size or self.pretrained_cfg["input_size"])
-        early, networks = self._split(self.leaves if leaves is None else leaves)
-        way = self._tree.cost(networks, size) if networks else sum(self._tree.branch_macs(size)[:early])
-        return way + sum(self.exit_macs(size)[:early])
+        exits_run, networks = self._split(self.leaves if leaves is None else leaves)
+        way = self._tree.cost(networks, size) if networks else sum(self._tree.branch_macs(size)[:exits_run])
+        return way + sum(self.exit_macs(size)[:exits_run])
 
     def parameter_counts(self) -> tuple[int, ...]:
         """Parameters that each depth reads."""
         of_exits = [sum(p.numel() for p in exit.parameters()) for exit in self.exits]
         levels = [self._tree.level(index) for index in range(len(self.exits))]
         of_levels = [sum(p.numel() for p in level.parameters()) // level.branches for level in levels]
-        early = [sum(of_levels[:count]) + sum(of_exits[:count]) for count in range(1, len(of_exits) + 1)]
-        return (*early, *(count + sum(of_exits) for count in self._tree.parameter_counts()))
+        exits_run = [sum(of_levels[:count]) + sum(of_exits[:count]) for count in range(1, len(of_exits) + 1)]
+        return (*exits_run, *(count + sum(of_exits) for count in self._tree.parameter_counts()))
 
     # --- a timm model to timm's tools -------------------------------------------------------------------------------
 
@@ -322,7 +328,7 @@ def tree_with_exits(
         >>> model.depths, model.sizes  # two exits, then the first 1, 2 and 4 networks
         (5, (1, 2, 3, 4, 6))
     """
-    tree = planned(blocks, at, branching, leaves, init)
+    tree = build_tree(blocks, at, branching, leaves, init)
     if tree.levels < 2:
         raise ValueError("an exit stands between two blocks: a tree with exits needs blocks=2 at least.")
     cutting = cut(backbone, tree.levels, at, single=True)
@@ -330,4 +336,4 @@ def tree_with_exits(
         if seed is not None:
             torch.manual_seed(seed)
         exits = early_exits(head, backbone, cutting.blocks)
-    return TreeWithExits(grown_from(backbone, cutting, tree, init, seed, looped), exits, head)
+    return TreeWithExits(build_ensemble(backbone, cutting, tree, init, seed, looped), exits, head)

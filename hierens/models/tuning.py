@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from hierens.branches.fused_layers import FusedConvolution
 from hierens.branches.level import Activations, AnyLevel
+from hierens.core.atomic_files import replacing
 from hierens.core.errors import first_line
+from hierens.core.fetching import LoadError
+from hierens.core.json_files import is_finite, is_whole, read_json, short
 from hierens.core.modes import evaluating
 from hierens.core.tree import nested_sizes
 from hierens.core.version import __version__
 from hierens.evaluation.profiling import call_ms, table
-from hierens.files.fetching import LoadError
-from hierens.files.reading import is_finite, is_whole, read_json, short
-from hierens.files.saving import replacing
 from hierens.models.level_tree import LevelTree
 
 _REPEATS = 5  # rounds over all ways, interleaved

@@ -72,7 +72,7 @@ class TrainConfig:
     accumulation: int = 1
     """micro-batches per optimiser step"""
     objective: str = "independent+hierarchical_codistillation"
-    """the loss: see `hierens.losses.Objective`"""
+    """the loss: see `hierens.objectives.Objective`"""
     alpha: float = 0.5
     """weight of the distillation term against the labels' (HNE: 0.5 on CIFAR, 0.75 on ImageNet; one_for_all: 0.9)"""
     temperature: float = 2.0

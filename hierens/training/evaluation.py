@@ -40,7 +40,7 @@ def evaluate(
     module = accelerator.unwrap_model(model)
     gather(module)
     broadcast(list(module.buffers()))  # running statistics may differ, and the main process's are those saved
-    metrics = LeafMetrics(module.nesting.cpu())
+    metrics = LeafMetrics(module.prediction_weights.cpu())
     with evaluating(module):
         for images, targets in loader:
             if channels_last:

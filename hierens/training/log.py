@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hierens.files.reading import is_whole, parse_json, short
-from hierens.files.saving import replacing, sync
+from hierens.core.atomic_files import replacing, sync
+from hierens.core.json_files import is_whole, parse_json, short
 from hierens.training.checkpoints.files import free_space
 
 _LARGEST = 2**53  # of a step, or an epoch

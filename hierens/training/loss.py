@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hierens.core.nesting import Nesting
-from hierens.losses import Objective, distillation
+from hierens.core.predictions import PredictionWeights
+from hierens.losses import distillation
+from hierens.objectives import Objective
 from hierens.training.config import TeacherConfig, TrainConfig
 
 Precision = Callable[[], AbstractContextManager[Any]]  # such as `accelerator.autocast`
@@ -68,7 +69,7 @@ class TrainingLoss:
         targets: Tensor,
         step: int,
         precision: Precision,
-        nesting: Nesting | None = None,
+        prediction_weights: PredictionWeights | None = None,
     ) -> Tensor:
         """The loss, a mean over the batch.
 
@@ -78,9 +79,9 @@ class TrainingLoss:
             targets: (N,) or (N, classes).
             step: optimiser steps done.
             precision: a context that other models are run in, as `accelerator.autocast`.
-            nesting: how leaves make up the nested ensembles; by default as in a tree.
+            prediction_weights: the model's own; by default a tree's.
         """
-        loss = self.at(step)(leaf_logits, targets, self._answer(self.average, images, precision), nesting)
+        loss = self.at(step)(leaf_logits, targets, self._answer(self.average, images, precision), prediction_weights)
         answer = self._answer(self.teacher, images, precision)
         if answer is None:
             return loss

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from hierens.core.errors import did_you_mean
-from hierens.files.reading import read_json, short
+from hierens.core.json_files import read_json, short
 from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig, to_json
 
 _Config = TypeVar("_Config")

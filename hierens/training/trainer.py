@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from hierens.core.errors import first_line
 from hierens.hub.cards import COLUMNS
-from hierens.losses import Objective
 from hierens.models.adaptive import Adaptive
+from hierens.objectives import Objective
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoints.checkpoint import (
     CheckpointWriteError,
@@ -43,14 +43,14 @@ from hierens.training.checkpoints.checkpoint import (
 )
 from hierens.training.checkpoints.saving import save_model
 from hierens.training.config import TeacherConfig, TrainConfig, to_json
-from hierens.training.convolutions import subsampled_convolutions
 from hierens.training.data.loaders import check_division, data_signature
 from hierens.training.data.unreadable import check_readable, report_unreadable
 from hierens.training.evaluation import evaluate
 from hierens.training.lock import alone_in
 from hierens.training.log import JsonLines
 from hierens.training.loss import TrainingLoss
-from hierens.training.mixing import Mixing
+from hierens.training.mixup import Mixing
+from hierens.training.onednn import subsampled_convolutions
 from hierens.training.optimizers import create_optimizer, frozen_levels
 from hierens.training.randomness import seed_of
 from hierens.training.schedules import bring_up_to, create_schedule
@@ -137,7 +137,7 @@ class Trainer:
             teacher,
             teacher_config,
         )
-        _check_nesting(model, self.loss.objective, sharded)
+        _check_objective(model, self.loss.objective, sharded)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=sharded)  # else it comes to be copied
         self.optimizer, self.train_loader, self.val_loader = self.accelerator.prepare(
             optimizer, train_loader, val_loader
@@ -259,8 +259,8 @@ class Trainer:
         if config.channels_last:
             images = images.to(memory_format=torch.channels_last)
         leaf_logits = self.leaf_logits(images)
-        nesting = self.ensemble.nesting
-        loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast, nesting)
+        weights = self.ensemble.prediction_weights
+        loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast, weights)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             for level in frozen:
@@ -441,17 +441,17 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _check_nesting(model: Adaptive, objective: Objective, sharded: bool) -> None:
+def _check_objective(model: Adaptive, objective: Objective, sharded: bool) -> None:
     """Raise a ValueError if the objective does not fit how the leaves make up depths."""
-    nesting = model.nesting
-    learned = nesting.weights is not None and nesting.weights.requires_grad
+    weights = model.prediction_weights
+    learned = weights.leaf_weights is not None and weights.leaf_weights.requires_grad
     if learned and not objective.weighs_leaves:
         raise ValueError(
             f"no gradient reaches the exits' weights by {objective.name!r}: add 'ensemble' or 'hierarchical'."
         )
     if learned and sharded:
         raise ValueError("FSDP spreads weights that the loss needs as a whole: leave learn_weights out, or FSDP.")
-    objective.check(nesting)
+    objective.check(weights)
 
 
 def _shown(record: dict[str, Any], prefix: str) -> dict[str, list[float]]:

@@ -49,7 +49,7 @@ def test_the_public_names_are_there_in_the_program_too():
 import sys, _hierens_cli, hierens
 assert 'torch' not in sys.modules and set(hierens.__all__) <= set(dir(hierens))
 assert all(getattr(hierens, name) is not None for name in hierens.__all__)
-assert hierens.hierensify.__module__ == 'hierens.models.converting' and not hasattr(hierens, 'nothing')
+assert hierens.hierensify.__module__ == 'hierens.models.conversion' and not hasattr(hierens, 'nothing')
 import timm
 assert timm.is_model('hne')
 """

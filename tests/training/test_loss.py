@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hierens.losses import Objective, distillation
+from hierens.losses import distillation
+from hierens.objectives import Objective
 from hierens.training.config import TeacherConfig, TrainConfig
 from hierens.training.loss import TrainingLoss
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_trainer import trainer
 
-from hierens.files.fetching import LoadError
+from hierens.core.fetching import LoadError
 from hierens.training.checkpoints.checkpoint import choose_checkpoint
 from hierens.training.checkpoints.files import MANIFEST, damage, seal
 

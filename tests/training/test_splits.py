@@ -12,7 +12,7 @@ from made_up import jpeg, write_cifar, write_folders, write_shards
 from PIL import Image
 
 import hierens as library
-from hierens.export.writing import MANIFEST
+from hierens.export.export import MANIFEST
 from hierens.training.config import DataConfig
 from hierens.training.data.loaders import class_names, count_classes, create_datasets, create_held_out, create_loaders
 

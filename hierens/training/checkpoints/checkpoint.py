@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hierens.core.errors import first_line
-from hierens.files.fetching import LoadError
-from hierens.files.reading import short
+from hierens.core.fetching import LoadError
+from hierens.core.json_files import short
 from hierens.hub.saving import WEIGHTS, save_config
-from hierens.hub.vetting import check_types, read_header
+from hierens.hub.validate import check_types, read_header
 from hierens.training.checkpoints.files import (
     PARTIAL,
     damage,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from hierens.core.atomic_files import sync
 from hierens.core.errors import first_line
-from hierens.files.reading import read_json, short
-from hierens.files.saving import sync
+from hierens.core.json_files import read_json, short
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"

@@ -23,8 +23,8 @@ from accelerate.utils.other import load
 from torch import Tensor
 
 from hierens.core.errors import first_line
-from hierens.files.fetching import LoadError
-from hierens.files.reading import is_finite, is_whole, read_json, short
+from hierens.core.fetching import LoadError
+from hierens.core.json_files import is_finite, is_whole, read_json, short
 
 _State = TypeVar("_State")
 _MOST_BYTES = 32 * 2**20  # of trainer.json: its history has a record for each epoch, with a value for each leaf

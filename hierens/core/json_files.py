@@ -14,7 +14,7 @@ from reprlib import Repr
 from typing import Any
 
 from hierens.core.errors import first_line
-from hierens.files.fetching import LoadError
+from hierens.core.fetching import LoadError
 
 MOST_BYTES = 4 * 2**20  # ImageNet-21k's names and descriptions take less than half; parsed, it is 30 times that at most
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hierens.losses import Objective, hierarchical_codistillation, independent
+from hierens.losses import hierarchical_codistillation, independent
+from hierens.objectives import Objective
 from hierens.training.config import TrainConfig
-from hierens.training.mixing import Mixing
+from hierens.training.mixup import Mixing
 
 
 def batch(images=8):

@@ -8,9 +8,11 @@ from typing import Literal
 import timm
 import torch
 from timm.models import get_model_args
-from torch import nn
+from torch import Tensor, nn
 
-from hierens.branches.checking import reasons_to_loop
+from hierens.branches.check import reasons_to_loop
+from hierens.branches.level import Level, copies
+from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
 from hierens.cutting.cut import Cutting, cut
@@ -53,11 +55,11 @@ def hierensify(
         >>> model(torch.randn(1, 3, 64, 64), depth=1).shape
         torch.Size([1, 10])
     """
-    tree = planned(blocks, at, branching, leaves, init)
-    return grown_from(backbone, cut(backbone, tree.levels, at), tree, init, seed, looped)
+    tree = build_tree(blocks, at, branching, leaves, init)
+    return build_ensemble(backbone, cut(backbone, tree.levels, at), tree, init, seed, looped)
 
 
-def planned(
+def build_tree(
     blocks: int, at: Sequence[str] | None, branching: Sequence[int] | None, leaves: int | None, init: str
 ) -> Tree:
     """The tree that the arguments of `hierensify` ask for.
@@ -77,18 +79,36 @@ def planned(
     return tree if leaves is None else tree.prefix(leaves)
 
 
-def grown_from(
+def build_ensemble(
     backbone: nn.Module, cutting: Cutting, tree: Tree, init: str, seed: int | None, looped: Mapping[str, str] | None
 ) -> HierarchicalEnsemble:
-    """The ensemble of a backbone that was cut, which takes the pieces over; the rest is as for `hierensify`."""
-    drawn = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
+    """The ensemble of a backbone that was cut; it takes over the pieces. Other arguments are as for `hierensify`."""
+    networks = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
     reasons = reasons_to_loop(cutting, backbone) if looped is None else looped
-    ensemble = HierarchicalEnsemble(backbone, cutting, tree, drawn)
+    *levels, head, classifier = (
+        Level(copies(block, [_weights(block, leaf, networks) for leaf in range(0, tree.leaves, span)]))
+        for block, span in (
+            *((block, tree.span(level)) for level, block in enumerate(cutting.blocks)),
+            (cutting.head, 1),
+            (cutting.classifier, 1),
+        )
+    )
+    info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.0.")
+    ensemble = HierarchicalEnsemble(tree, levels, head, classifier, info)
     for index, level in enumerate(ensemble.all_levels()):
-        if because := reasons.get(str(index)):
-            level.loop(because)
-    ensemble.train(ensemble.training)  # which finds the grouped forms
+        if reason := reasons.get(str(index)):
+            level.loop(reason)
+    ensemble.train(backbone.training)  # which finds the grouped forms
     return ensemble
+
+
+def _weights(block: nn.Module, leaf: int, networks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The first weights of the branch on the path to a leaf: the leaf's own network's, or the backbone's."""
+    own = block.state_dict()
+    if networks:
+        fresh = networks[leaf].state_dict()
+        own = {name: fresh.get(name, tensor) for name, tensor in own.items()}
+    return own
 
 
 def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[nn.Module]:

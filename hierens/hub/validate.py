@@ -30,9 +30,9 @@ from torch.utils.flop_counter import flop_registry
 from hierens.branches.level import first_layout, in_first_layout
 from hierens.core.adaptive import AdaptiveBase
 from hierens.core.errors import first_line
-from hierens.files.fetching import LoadError
-from hierens.files.reading import is_finite, is_whole, read_json, short
-from hierens.hub.describing import check_labels, description
+from hierens.core.fetching import LoadError
+from hierens.core.json_files import is_finite, is_whole, read_json, short
+from hierens.hub.validate_config import check_labels, description
 
 _SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
 ARGUMENTS = {

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hierens.branches.fusing import fold_where_traced
-from hierens.core.adaptive import Step, statistics_once
-from hierens.core.counting import count_macs
+from hierens.branches.fuse import fold_where_traced
+from hierens.core.adaptive import statistics_once
 from hierens.core.equilibrium import scaled
+from hierens.core.macs import count_macs
+from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
-from hierens.core.nesting import Nesting
-from hierens.core.values import is_empty, rows
-from hierens.cutting.cut import Cutting, cut
-from hierens.models.adaptive import Adaptive
-from hierens.models.exit_heads import Embedding, Exit, HeadKind, OwnExit, early_exits
+from hierens.core.predictions import PredictionWeights
+from hierens.core.protocol import Step
+from hierens.core.values import is_empty, select_samples
+from hierens.cutting.cut import cut
 from hierens.models.exit_weights import ExitWeights, prior
+from hierens.models.heads import Embedding, Exit, HeadKind, OwnExit, early_exits
 from hierens.models.pruning import Pruning, WeightedExits, prune
 
 __all__ = ["MultiExit", "multi_exit"]
@@ -47,54 +48,29 @@ class MultiExit(WeightedExits):
     architecture = "multi_exit"
     unit: ClassVar[str] = "exits"
 
-    def __init__(self, backbone: nn.Module, cutting: Cutting, exits: Sequence[Exit], **arguments: Any) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        exits: Sequence[Exit],
+        info: ModelInfo,
+        *,
+        embeddings: Sequence[Embedding] = (),
+        weighting: ExitWeights | None = None,
+    ) -> None:
         """Put together a chain.
 
         Args:
-            backbone: the network that was cut.
-            cutting: its pieces; the chain takes them over.
+            blocks: in sequence.
             exits: one per block.
-            arguments: what makes the same exits again: `head`, `collaborate`, `weights`, `learn_weights`.
+            info: of the backbone or of another model; its `model_args` say how the exits are made again.
+            embeddings: one for every exit but the first, for collaboration.
+            weighting: the weights of the ensemble of exits.
         """
-        super().__init__()
+        super().__init__(info)
         self.positions = tuple(range(len(exits)))
-        self.levels, self.exits = nn.ModuleList(cutting.blocks), nn.ModuleList(exits)
-        self._describe(backbone, cutting.at, cutting.classifier_names, "", **arguments)
-        self.embeddings = nn.ModuleList()
-        like = next(backbone.parameters())
-        if arguments["collaborate"]:
-            made = [Embedding(self.num_classes) for _ in exits[1:]]
-            self.embeddings = nn.ModuleList(made).to(like.device, like.dtype)
-        self.weighting: ExitWeights | None = None
-        if arguments["weights"] is not None:
-            self.weighting = ExitWeights(arguments["weights"], arguments["learn_weights"]).to(like.device, like.dtype)
+        self.levels, self.exits = nn.ModuleList(blocks), nn.ModuleList(exits)
+        self.embeddings, self.weighting = nn.ModuleList(embeddings), weighting
         self._name_classifiers()
-        self.train(backbone.training)
-
-    @classmethod
-    def beginning(
-        cls, other: Adaptive, blocks: Sequence[nn.Module], exits: Sequence[Exit], inside: tuple[str, str]
-    ) -> MultiExit:
-        """A chain of the first blocks of another model, with exits that each answer alone.
-
-        Args:
-            other: that model, which was described.
-            blocks: of this one alone.
-            exits: one per block.
-            inside: what begins the names of the first block's layers there, and what begins them here.
-        """
-        chain = object.__new__(cls)
-        nn.Module.__init__(chain)
-        chain.positions = tuple(range(len(exits)))
-        chain.levels, chain.exits = nn.ModuleList(blocks), nn.ModuleList(exits)
-        chain.embeddings, chain.weighting = nn.ModuleList(), None
-        chain._describe_as(other, inside)
-        chain.gradient_equilibrium = other.gradient_equilibrium
-        own = {"kept", "branching", "leaves", "looped"}
-        chain._model_args = {key: value for key, value in chain._model_args.items() if key not in own}
-        chain._model_args.update(collaborate=False, weights=None, learn_weights=False)
-        chain._name_classifiers()
-        return chain.train(other.training)
 
     def _name_classifiers(self) -> None:
         """Tell timm which layers depend on the number of classes."""
@@ -119,10 +95,10 @@ class MultiExit(WeightedExits):
         return None if self.weighting is None else self.weighting()
 
     @property
-    def nesting(self) -> Nesting:
+    def prediction_weights(self) -> PredictionWeights:
         """Depth b is exit b alone, or the weighted mean of the logits of exits 0 to b."""
         sizes = tuple(range(1, len(self.exits) + 1))
-        return Nesting(sizes, self.weights, early=len(sizes) if self.weighting is None else 0)
+        return PredictionWeights(sizes, self.weights, num_exits=len(sizes) if self.weighting is None else 0)
 
     # --- the path of a batch ----------------------------------------------------------------------------------------
 
@@ -186,7 +162,7 @@ class MultiExit(WeightedExits):
 
     def _together(self, logits: Tensor) -> Tensor:
         """The ensemble's logits (N, classes) from those of the first exits, (N, exits, classes)."""
-        return self.nesting.of_first(logits.shape[1])(logits)[:, 0]
+        return self.prediction_weights.of_first(logits.shape[1])(logits)[:, 0]
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions exit by exit; every block is run once.
@@ -214,7 +190,7 @@ class MultiExit(WeightedExits):
             answers = torch.cat([answers, logits[:, None]], 1)
             kept = yield Step(index + 1, self._together(answers), self.cost(index + 1, size), logits)
             if kept is not None:
-                value, logits, answers = rows(value, kept, len(answers)), logits[kept], answers[kept]
+                value, logits, answers = select_samples(value, kept, len(answers)), logits[kept], answers[kept]
 
     # --- fewer exits, more collaboration ----------------------------------------------------------------------------
 
@@ -419,12 +395,15 @@ def multi_exit(
     heads: list[Exit] = [*early, own]
     if learn_weights and weights is None:
         weights = "uniform"
-    return MultiExit(
-        backbone,
-        cutting,
+    own_weights = None if weights is None else list(prior(weights, len(heads)))
+    info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.")
+    info.model_args.update(head=head, collaborate=collaborate, weights=own_weights, learn_weights=learn_weights)
+    like = next(backbone.parameters())
+    model = MultiExit(
+        cutting.blocks,
         heads,
-        head=head,
-        collaborate=collaborate,
-        weights=None if weights is None else list(prior(weights, len(heads))),
-        learn_weights=learn_weights,
+        info,
+        embeddings=[Embedding(info.num_classes).to(like.device, like.dtype) for _ in heads[1:]] if collaborate else [],
+        weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights).to(like.device, like.dtype),
     )
+    return model.train(backbone.training)

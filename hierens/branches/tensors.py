@@ -22,7 +22,7 @@ _LAID = {
 
 
 @dataclass(frozen=True)
-class Width:
+class BranchSlice:
     """Which of a level's branches run: `active` of `total`, from `start` on; each input feeds `siblings` of them.
 
     `laid` says whether the tensors of ordinary branches lie one after another in memory (see `lay`).
@@ -60,10 +60,10 @@ class Layer(Protocol):
 
     module: Any
 
-    def rows(self, name: str, width: Width) -> Any:
+    def rows(self, name: str, width: BranchSlice) -> Any:
         """The active branches' values of a parameter or buffer along dim 0, (w*O, ...); None if there is none."""
 
-    def stacked(self, name: str, width: Width) -> Any:
+    def stacked(self, name: str, width: BranchSlice) -> Any:
         """The same along a new dim 0, (w, ...)."""
 
 
@@ -74,11 +74,11 @@ class PackedLayer:
         """A layer; `scalars` names those of its tensors that have no dimensions in a single branch."""
         self.module, self.scalars = module, scalars
 
-    def rows(self, name: str, width: Width) -> Any:
+    def rows(self, name: str, width: BranchSlice) -> Any:
         """See `Layer`."""
         return width.rows(getattr(self.module, name))
 
-    def stacked(self, name: str, width: Width) -> Any:
+    def stacked(self, name: str, width: BranchSlice) -> Any:
         """See `Layer`."""
         rows = self.rows(name, width)
         return rows if rows is None or name in self.scalars else rows.unflatten(0, (width.active, -1))
@@ -102,15 +102,15 @@ class Stack:
         }
         self._views: dict[tuple[str, bool, int, int], Tensor] = {}
 
-    def rows(self, name: str, width: Width) -> Any:
+    def rows(self, name: str, width: BranchSlice) -> Any:
         """See `Layer`."""
         return self._as_one(name, width, flat=True)
 
-    def stacked(self, name: str, width: Width) -> Any:
+    def stacked(self, name: str, width: BranchSlice) -> Any:
         """See `Layer`."""
         return self._as_one(name, width, flat=False)
 
-    def _as_one(self, name: str, width: Width, flat: bool) -> Tensor | None:
+    def _as_one(self, name: str, width: BranchSlice, flat: bool) -> Tensor | None:
         key = (name, flat, width.start, width.active)
         if width.laid and not torch.is_grad_enabled():
             view = self._views.get(key)
@@ -146,7 +146,7 @@ class _AsOne(torch.autograd.Function):
         return None, None, *(gradient.chunk(len(ctx.tensors)) if ctx.along else gradient.unbind())
 
 
-def _part(whole: Tensor, width: Width, along: bool) -> Tensor:
+def _part(whole: Tensor, width: BranchSlice, along: bool) -> Tensor:
     """Some branches of what `lay` returned, (w, ...), or along dim 0."""
     one, offset = whole[0], whole.storage_offset() + width.start * whole.stride(0)
     shape, strides = list(one.shape), list(one.stride())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import hierens
-from hierens.training.convolutions import SubsampledConvolutions, subsampled_convolutions
+from hierens.training.onednn import SubsampledConvolutions, subsampled_convolutions
 
 DEMO = Path(__file__).with_name("demo_run.py")
 

@@ -11,7 +11,7 @@ are moved the old ones are gone first and the new ones come last: such a program
 
 Writers to one folder wait for each other where the system can lock a folder: not on Windows, nor on some network file
 systems, where saving works all the same as long as there is one writer at a time. Readers never wait: they look whether
-what they read was replaced meanwhile (`identities`), as `hierens.files.fetching.read_files` does.
+what they read was replaced meanwhile (`identities`), as `hierens.core.fetching.read_files` does.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from hostile import bases, little_memory, starved
 from safetensors.torch import load_file, save_file
 
 import hierens
-from hierens.files.fetching import LoadError
-from hierens.hub.vetting import check_arguments, read_config
+from hierens.core.fetching import LoadError
+from hierens.hub.validate import check_arguments, read_config
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hierens.branches.fused_layers import FusedConvolution, activations_apart, attachable
 from hierens.branches.fused_level import Apart, FusedLevel, apart_in, packed_state
+from hierens.branches.grouped_block import Packed, traced
+from hierens.branches.layers import SAME, STANDARDISED, standardised
 from hierens.branches.level import AnyLevel, Level
-from hierens.branches.packed import concatenate, replace, state_of
-from hierens.branches.packed_layers import SAME, STANDARDISED, standardised
-from hierens.branches.packing import Packed, traced
-from hierens.branches.packing_rules import PackError
-from hierens.core.adaptive import Step
+from hierens.branches.rules import PackError
+from hierens.branches.tensors import concatenate, replace, state_of
+from hierens.core.protocol import Step
 from hierens.cutting.graphs import Block
 
 _CONVOLUTIONS = (nn.Conv2d, *SAME, *STANDARDISED)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from hierens.core.adaptive import AdaptiveBase
+from hierens.core.atomic_files import saving
 from hierens.core.errors import did_you_mean, first_line
 from hierens.core.labels import label_names
 from hierens.core.modes import evaluating
 from hierens.core.version import __version__
 from hierens.export.formats import FORMATS, INPUT, OUTPUT, Format, Run
 from hierens.export.graphs import for_inference, graph
-from hierens.files.saving import saving
 
 MANIFEST = "export.json"
 _WRITTEN = (MANIFEST, "weights.bin", *(f"depth_*{kind.suffix}" for kind in FORMATS.values()))
@@ -99,7 +99,7 @@ def export(
         made = _written(model, kind, first, chosen, size, kind.apart or quantize is not None)
         differences = _checked(model, made, chosen, shown, TOLERANCE) if check else {}
         if quantize is not None:
-            from hierens.export.quantizing import quantized
+            from hierens.export.quantization import quantized
 
             made = quantized(made, partial, [_name(kind, depth) for depth in reversed(chosen)], calibrating)
             differences = _checked(model, made, chosen, calibrating[:1], _ROUGH) if check else {}

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
 
-from hierens.core.counting import MacCounter
 from hierens.core.errors import first_line
+from hierens.core.macs import MacCounter
 from hierens.cutting.graphs import Block
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from hierens.branches import packed_layers as layers
+from hierens.branches import layers as layers
 from hierens.branches.fused_layers import FusedConvolution
-from hierens.branches.packed import Layer, Width, state_of
-from hierens.branches.packing_rules import ABOUT, BINARY, UNARY, Form, PackError, layer_form, per_channel, reads_parents
+from hierens.branches.rules import ABOUT, BINARY, UNARY, Form, PackError, layer_form, per_channel, reads_parents
+from hierens.branches.tensors import BranchSlice, Layer, state_of
 
 
 class PerBranch(nn.Module):
@@ -26,7 +26,7 @@ class PerBranch(nn.Module):
         self.forms, self.spec = list(forms), spec
         self.changes = isinstance(target, list) and change_in_place(target)
 
-    def forward(self, width: Width, *flat: Any) -> Any:
+    def forward(self, width: BranchSlice, *flat: Any) -> Any:
         """What the branches return, one after another if any argument holds images, else stacked."""
         split = [self._split(value, form, width) for value, form in zip(flat, self.forms, strict=True)]
         if self.changes:  # views of one tensor may not be changed one by one where gradients are recorded
@@ -43,7 +43,7 @@ class PerBranch(nn.Module):
         return self._joined(results)
 
     @staticmethod
-    def _split(value: Any, form: Form, width: Width) -> Sequence[Any]:
+    def _split(value: Any, form: Form, width: BranchSlice) -> Sequence[Any]:
         if form is Form.WEIGHT and isinstance(value, Tensor):
             return value.unbind()
         if form is Form.BATCH and isinstance(value, Tensor):

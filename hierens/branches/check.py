@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from hierens.branches.level import Activations, Executor, Level, copies
-from hierens.branches.packed import state_of
+from hierens.branches.tensors import state_of
 from hierens.core.errors import first_line
 from hierens.core.modes import evaluating, quiet_dropout
 from hierens.core.timm_info import example_input
@@ -65,8 +65,8 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
         nn.ModuleList.train(level, training)
         quiet_dropout(level)
         level.group()
-        if level.looped_because:
-            return level.looped_because, False
+        if level.fallback_reason:
+            return level.fallback_reason, False
         before = {name: tensor.clone() for name, tensor in statistics.items()}
         try:
             expected = _run(level, "looped", inputs, parents)

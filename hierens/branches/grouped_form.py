@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hierens.branches.packed import Stack, are_laid, state_of
-from hierens.branches.packing import Packed
-from hierens.branches.packing_rules import PackError, layer_form, per_channel
+from hierens.branches.grouped_block import Packed
+from hierens.branches.rules import PackError, layer_form, per_channel
+from hierens.branches.tensors import Stack, are_laid, state_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = (Tensor, nn.Parameter)
@@ -29,7 +29,7 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 class BranchLayers:
-    """The layers of several ordinary branches, as `hierens.branches.rewriting.Layers`."""
+    """The layers of several ordinary branches, as `hierens.branches.rewrite.Layers`."""
 
     def __init__(self, branches: Sequence[nn.Module], wholes: Mapping[str, Tensor]) -> None:
         self.branches, self.block, self.wholes = list(branches), branches[0], wholes
@@ -68,7 +68,7 @@ class GroupedForm:
         Args:
             branches: all of a level.
             known: the types of a branch's modules by name, of which the grouped form has been checked.
-            wholes: what `hierens.branches.packed.lay` returned for these branches.
+            wholes: what `hierens.branches.tensors.lay` returned for these branches.
         """
         closed = dict(_unlike(branches, known))
         self.packed: Packed | None = None

@@ -1,6 +1,6 @@
 """What has a packed form, and which: layers, functions and methods.
 
-The form of a value says how it holds the branches of a level; `hierens.branches.rewriting` writes conversions where
+The form of a value says how it holds the branches of a level; `hierens.branches.rewrite` writes conversions where
 forms meet.
 """
 
@@ -20,7 +20,7 @@ from timm.layers.std_conv import StdConv2dSame
 from timm.models.nfnet import NormFreeBlock
 from torch import Tensor, nn
 
-from hierens.branches import packed_layers as layers
+from hierens.branches import layers as layers
 from hierens.branches.fused_layers import FusedConvolution, fused_convolution
 
 

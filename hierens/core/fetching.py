@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hierens.files.saving import find, identities
+from hierens.core.atomic_files import find, identities
 
 _Read = TypeVar("_Read")
 _PATIENCE = 10.0  # seconds until a folder whose files are replaced all the time is given up

@@ -29,20 +29,20 @@ from timm.layers.std_conv import StdConv2dSame
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hierens.branches.packed import Layer, Width
+from hierens.branches.tensors import BranchSlice, Layer
 
 
-def to_batch(value: Any, width: Width) -> Any:
+def to_batch(value: Any, width: BranchSlice) -> Any:
     """From side by side (N, w*C, ...) to one after another (w*N, C, ...); tuples tensor by tensor."""
     return tree_map_only(Tensor, lambda x: x.unflatten(1, (width.active, -1)).transpose(0, 1).flatten(0, 1), value)
 
 
-def to_channels(value: Any, width: Width) -> Any:
+def to_channels(value: Any, width: BranchSlice) -> Any:
     """From one after another (w*N, C, ...) to side by side (N, w*C, ...); tuples tensor by tensor."""
     return tree_map_only(Tensor, lambda x: x.unflatten(0, (width.active, -1)).transpose(0, 1).flatten(1, 2), value)
 
 
-def to_siblings(value: Any, width: Width) -> Any:
+def to_siblings(value: Any, width: BranchSlice) -> Any:
     """From one input per parent (N, parents*C, ...) to one per branch (N, w*C, ...); tuples tensor by tensor."""
     if width.siblings == 1:
         return value
@@ -54,19 +54,19 @@ def to_siblings(value: Any, width: Width) -> Any:
     return tree_map_only(Tensor, repeated, value)
 
 
-def shape_of_parents(x: Tensor, width: Width) -> torch.Size:
+def shape_of_parents(x: Tensor, width: BranchSlice) -> torch.Size:
     """The shape (w*N, C, ...) that a tensor with one input per parent would have one after another."""
     batch, channels, *rest = x.shape
     return torch.Size((batch * width.active, channels // width.parents, *rest))
 
 
-def shape_in_batch(x: Tensor, width: Width) -> torch.Size:
+def shape_in_batch(x: Tensor, width: BranchSlice) -> torch.Size:
     """The shape (w*N, C, ...) that a tensor lying side by side would have one after another."""
     batch, channels, *rest = x.shape
     return torch.Size((batch * width.active, channels // width.active, *rest))
 
 
-def shape_of_one(weights: Tensor, width: Width) -> torch.Size:
+def shape_of_one(weights: Tensor, width: BranchSlice) -> torch.Size:
     """The shape that weights (w, ...) have in a single branch."""
     return weights.shape[1:]
 
@@ -78,7 +78,7 @@ SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # TensorFlow's padding,
 STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
-def convolution(layer: Layer, x: Tensor, width: Width, shared: bool = False) -> Tensor:
+def convolution(layer: Layer, x: Tensor, width: BranchSlice, shared: bool = False) -> Tensor:
     """Any convolution over w branches: they are further groups. On what siblings share, they are further outputs."""
     module, weight, bias = layer.module, layer.rows("weight", width), layer.rows("bias", width)
     if isinstance(module, STANDARDISED):
@@ -99,7 +99,7 @@ def standardised(module: Any, weight: Tensor, gain: Tensor | None) -> Tensor:
     return F.batch_norm(flat, None, None, gain, None, True, 0.0, module.eps).reshape_as(weight)
 
 
-def batch_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+def batch_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """Batch norm is per channel, so branches are further channels; their statistics are updated in place."""
     module = layer.module
     tracked = module.training and module.track_running_stats
@@ -119,7 +119,7 @@ def batch_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
     return _then_act(module, x)
 
 
-def group_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+def group_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """Group norm over w branches: w times the groups."""
     module = layer.module
     groups = module.num_groups * width.active
@@ -127,7 +127,7 @@ def group_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
     return _then_act(module, x)
 
 
-def channel_layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+def channel_layer_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """Layer norm over the channels (N, w*C, H, W) of each branch, at every position."""
     module = layer.module
     rows = x.unflatten(1, (width.active, -1)).movedim(2, -1)  # (N, w, H, W, C)
@@ -140,7 +140,7 @@ def channel_layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
     return _then_act(module, x)
 
 
-def blur_pool(layer: Layer, x: Tensor, width: Width) -> Tensor:
+def blur_pool(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """Timm's anti-aliased downsampling; its filter is a constant that all branches share."""
     module = layer.module
     x = F.pad(x, module.padding, mode=module.pad_mode)
@@ -148,7 +148,7 @@ def blur_pool(layer: Layer, x: Tensor, width: Width) -> Tensor:
     return F.conv2d(x, weight, stride=module.stride, groups=x.shape[1])
 
 
-def stochastic_depth(layer: Layer, x: Tensor, width: Width) -> Tensor:
+def stochastic_depth(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """Drop-path drawn per sample and branch, so that siblings are dropped independently of each other."""
     module = layer.module
     if not module.training or module.drop_prob == 0.0:
@@ -167,7 +167,7 @@ def _then_act(module: nn.Module, x: Tensor) -> Tensor:
 # --- layers over feature maps one after another ----------------------------------------------------------------------
 
 
-def linear(layer: Layer, x: Tensor, width: Width) -> Tensor:
+def linear(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """A linear layer of w branches: one batched matrix product. (w*N, ..., in) -> (w*N, ..., out)."""
     if width.active == 1:  # fewer kernels, which is what a small batch on a GPU waits for
         return F.linear(x, layer.rows("weight", width), layer.rows("bias", width))
@@ -180,7 +180,7 @@ def linear(layer: Layer, x: Tensor, width: Width) -> Tensor:
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
-def layer_norm(layer: Layer, x: Tensor, width: Width) -> Tensor:
+def layer_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """Layer norm over the last dimensions, with each branch's own scale and shift."""
     module = layer.module
     if width.active == 1:
@@ -204,23 +204,23 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def concatenate_channels(tensors: Sequence[Tensor], width: Width) -> Tensor:
+def concatenate_channels(tensors: Sequence[Tensor], width: BranchSlice) -> Tensor:
     """`torch.cat` along the channels of each branch."""
     return torch.cat([x.unflatten(1, (width.active, -1)) for x in tensors], 2).flatten(1, 2)
 
 
-def split_channels(x: Tensor, size: int | Sequence[int], width: Width) -> tuple[Tensor, ...]:
+def split_channels(x: Tensor, size: int | Sequence[int], width: BranchSlice) -> tuple[Tensor, ...]:
     """`torch.split` along the channels of each branch."""
     parts = x.unflatten(1, (width.active, -1)).split(size, 2)
     return tuple(part.flatten(1, 2) for part in parts)
 
 
-def chunk_channels(x: Tensor, chunks: int, width: Width) -> tuple[Tensor, ...]:
+def chunk_channels(x: Tensor, chunks: int, width: BranchSlice) -> tuple[Tensor, ...]:
     """`torch.chunk` along the channels of each branch."""
     return tuple(part.flatten(1, 2) for part in x.unflatten(1, (width.active, -1)).chunk(chunks, 2))
 
 
-def broadcast_channels(op: str, a: Tensor, b: Tensor, width: Width) -> Tensor:
+def broadcast_channels(op: str, a: Tensor, b: Tensor, width: BranchSlice) -> Tensor:
     """An elementwise operation of two tensors side by side, of which one may have one channel per branch."""
     operation = _OPERATIONS[op]
     if a.shape[1:2] == b.shape[1:2]:
@@ -228,7 +228,7 @@ def broadcast_channels(op: str, a: Tensor, b: Tensor, width: Width) -> Tensor:
     return operation(a.unflatten(1, (width.active, -1)), b.unflatten(1, (width.active, -1))).flatten(1, 2)
 
 
-def with_weights_of_channels(op: str, a: Tensor, b: Tensor, width: Width, first: bool) -> Tensor:
+def with_weights_of_channels(op: str, a: Tensor, b: Tensor, width: BranchSlice, first: bool) -> Tensor:
     """An elementwise operation of a tensor side by side and weights (w, ...); `first`: the weights are `a`."""
     operation = _OPERATIONS[op]
     x, weight = (b, a) if first else (a, b)
@@ -237,7 +237,7 @@ def with_weights_of_channels(op: str, a: Tensor, b: Tensor, width: Width, first:
     return (operation(weight, branches) if first else operation(branches, weight)).flatten(1, 2)
 
 
-def with_weights(op: str, a: Tensor, b: Tensor, width: Width, first: bool = False) -> Tensor:
+def with_weights(op: str, a: Tensor, b: Tensor, width: BranchSlice, first: bool = False) -> Tensor:
     """An elementwise operation of a tensor (w*N, ...) and weights (w, ...); `first`: the weights are `a`."""
     operation = _OPERATIONS[op]
     x, weight = (b, a) if first else (a, b)
@@ -246,13 +246,13 @@ def with_weights(op: str, a: Tensor, b: Tensor, width: Width, first: bool = Fals
     return (operation(weight, branches) if first else operation(branches, weight)).flatten(0, 1)
 
 
-def spread(weight: Tensor, sizes: Sequence[int], width: Width) -> Tensor:
+def spread(weight: Tensor, sizes: Sequence[int], width: BranchSlice) -> Tensor:
     """`weight.expand(batch, ...)` for weights (w, 1, ...) whose first size is that of the batch: (w*N, ...)."""
     batch, *rest = sizes
     return weight.expand(width.active, batch // width.active, *rest).flatten(0, 1)
 
 
-def repeated(weight: Tensor, repeats: Sequence[int], width: Width) -> Tensor:
+def repeated(weight: Tensor, repeats: Sequence[int], width: BranchSlice) -> Tensor:
     """`weight.repeat(batch, ...)` for weights (w, 1, ...): (w*N, ...)."""
     batch, *rest = repeats
     return weight.repeat(1, batch // width.active, *rest).flatten(0, 1)

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import hierens
 from hierens.branches.fused_layers import FusedConvolution, attachable, fused_convolution
-from hierens.branches.packed import Width
+from hierens.branches.tensors import BranchSlice
 
 FAMILIES = {
     "resnet10t": "batch norm, ReLU",
@@ -207,7 +207,7 @@ def test_attached_activations_are_those_of_torch(activation):
     weight, bias = torch.randn(5 * 16, 4, 3, 3), torch.randn(5 * 16)
     fused = FusedConvolution(layer, weight, bias, activation)
     assert attachable(activation)
-    width = Width(3, 5, start=1)
+    width = BranchSlice(3, 5, start=1)
     plain = nn.functional.conv2d(x, weight[16:64], bias[16:64], padding=1, groups=6)
     torch.testing.assert_close(fused_convolution(fused, x, width), activation(plain), rtol=1e-4, atol=1e-4)
     assert len(fused._kernels) == 1, "oneDNN's own operator must have run"
@@ -297,7 +297,7 @@ def test_sets_of_branches_that_take_turns_do_not_push_each_other_out(monkeypatch
 
     def run(active, start=0):
         x = torch.randn(1, 16 * active, 8, 8).contiguous(memory_format=torch.channels_last)
-        width = Width(active, 8, start)
+        width = BranchSlice(active, 8, start)
         plain = nn.functional.conv2d(x, width.rows(layer.weight), padding=1, groups=active)
         torch.testing.assert_close(fused_convolution(layer, x, width), plain, rtol=1e-4, atol=1e-4)
 

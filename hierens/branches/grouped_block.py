@@ -3,7 +3,7 @@
 The block is traced down to single layers. Convolutions and all that works per channel keep the branches side by side
 in channels; whatever works per sample takes them one after another in the batch; a layer for which neither can be done
 is called once per branch, in place, while the rest of the block stays packed. Where the form changes, a conversion is
-written into the graph. Packing is an optimisation, never a need: `hierens.branches.checking.self_check` says whether it
+written into the graph. Packing is an optimisation, never a need: `hierens.branches.check.self_check` says whether it
 is right, and a block that cannot be traced to its layers is looped as a whole.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 from timm.models import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 
-from hierens.branches.packed import Width, caches_of, forget
-from hierens.branches.packing_rules import OPENED, Form, PackError, layer_form, per_channel
-from hierens.branches.rewriting import Layers, Rewriter
+from hierens.branches.rewrite import Layers, Rewriter
+from hierens.branches.rules import OPENED, Form, PackError, layer_form, per_channel
+from hierens.branches.tensors import BranchSlice, caches_of, forget
 from hierens.core.errors import first_line
 
 _MOST_CLOSED = 40  # modules of a block that may be left whole because they cannot be traced
@@ -52,7 +52,7 @@ class Packed:
         self.looped, self.apart = rewriter.looped, frozenset(rewriter.apart)
         self.channelwise = not any(form is Form.BATCH for _, form in rewriter.conversions)
 
-    def __call__(self, values: Tensor | tuple[Tensor, ...], width: Width) -> Any:
+    def __call__(self, values: Tensor | tuple[Tensor, ...], width: BranchSlice) -> Any:
         """What the block returns for the branches, all side by side, given what the parents handed on, side by side."""
         return self._graph(*(values if isinstance(values, tuple) else (values,)), width)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hierens.files.fetching import LoadError
-from hierens.files.reading import is_finite, is_whole, short
+from hierens.core.fetching import LoadError
+from hierens.core.json_files import is_finite, is_whole, short
 
 _LARGEST_SIDE = 2**16
 _MOST_ELEMENTS = 2**23  # of an image: 3 x 1672 x 1672; the largest of timm are 3 x 1024 x 1024

@@ -1,0 +1,89 @@
+"""What timm's tools read from a model: carried from the backbone to every model that is made of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from timm.models import get_model_args
+from torch import nn
+
+from hierens.core.timm_info import input_size
+
+
+@dataclass
+class ModelInfo:
+    """The record that a model's constructor takes.
+
+    Attributes:
+        num_classes: number of classes.
+        num_features: channels of the backbone's feature maps.
+        head_hidden_size: channels that the backbone's classifier reads.
+        in_chans: image channels.
+        classifier_names: of the backbone's last linear layers: one, or two for a distilled backbone.
+        pretrained_cfg: timm's description of the model and its preprocessing.
+        model_args: from which timm's entry point makes the model again; plain values.
+        no_weight_decay: the backbone's names of parameters without weight decay.
+        traits: timm's record of what was changed after construction.
+    """
+
+    num_classes: int
+    num_features: int
+    head_hidden_size: int
+    in_chans: int
+    classifier_names: tuple[str, ...]
+    pretrained_cfg: dict[str, Any]
+    model_args: dict[str, Any]
+    no_weight_decay: set[str] = field(default_factory=set)
+    traits: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_backbone(
+        cls, backbone: nn.Module, at: Sequence[str], classifier_names: tuple[str, ...], first_level: str
+    ) -> ModelInfo:
+        """The record of a model that is made of a backbone.
+
+        Args:
+            backbone: the network that was cut.
+            at: names of the modules before which it was cut.
+            classifier_names: names of its last linear layers.
+            first_level: what begins the names of the first block's layers in the model, such as `levels.0.`.
+        """
+        features = int(backbone.num_features)  # type: ignore[arg-type]
+        cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
+        args = get_model_args(backbone) if cfg.get("architecture") else {}
+        names: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
+        info = cls(
+            num_classes=int(backbone.num_classes),  # type: ignore[arg-type]
+            num_features=features,
+            head_hidden_size=int(getattr(backbone, "head_hidden_size", features)),
+            in_chans=input_size(backbone)[0],
+            classifier_names=classifier_names,
+            pretrained_cfg={**cfg, "input_size": input_size(backbone)},
+            model_args={
+                "backbone": cfg.get("architecture"),
+                "backbone_args": {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")},
+                "at": list(at),
+            },
+            no_weight_decay=set(names() if names else ()),
+            traits=dict(getattr(backbone, "_traits", {})),
+        )
+        first_conv = cfg.get("first_conv")
+        info._name_first_conv(f"{first_level}{first_conv}" if isinstance(first_conv, str) else None)
+        return info
+
+    def copy(self) -> ModelInfo:
+        """A record of its own."""
+        return copy.deepcopy(self)
+
+    def renamed(self, before: str, after: str) -> ModelInfo:
+        """A record of its own for a model in which the names of the first block's layers begin otherwise."""
+        info = self.copy()
+        if isinstance(first_conv := info.pretrained_cfg.get("first_conv"), str):
+            info._name_first_conv(first_conv.replace(before, after))
+        return info
+
+    def _name_first_conv(self, name: str | None) -> None:
+        self.pretrained_cfg["first_conv"] = self.traits["first_conv"] = name

@@ -1,0 +1,108 @@
+"""The prediction of each depth as a weighted mean of leaf logits.
+
+The leaves of a tree are its networks, those of a multi-exit network its exits. Losses, metrics and calibration take the
+predictions of all depths from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionWeights:
+    """A matrix (depths, leaves) of weights: row b, times the leaf logits, is the prediction of depth b.
+
+    Every row sums to 1, so the logits of all depths have the same scale. Weights of rows are the leaves' own weights,
+    normalised over the leaves that take part: a network that stops early predicts what the whole network predicts at
+    that depth.
+
+    Attributes:
+        sizes: leaves evaluated at each depth.
+        leaf_weights: positive, one per leaf that is not one of `num_exits`; equal by default.
+        num_exits: the first `num_exits` leaves are exits: each is the prediction of its depth by itself, and none has a
+            weight in the ensembles of later leaves.
+
+    Examples:
+        >>> leaf_logits = torch.tensor([[[0.0], [4.0], [8.0]]])  # one image, three leaves, one class
+        >>> PredictionWeights((1, 2, 3))(leaf_logits).flatten().tolist()
+        [0.0, 2.0, 4.0]
+        >>> PredictionWeights((1, 2, 3), torch.tensor([1.0, 1.0, 2.0])).matrix().tolist()
+        [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]
+        >>> PredictionWeights((1, 2, 3), num_exits=1).matrix().tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.5, 0.5]]
+    """
+
+    sizes: tuple[int, ...]
+    leaf_weights: Tensor | None = None
+    num_exits: int = 0
+
+    def matrix(self, like: Tensor | None = None) -> Tensor:
+        """The weights, (depths, leaves), float32 or of the type and device of a tensor."""
+        like = torch.empty(0) if like is None else like
+        own = like.new_ones(self.sizes[-1])
+        if self.leaf_weights is not None:
+            own = torch.cat([own[: self.num_exits], self.leaf_weights.to(own)])
+        takes_part = torch.zeros(len(self.sizes), len(own), dtype=torch.bool)
+        for depth, leaves in enumerate(self.members):
+            takes_part[depth, leaves] = True
+        weights = own * takes_part.to(own.device)
+        return weights / weights.sum(1, keepdim=True)
+
+    @property
+    def members(self) -> list[slice]:
+        """The leaves that have a weight in the prediction of each depth."""
+        return [slice(size - 1 if size <= self.num_exits else self.num_exits, size) for size in self.sizes]
+
+    def __call__(self, leaf_logits: Tensor) -> Tensor:
+        """The predictions of all depths, (N, depths, classes).
+
+        Args:
+            leaf_logits: (N, leaves, classes); half precision is summed in float32.
+
+        Raises:
+            ValueError: logits of another shape or type, or of too few leaves.
+        """
+        check_logits(leaf_logits)
+        if leaf_logits.shape[1] != self.sizes[-1]:
+            raise ValueError(f"expected logits of {self.sizes[-1]} leaves, got {leaf_logits.shape[1]}.")
+        logits = at_least_float32(leaf_logits)
+        matrix = self.matrix(logits)
+        # Row by row over the members alone, and not as one matrix product, which autocast and TF32 would round and in
+        # which a leaf that is not finite would spoil every depth.
+        rows = [(matrix[depth, of, None] * logits[:, of]).sum(1) for depth, of in enumerate(self.members)]
+        return torch.stack(rows, 1)
+
+    @property
+    def has_ensembles(self) -> bool:
+        """Whether any prediction is the mean of several leaves."""
+        return self.num_exits < self.sizes[-1]
+
+    def of_first(self, leaves: int) -> PredictionWeights:
+        """The prediction of the first `leaves` leaves alone."""
+        own = None if self.leaf_weights is None else self.leaf_weights[: max(leaves - self.num_exits, 0)]
+        return replace(self, sizes=(leaves,), leaf_weights=own, num_exits=min(self.num_exits, leaves))
+
+    def cpu(self) -> PredictionWeights:
+        """The same on the CPU, without gradients."""
+        return replace(self, leaf_weights=None if self.leaf_weights is None else self.leaf_weights.detach().cpu())
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision converted to float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_logits(leaf_logits: Tensor) -> None:
+    """Raise a ValueError unless these are leaf logits (N, leaves, classes)."""
+    shape = tuple(leaf_logits.shape)
+    if leaf_logits.ndim != 3 or not leaf_logits.is_floating_point():
+        raise ValueError(
+            "leaf logits must be floating-point (N, leaves, classes), got "
+            f"{leaf_logits.dtype} of shape {shape}: call the model with reduce=False."
+        )
+    if shape[1] == 0:
+        raise ValueError(f"leaf logits must hold at least one leaf, got shape {shape}.")
