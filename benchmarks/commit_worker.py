@@ -5,6 +5,8 @@ It runs in older checkouts, too, so it imports nothing of hierens but what those
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
 import time
@@ -38,6 +40,9 @@ def serve() -> None:
             backbone = timm.create_model(name, **(SMALL_ARGUMENTS if name == SMALL else {"num_classes": 1000}))
             is_tree = isinstance(backbone, hierens.HierarchicalEnsemble)
             made[name] = backbone if is_tree else hierens.hierensify(backbone, blocks=4, init="reinit", seed=0)
+            del backbone
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what conversion freed is not memory of the calls that follow
         return made[name]
 
     def call(name: str, way: str, batch: int, depth: int) -> Any:
@@ -70,8 +75,28 @@ def serve() -> None:
         made[key] = run
         return run
 
+    def losses(name: str, steps: int) -> list[float]:
+        """Of the first steps of training, from weights and images that depend on a seed alone."""
+        made.clear()
+        model, size = tree(name).train(), 32 if name == SMALL else 64
+        draw = torch.Generator().manual_seed(0)
+        images = torch.randn(steps, 8, 3, size, size, generator=draw)
+        labels = torch.randint(0, 100, (steps, 8), generator=draw)
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        objective, found = Objective("independent+hierarchical_codistillation"), []
+        for of_step, targets in zip(images, labels, strict=True):
+            loss = objective(model(of_step, reduce=False), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
     for line in sys.stdin:
         asked = json.loads(line)
+        if "steps" in asked:
+            print(json.dumps({"losses": losses(asked["network"], asked["steps"])}), flush=True)
+            continue
         run = call(*asked["cell"])
         start = time.perf_counter()
         for _ in range(asked["times"]):

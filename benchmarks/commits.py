@@ -32,7 +32,7 @@ WORKER = Path(__file__).with_name("commit_worker.py")
 PAGE = ROOT / "docs" / "results" / "commits.md"
 NETWORKS = ("hne_mobilenetv2_075", "resnet18", "resnet50", "efficientnet_b0")
 WAYS = ("fused", "unfused", "training")
-TRAINING_BATCH, MIN_ROUNDS, MAX_ROUNDS = 8, 5, 41
+TRAINING_BATCH, MIN_ROUNDS, MAX_ROUNDS, STEPS = 8, 5, 41, 20
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Settings:
     """for the rounds of one cell; at least five rounds are run"""
     record: Path | None = field(default=RECORD)
     """the file that cells are kept in"""
+    losses_only: bool = False
+    """compare the losses of training, and leave the times as recorded"""
 
 
 class Checkout:
@@ -71,8 +73,15 @@ class Checkout:
 
     def time(self, cell: tuple[str, str, int, int], times: int = 1) -> dict[str, float]:
         """Seconds of one call, the mean of some, and the highest memory so far in MB."""
+        return self._ask({"cell": cell, "times": times})
+
+    def losses(self, network: str, steps: int) -> list[float]:
+        """Of the first training steps, from seeded weights and images."""
+        return list(self._ask({"network": network, "steps": steps})["losses"])
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"cell": cell, "times": times}) + "\n")
+        self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return dict(json.loads(self.process.stdout.readline()))
 
@@ -87,6 +96,12 @@ class Checkout:
 def main(settings: Settings) -> None:
     """Measure, and write the page."""
     file = settings.record
+    if settings.losses_only:
+        record = json.loads(RECORD.read_text())
+        record["training"] = {"commit": commit(settings.new), "losses": trained(settings)}
+        write_json(RECORD, record)
+        PAGE.write_text(page(record))
+        return
     rows: list[dict[str, Any]] = []
     for name, way in product(settings.networks, settings.ways):
         pair = Checkout(settings.old), Checkout(settings.new)
@@ -96,12 +111,27 @@ def main(settings: Settings) -> None:
         for checkout in pair:
             checkout.close()
     if file is not None:
+        if set(settings.ways) < set(WAYS) and file.exists():  # the other ways stay as they were recorded
+            rows = [row for row in json.loads(file.read_text())["rows"] if row["way"] not in settings.ways] + rows
         record = {"old": commit(settings.old), "new": commit(settings.new), "machine": machine(), "rows": rows}
+        record["training"] = {"commit": record["new"], "losses": trained(settings)}
         write_json(file, record)
         PAGE.write_text(page(record))
     for way in settings.ways:
         ratios = [row["ratio"] for row in rows if row["way"] == way]
         print(way, f"geometric mean {statistics.geometric_mean(ratios):.3f}, at most {max(ratios):.3f}")
+
+
+def trained(settings: Settings) -> dict[str, list[list[float]]]:
+    """The losses of `STEPS` steps of each network with small inputs, old and new."""
+    found = {}
+    for name in settings.networks:
+        pair = Checkout(settings.old), Checkout(settings.new)
+        found[name] = [checkout.losses(name, STEPS) for checkout in pair]
+        for checkout in pair:
+            checkout.close()
+        print(name, max(abs(a - b) / abs(a) for a, b in zip(*found[name], strict=True)), flush=True)
+    return found
 
 
 def cells(name: str, way: str, batch_sizes: tuple[int, ...]) -> Iterator[tuple[str, str, int, int]]:
@@ -163,6 +193,16 @@ def page(record: dict[str, Any]) -> str:
         for row in rows
     ]
     header = ("network", "way", "batch", "depth", "old (ms)", "new (ms)", "new / old", "peak memory (MB)")
+    training = [
+        (
+            name,
+            f"{old[0]:.4f}",
+            f"{old[-1]:.4f}",
+            f"{max(abs(a - b) / abs(a) for a, b in zip(old, new, strict=True)):.1e}",
+        )
+        for name, (old, new) in record["training"]["losses"].items()
+    ]
+    first_and_last = ("network", "loss of step 1", f"of step {STEPS}", "largest relative difference, old to new")
     return f"""# Ordinary branches against packed ones
 
 Levels used to hold their branches' weights packed in single tensors; now each branch is an ordinary module, and a
@@ -176,6 +216,11 @@ Measured on {machine["cores"]} cores of {machine["processor"]} ({machine["instru
 {table(("way", "geometric mean", "cells", "slowest cell"), summary)}
 
 {table(header, cells)}
+
+Training gives the same losses within the rounding of float32. From the same seeded weights, {STEPS} steps of SGD with
+momentum 0.9 on random images (batches of 8), the old commit and `{record["training"]["commit"]}`:
+
+{table(first_and_last, training)}
 
 ```bash
 python benchmarks/commits.py OLD_CHECKOUT

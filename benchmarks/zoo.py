@@ -32,6 +32,7 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 import hierens
+from hierens.branches.check import reasons_to_loop
 from hierens.core.modes import quiet_dropout
 from hierens.core.timm_info import example_input
 from hierens.cutting.cut import cut
@@ -123,7 +124,8 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     start = time.perf_counter()
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
     branching = (1, 1, 1, 2) if millions > HUGE else (1, 1, 2, 2) if millions > LARGE else (1, 2, 2, 2)
-    model = hierens.hierensify(backbone, branching=branching).eval()
+    reasons = reasons_to_loop(cut(backbone, BLOCKS), backbone)  # of every block, also where a tree has one branch
+    model = hierens.hierensify(backbone, branching=branching, looped=reasons).eval()
     found: dict[str, Any] = {
         "seconds": time.perf_counter() - start,
         "pixels": x.shape[-1],

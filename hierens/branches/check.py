@@ -21,7 +21,8 @@ from hierens.core.timm_info import example_input
 from hierens.core.values import Value
 from hierens.cutting.cut import Cutting
 
-_HEAVY = 50_000_000  # weights of a block from which float64 would need many GB
+_LARGE = 2_000_000  # weights of a block from which float64 is only tried where float32 differs
+_HEAVY = 50_000_000  # and from which it is not, for it would need many GB
 _DRAWN = 65_521  # a prime, so that no two channels get the same
 _CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
 
@@ -31,8 +32,8 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
 
     Three branches with independent weights and inputs are run both ways, in evaluation and in training (dropout off),
     with two batch sizes, with fewer branches than there are and with siblings that share their input; outputs and
-    running statistics are compared, and the branches, as a control that must differ: in float64, or in float32 where
-    the block insists on that or is so large that memory does.
+    running statistics are compared, and the branches, as a control that must differ. They run in float64, or in float32
+    if the block needs that or is large: then float64 decides where float32 differs, up to a size.
 
     Args:
         block: a block of a cutting; it is left as it is.
@@ -42,22 +43,24 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
     values = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point() for value in values):
         return "values other than batches of feature maps cross into it"
-    reasons = []
-    heavy = sum(parameter.numel() for parameter in block.parameters()) > _HEAVY
-    for dtype in (torch.float32,) if heavy else (torch.float64, torch.float32):
+    weights = sum(parameter.numel() for parameter in block.parameters())
+    dtypes = (torch.float32, torch.float64) if weights > _LARGE else (torch.float64, torch.float32)
+    reason = ""
+    for dtype in dtypes[: 1 if weights > _HEAVY else 2]:
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code that failed
-            because, blamed = _disagreement(block, example, dtype, seed)
-        if not blamed:
-            return because
-        reasons.append(because)
-    return reasons[-1]
+            found, loop_failed = _disagreement(block, example, dtype, seed)
+        if not (loop_failed and reason):
+            reason = found
+        if not reason or (dtype is torch.float64 and not loop_failed):
+            break
+    return reason
 
 
 def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, seed: int) -> tuple[str, bool]:
     """What differs between the two ways to run a level; and whether that is because even the loop fails."""
     generator = torch.Generator().manual_seed(seed)
     probe = copy.deepcopy(block).to("cpu", dtype)
-    level = Level(copies(probe, [_perturbed(probe, generator) for _ in range(3)]))
+    level = Level(copies(probe, (_perturbed(probe, generator) for _ in range(3))))
     statistics = dict(level.named_buffers())
     for training, batch, parents in ((False, 1, (0, 1, 2)), (True, 2, (0, 1)), (False, 2, (0, 0))):
         mode = "training" if training else "evaluation"
@@ -178,17 +181,23 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def reasons_to_loop(cutting: Cutting, backbone: nn.Module) -> dict[str, str]:
-    """The pieces whose grouped form may not be used, by index, and why."""
+def reasons_to_loop(cutting: Cutting, backbone: nn.Module, branches: Sequence[int] | None = None) -> dict[str, str]:
+    """The pieces whose grouped form may not be used, by index, and why.
+
+    Args:
+        cutting: the blocks, the head and the classifier.
+        backbone: the network that was cut.
+        branches: of each piece; one that has a single branch is not checked. All are by default.
+    """
     pieces = (*cutting.blocks, cutting.head, cutting.classifier)
     value: Any = _small_example(backbone)
-    examples = []
-    for piece in pieces:
-        examples.append(value)
+    found = {}
+    for index, piece in enumerate(pieces):
+        if branches is None or branches[index] > 1:
+            found[str(index)] = self_check(piece, value)
         with torch.no_grad(), evaluating(piece):
             value = piece(*value) if isinstance(value, tuple) else piece(value)
-    found = {str(i): self_check(piece, x) for i, (piece, x) in enumerate(zip(pieces, examples, strict=True))}
-    return {index: because for index, because in found.items() if because}
+    return {index: reason for index, reason in found.items() if reason}
 
 
 def _small_example(backbone: nn.Module) -> Tensor:

@@ -401,7 +401,7 @@ def first_layout(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def copies(block: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> list[nn.Module]:
+def copies(block: nn.Module, states: Iterable[Mapping[str, Tensor]]) -> list[nn.Module]:
     """Copies of a block, each with the weights of one state dict, by the block's own names."""
     made = []
     for state in states:

@@ -84,7 +84,8 @@ def build_ensemble(
 ) -> HierarchicalEnsemble:
     """The ensemble of a backbone that was cut; it takes over the pieces. Other arguments are as for `hierensify`."""
     networks = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
-    reasons = reasons_to_loop(cutting, backbone) if looped is None else looped
+    branches = [*tree.widths(), tree.leaves, tree.leaves]
+    reasons = reasons_to_loop(cutting, backbone, branches) if looped is None else looped
     *levels, head, classifier = (
         Level(copies(block, [_weights(block, leaf, networks) for leaf in range(0, tree.leaves, span)]))
         for block, span in (

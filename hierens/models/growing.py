@@ -42,8 +42,9 @@ def grow(model: Grown) -> Grown:
     network, at = _Network(model.at_depth(0)), model._model_args["at"]
     cutting = cut(network, at=[*at, next_cut(network, at)])
     *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
-    reasons = reasons_to_loop(cutting, network)
     leaves = model.tree.leaves
+    branches = [*(1 for _ in levels), last.branches, 2 * last.branches, 1, 1]  # only the two new levels are checked
+    reasons = reasons_to_loop(cutting, network, branches)
     upper, lower = (
         _planted(block, last, copies=copies, because=reasons.get(str(index), ""))
         for index, block, copies in (
