@@ -32,7 +32,7 @@ WORKER = Path(__file__).with_name("commit_worker.py")
 PAGE = ROOT / "docs" / "results" / "commits.md"
 NETWORKS = ("hne_mobilenetv2_075", "resnet18", "resnet50", "efficientnet_b0")
 WAYS = ("fused", "unfused", "training")
-TRAINING_BATCH, MIN_ROUNDS, MAX_ROUNDS, STEPS = 8, 5, 41, 20
+TRAINING_BATCH, MAX_ROUNDS, STEPS = 8, 41, 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 8)
     """images per call of inference"""
     seconds: float = 3.0
-    """for the rounds of one cell; at least five rounds are run"""
+    """for the rounds of one cell"""
+    rounds: int = 5
+    """of one cell at least"""
     record: Path | None = field(default=RECORD)
     """the file that cells are kept in"""
     losses_only: bool = False
@@ -106,7 +108,7 @@ def main(settings: Settings) -> None:
     for name, way in product(settings.networks, settings.ways):
         pair = Checkout(settings.old), Checkout(settings.new)
         for cell in cells(name, way, settings.batch_sizes):
-            rows.append(measured(*pair, cell, settings.seconds))
+            rows.append(measured(*pair, cell, settings.seconds, settings.rounds))
             print(rows[-1], flush=True)
         for checkout in pair:
             checkout.close()
@@ -143,11 +145,13 @@ def cells(name: str, way: str, batch_sizes: tuple[int, ...]) -> Iterator[tuple[s
             yield name, way, batch, depth
 
 
-def measured(old: Checkout, new: Checkout, cell: tuple[str, str, int, int], seconds: float) -> dict[str, Any]:
+def measured(
+    old: Checkout, new: Checkout, cell: tuple[str, str, int, int], seconds: float, least: int
+) -> dict[str, Any]:
     """A cell: both in turn, in alternating order."""
     first = max(checkout.time(cell)["s"] for checkout in (old, new))
     times = max(1, int(0.05 / first))
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / (2 * times * first))))
+    rounds = min(MAX_ROUNDS, max(least, int(seconds / (2 * times * first))))
     found: list[tuple[float, float]] = []
     for turn in range(rounds):
         order = (old, new) if turn % 2 else (new, old)

@@ -76,6 +76,8 @@ def test_a_model_is_made_by_its_constructor(model):
     assert smaller.num_classes == model.num_classes and smaller.pretrained_cfg is smaller.default_cfg
     smaller.pretrained_cfg["mean"] = (9.0, 9.0, 9.0)
     assert model.pretrained_cfg["mean"] != (9.0, 9.0, 9.0)
+    if isinstance(smaller, hierens.FusedEnsemble):
+        return  # its layers are packed, and have no names of single branches
     names = smaller.pretrained_cfg["classifier"]
     for name in [names] if isinstance(names, str) else names:
         assert smaller.get_submodule(name).out_features == 10
