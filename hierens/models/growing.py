@@ -53,7 +53,7 @@ def grow(model: Grown) -> Grown:
     )
     grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
-        [*(level.narrowed(level.branches) for level in levels), upper, lower],
+        [*(level.first_branches(level.branches) for level in levels), upper, lower],
         _planted(head.first(), head, copies=2, because=head.fallback_reason),
         _planted(classifier.first(), classifier, copies=2, because=classifier.fallback_reason),
     )
