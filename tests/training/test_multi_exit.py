@@ -114,7 +114,7 @@ def test_flags_alone_train_a_multi_exit_network(tmp_path):
         ({}, {"objective": "independent+ensemble"}, "exits that answer alone are no ensemble"),
         ({"method": "hne", "collaborate": False, "blocks": 2}, {}, "a tree's leaves are peers"),
         ({**WITH_EXITS, "blocks": 2}, {}, "a tree's leaves are peers"),
-        ({"start": "/nowhere"}, {}, "no directory here"),
+        ({"start": "/nowhere"}, {}, "not a local directory"),
         ({}, {"freeze_levels": 4}, "freeze_levels is 4, but the model has 3 levels"),
         ({"backbone": "hne_resnet50_cifar", "backbone_args": {}}, {}, "made by the method 'hne'"),
     ],
