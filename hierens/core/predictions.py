@@ -70,8 +70,8 @@ class PredictionWeights:
             raise ValueError(f"expected logits of {self.sizes[-1]} leaves, got {leaf_logits.shape[1]}.")
         logits = at_least_float32(leaf_logits)
         matrix = self.matrix(logits)
-        # Row by row over the members only: autocast and TF32 would round a matrix product, and leaves that are not finite
-        # would affect all depths.
+        # Row by row over the members only: autocast and TF32 would round a matrix product, in which a leaf that is not
+        # finite would also affect all depths.
         rows = [(matrix[depth, of, None] * logits[:, of]).sum(1) for depth, of in enumerate(self.members)]
         return torch.stack(rows, 1)
 
