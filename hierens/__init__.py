@@ -1,7 +1,7 @@
-"""Hierarchical neural ensembles and multi-exit networks of any timm backbone: one checkpoint, every budget.
+"""Hierarchical neural ensembles and multi-exit networks from any timm backbone: one checkpoint, every budget.
 
-Importing it registers its models with timm, which takes as long as importing torch does. Only the program `hierens`
-puts that off until a command needs it: see `_hierens_cli.py`.
+Importing hierens registers its models with timm, which takes as long as importing torch. Only the program `hierens`
+delays this until a command needs it: see `_hierens_cli.py`.
 """
 
 import sys
@@ -21,7 +21,7 @@ if TYPE_CHECKING or "_hierens_cli" not in sys.modules:
     from hierens.models.multi_exit import MultiExit, multi_exit
     from hierens.models.tree_exits import TreeWithExits, tree_with_exits
 else:
-    _HOMES = {
+    _MODULES = {
         "core.protocol": ("Step",),
         "models.adaptive": ("Adaptive",),
         "inference.calibration": ("calibrate",),
@@ -35,12 +35,12 @@ else:
     }
 
     def __getattr__(name: str) -> Any:
-        """The public names all the same, each from its module when it is asked for (PEP 562)."""
+        """Import public names from their modules at first use (PEP 562)."""
         from importlib import import_module
 
-        for home, names in _HOMES.items():
+        for module, names in _MODULES.items():
             if name in names:
-                return getattr(import_module(f"hierens.{home}"), name)
+                return getattr(import_module(f"hierens.{module}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

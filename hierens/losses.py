@@ -1,8 +1,8 @@
-"""Losses over leaf logits (N, leaves, classes), each a sum of cross-entropies: means over the batch, in float32.
+"""Losses of leaf logits (N, leaves, classes): sums of cross-entropies, averaged over the batch, in float32.
 
-Those of trees are equations (9) to (12) of Ruiz & Verbeek (arXiv 2003.01474), with y_n the logits of leaf n, y^b the
-mean of the first 2^b, y^E = y^B that of all, and l(y, t) the cross-entropy of softmax(y) to t. Those of multi-exit
-networks are of IMTA (arXiv 1908.06294) and AEP (arXiv 2301.12168).
+The losses of trees are equations (9) to (12) of Ruiz & Verbeek (arXiv 2003.01474): y_n are the logits of leaf n, y^b is
+the mean of the first 2^b, y^E = y^B the mean of all, and l(y, t) the cross-entropy of softmax(y) with target t. The
+losses of multi-exit networks are from IMTA (arXiv 1908.06294) and AEP (arXiv 2301.12168).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Softening(TypedDict, total=False):
-    """How teachers' and students' logits are brought together in the distilled terms; all of it optional.
+    """Options of the distillation terms.
 
     Attributes:
-        teacher: logits (N, classes) in place of the full ensemble's; no gradient flows into them.
+        teacher: logits (N, classes) that replace the full ensemble's; no gradient flows into them.
         prediction_weights: as for `nested_predictions`.
         temper_students: as for `Objective`.
         standardize: as `Objective.standardize_logits`.
@@ -43,24 +43,24 @@ class Softening(TypedDict, total=False):
 def nested_predictions(
     leaf_logits: Logits, prediction_weights: PredictionWeights | None = None
 ) -> Float[Tensor, "n depths classes"]:
-    """The nested ensembles' logits, y^b = 1 / 2^b sum_{n <= 2^b} y_n (eq. 5), and the mean of all leaves.
+    """The logits of the nested ensembles, y^b = 1 / 2^b sum_{n <= 2^b} y_n (eq. 5), and the mean of all leaves.
 
     Args:
         leaf_logits: (N, leaves, classes); half precision is summed in float32.
-        prediction_weights: the model's own, `model.prediction_weights`, if it is no tree.
+        prediction_weights: `model.prediction_weights`; by default those of a tree.
 
     Returns:
         (N, depths, classes): means over the first 1, 2, 4, ... and all leaves.
 
     Raises:
-        ValueError: logits of another shape or type.
+        ValueError: the logits have another shape or type.
     """
     check_logits(leaf_logits)
     return (prediction_weights or PredictionWeights(nested_sizes(leaf_logits.shape[1])))(leaf_logits)
 
 
 def independent(leaf_logits: Logits, target: Target) -> Scalar:
-    """L_I = sum_n l(y_n, y): every network learns the labels (eq. 9).
+    """L_I = sum_n l(y_n, y): the loss of each network on the labels (eq. 9).
 
     Args:
         leaf_logits: (N, leaves, classes).
@@ -79,13 +79,13 @@ def hierarchical(
     prediction_weights: PredictionWeights | None = None,
     depth_weights: Sequence[float] = (),
 ) -> Scalar:
-    """L_H = sum_{b <= B} l(y^b, y): every nested ensemble learns the labels (eq. 10).
+    """L_H = sum_{b <= B} l(y^b, y): the loss of each nested ensemble on the labels (eq. 10).
 
     Args:
         leaf_logits: (N, leaves, classes).
         target: class indices (N,) or probabilities (N, classes).
         prediction_weights: as for `nested_predictions`.
-        depth_weights: of the nested ensembles, all 1 by default.
+        depth_weights: weights of the nested ensembles, all 1 by default.
 
     Returns:
         The sum over nested ensembles of the cross-entropy, mean over the batch.
@@ -95,7 +95,7 @@ def hierarchical(
 
 
 def ensemble(leaf_logits: Logits, target: Target, prediction_weights: PredictionWeights | None = None) -> Scalar:
-    """l(y^B, y): the full ensemble alone learns the labels, as AEP has it (arXiv 2301.12168).
+    """l(y^B, y): the loss of the full ensemble on the labels, as in AEP (arXiv 2301.12168).
 
     Args:
         leaf_logits: (N, leaves, classes).
@@ -103,7 +103,7 @@ def ensemble(leaf_logits: Logits, target: Target, prediction_weights: Prediction
         prediction_weights: as for `nested_predictions`.
 
     Returns:
-        Its cross-entropy, mean over the batch.
+        The cross-entropy, mean over the batch.
     """
     return _to_labels(nested_predictions(leaf_logits, prediction_weights)[:, -1:], target)
 
@@ -111,16 +111,16 @@ def ensemble(leaf_logits: Logits, target: Target, prediction_weights: Prediction
 def codistillation(
     leaf_logits: Logits, target: Target | None = None, temperature: float = 2.0, **soft: Unpack[Softening]
 ) -> Scalar:
-    """L_D = sum_n l(y_n, softmax(y^E / T)): every network learns from the full ensemble (eq. 11).
+    """L_D = sum_n l(y_n, softmax(y^E / T)): the full ensemble is the teacher of each network (eq. 11).
 
     Args:
         leaf_logits: (N, leaves, classes).
-        target: not used; taken so that all terms are called alike.
-        temperature: T, of the teacher alone (section 4.1).
+        target: not used; for a uniform signature.
+        temperature: T, of the teacher only (section 4.1).
         **soft: see `Softening`.
 
     Returns:
-        The sum over networks of the cross-entropy to the detached teacher, mean over the batch.
+        The sum over networks of the cross-entropy with the detached teacher, mean over the batch.
     """
     nested = nested_predictions(leaf_logits, soft.get("prediction_weights"))
     _check_target(leaf_logits, target)
@@ -135,17 +135,17 @@ def hierarchical_codistillation(
     depth_weights: Sequence[float] = (),
     **soft: Unpack[Softening],
 ) -> Scalar:
-    """L_HD = sum_{b < B} l(y^b, softmax(y^E / T)): smaller ensembles learn from the full one (eq. 12).
+    """L_HD = sum_{b < B} l(y^b, softmax(y^E / T)): the full ensemble is the teacher of the smaller ones (eq. 12).
 
     Args:
         leaf_logits: (N, leaves, classes); for one leaf the sum is empty and the loss 0.
-        target: not used; taken so that all terms are called alike.
-        temperature: T, of the teacher alone (section 4.1).
-        depth_weights: of all nested ensembles, all 1 by default; the last is not used.
+        target: not used; for a uniform signature.
+        temperature: T, of the teacher only (section 4.1).
+        depth_weights: weights of all nested ensembles, all 1 by default; the last is not used.
         **soft: see `Softening`.
 
     Returns:
-        The sum over the nested ensembles below the full one, mean over the batch.
+        The sum over the nested ensembles except the full one, mean over the batch.
     """
     nested = nested_predictions(leaf_logits, soft.get("prediction_weights"))
     _check_target(leaf_logits, target)
@@ -157,18 +157,18 @@ def hierarchical_codistillation(
 def stepwise_codistillation(
     leaf_logits: Logits, target: Target | None = None, temperature: float = 2.0, **soft: Unpack[Softening]
 ) -> Scalar:
-    """sum_{b < B} l(y^b, softmax(y^{b+1} / T)): every nested ensemble learns from the next larger one.
+    """sum_{b < B} l(y^b, softmax(y^{b+1} / T)): each nested ensemble has the next larger one as its teacher.
 
-    As eq. 12 of arXiv 2003.01474 with a teacher that is nearer, as teacher assistants are (arXiv 1902.03393).
+    Eq. 12 of arXiv 2003.01474 with teachers of similar size, like teacher assistants (arXiv 1902.03393).
 
     Args:
         leaf_logits: (N, leaves, classes); for one leaf the sum is empty and the loss 0.
-        target: not used; taken so that all terms are called alike.
+        target: not used; for a uniform signature.
         temperature: T, of the teachers.
         **soft: see `Softening`; a `teacher` is not used.
 
     Returns:
-        The sum over the nested ensembles below the full one, mean over the batch.
+        The sum over the nested ensembles except the full one, mean over the batch.
     """
     nested = nested_predictions(leaf_logits, soft.get("prediction_weights"))
     _check_target(leaf_logits, target)
@@ -178,32 +178,32 @@ def stepwise_codistillation(
 def one_for_all(
     leaf_logits: Logits, target: Target, gamma: float = 0.9, temperature: float = 3.0, teacher: Tensor | None = None
 ) -> Scalar:
-    """Every exit learns from the last one, which learns the labels (Li et al., arXiv 1908.06294, section 3.3).
+    """The last exit, trained on the labels, is the teacher of all others (Li et al., arXiv 1908.06294, section 3.3).
 
     sum_{i<K} [(1 - gamma) l(z_i, y) + gamma T^2 KL(softmax(z_K / T) || softmax(z_i / T))] + l(z_K, y)
 
     Args:
         leaf_logits: of the K exits, (N, exits, classes).
-        target: class indices (N,) or probabilities (N, classes), as mixup gives them; the distilled part never sees it.
-        gamma: weight of distillation, from 0 to 1.
+        target: class indices (N,) or probabilities (N, classes), as from mixup; not used in the distillation terms.
+        gamma: weight of the distillation terms, from 0 to 1.
         temperature: T, of teacher and students.
-        teacher: logits (N, classes) in place of z_K; no gradient flows into either.
+        teacher: logits (N, classes) that replace z_K; no gradient flows into the teacher.
 
     Returns:
         The sum over exits, mean over the batch.
     """
-    early, last = leaf_logits[:, :-1], leaf_logits[:, -1:]
+    others, last = leaf_logits[:, :-1], leaf_logits[:, -1:]
     loss = independent(last, target)
-    if not early.shape[1]:
+    if not others.shape[1]:
         return loss
-    distilled = distillation(early, last[:, 0] if teacher is None else teacher, temperature)
-    return loss + (1 - gamma) * independent(early, target) + gamma * distilled
+    distilled = distillation(others, last[:, 0] if teacher is None else teacher, temperature)
+    return loss + (1 - gamma) * independent(others, target) + gamma * distilled
 
 
 def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0) -> Scalar:
-    """Every network learns from another model: sum_n T^2 KL(softmax(t / T) || softmax(y_n / T)).
+    """Another model is the teacher of each network: sum_n T^2 KL(softmax(t / T) || softmax(y_n / T)).
 
-    Hinton et al. (arXiv 1503.02531, section 2), summed over networks as L_I is.
+    Hinton et al. (arXiv 1503.02531, section 2), summed over networks like L_I.
 
     Args:
         leaf_logits: (N, leaves, classes).
@@ -214,7 +214,7 @@ def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0)
         The sum over networks of the divergence, mean over the batch.
 
     Raises:
-        ValueError: shapes that do not fit each other, or a temperature that is not positive.
+        ValueError: shapes do not match, or the temperature is not positive.
     """
     check_logits(leaf_logits)
     _check_teacher(leaf_logits, teacher)
@@ -252,10 +252,10 @@ def _cross_entropy(predictions: Tensor, targets: Tensor, weights: Sequence[float
     Args:
         predictions: (N, P, classes).
         targets: class indices (N, 1), or probabilities (N, 1 or P, classes).
-        weights: of each prediction, all 1 by default.
+        weights: of the predictions, all 1 by default.
     """
     if not len(predictions):
-        raise ValueError("there is no image in the batch, and a loss is a mean over images: leave empty batches out.")
+        raise ValueError("there is no image in the batch, so the mean loss is undefined: skip empty batches.")
     count = predictions.shape[1]
     targets = targets.expand(-1, count, *targets.shape[2:])
     each = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(0, 1), reduction="none")
@@ -266,12 +266,12 @@ def _cross_entropy(predictions: Tensor, targets: Tensor, weights: Sequence[float
 
 
 def _standardized(logits: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over classes."""
+    """Standardise logits to mean 0 and standard deviation 1 over classes."""
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True, correction=0) + 1e-7)
 
 
 def _teacher_of(leaf_logits: Tensor, nested: Tensor, soft: Softening) -> Tensor:
-    """The teacher that was given, or the full ensemble, (N, 1, classes)."""
+    """The given teacher, or the full ensemble, (N, 1, classes)."""
     teacher = soft.get("teacher")
     if teacher is None:
         return nested[:, -1:]
@@ -310,4 +310,4 @@ def _check_target(leaf_logits: Tensor, target: Tensor | None) -> None:
     if shape not in ((batch,), (batch, classes)):
         raise ValueError(f"targets must be ({batch},) or ({batch}, {classes}), got shape {shape}.")
     if target.ndim == 1 and target.is_floating_point():
-        raise ValueError("targets (N,) are class indices: whole numbers, not floating-point ones.")
+        raise ValueError(f"targets (N,) are class indices and must be integers, got {target.dtype}.")

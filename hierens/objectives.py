@@ -1,4 +1,4 @@
-"""A training objective: a weighted sum of the losses of `hierens.losses`, chosen by name."""
+"""`Objective`: a training loss, given by name as a weighted sum of the losses in `hierens.losses`."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ _WITH_ONE_FOR_ALL = ("hierarchical", "ensemble")
 class Objective:
     """A loss by name: terms joined by `+`.
 
-    With a distillation term the loss is (1 - alpha) times the supervised terms plus alpha times the distilled
-    ones (section 3.3); without one it is the plain sum, so `independent+hierarchical` is the paper's ablation
-    L_I + L_H.
+    With a distillation term, the loss is (1 - alpha) times the supervised terms plus alpha times the distillation
+    terms (section 3.3). Without one it is the plain sum: `independent+hierarchical` is the paper's ablation L_I + L_H.
 
     Args:
-        name: terms out of `independent` (eq. 9), `hierarchical` (10), `ensemble` (the full one alone), `codistillation`
+        name: terms out of `independent` (eq. 9), `hierarchical` (10), `ensemble` (only the full one), `codistillation`
             (11), `hierarchical_codistillation` (12) and `stepwise_codistillation`, at least one of the first three; or
             `one_for_all` (IMTA), alone or with `hierarchical` or `ensemble`.
-        alpha: weight of distillation, from 0 to 1; gamma of `one_for_all`, for which its authors take 0.9.
-        temperature: the teacher is softmax(y^E / temperature), detached; the student is not tempered. `one_for_all`
-            tempers both; its authors take 3.
-        temper_students: divide the students' logits by the temperature as well, and multiply the distilled terms by
-            its square, as Hinton et al. (arXiv 1503.02531, section 2) do.
-        depth_weights: of the nested ensembles y^0, y^1, ... in the two hierarchical terms; all 1 by default.
-        standardize_logits: in the distilled terms, bring the logits of teacher and students to mean 0 and standard
-            deviation 1 over classes before they are tempered (Sun et al., CVPR 2024, arXiv 2403.01427); it needs
-            `temper_students`, for students that are standardised and not tempered could not be sure of anything.
+        alpha: weight of distillation, from 0 to 1; gamma of `one_for_all`, 0.9 in its paper.
+        temperature: the teacher is softmax(y^E / temperature), detached; the student has temperature 1. `one_for_all`
+            applies it to both, with 3 in its paper.
+        temper_students: divide the students' logits by the temperature as well, and multiply the distillation terms by
+            its square, as in Hinton et al. (arXiv 1503.02531, section 2).
+        depth_weights: weights of the nested ensembles y^0, y^1, ... in the two hierarchical terms; all 1 by default.
+        standardize_logits: in the distillation terms, standardise the logits of teacher and students to mean 0 and
+            standard deviation 1 over classes before the temperature is applied (Sun et al., CVPR 2024, arXiv
+            2403.01427). Requires `temper_students`: standardised logits without a temperature cannot give
+            probabilities near 1.
 
     Raises:
-        ValueError: an unknown or repeated term, distillation alone, alpha, temperature or a weight out of range.
+        ValueError: a term is unknown or repeated, there is no supervised term, or a number is out of range.
 
     Examples:
         >>> objective = Objective("independent+hierarchical_codistillation", alpha=0.5)
@@ -72,17 +72,18 @@ class Objective:
                 allowed = ", ".join(known)
                 raise ValueError(f"unknown objective {term!r}: the terms are {allowed}, joined by '+'{hint}")
         if len(set(terms)) < len(terms):
-            raise ValueError(f"a term stands twice in the objective {self.name!r}.")
+            raise ValueError(f"the objective {self.name!r} repeats a term: name each once.")
         if ONE_FOR_ALL in terms and not set(terms) <= {ONE_FOR_ALL, *_WITH_ONE_FOR_ALL}:
-            raise ValueError(f"{ONE_FOR_ALL} has all of {self.name!r} in it but {' and '.join(_WITH_ONE_FOR_ALL)}.")
+            allowed = " and ".join(_WITH_ONE_FOR_ALL)
+            raise ValueError(f"{ONE_FOR_ALL} can only be combined with {allowed}, got {self.name!r}.")
         if not set(terms) & {*SUPERVISED, ONE_FOR_ALL}:
             labelled = " or ".join(SUPERVISED)
-            raise ValueError(f"the objective {self.name!r} never sees a label: add {labelled}.")
+            raise ValueError(f"the objective {self.name!r} does not use labels: add {labelled}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}.")
         check_temperature(self.temperature)
         if self.standardize_logits and not self.temper_students:
-            raise ValueError("standardize_logits tempers teacher and students alike: say temper_students=True as well.")
+            raise ValueError("standardize_logits requires temper_students=True.")
         if any(not weight >= 0 for weight in self.depth_weights):
             raise ValueError(f"depth_weights must not be negative, got {self.depth_weights}.")
 
@@ -93,7 +94,7 @@ class Objective:
 
     @property
     def weighs_leaves(self) -> bool:
-        """Whether gradients reach the weights of the leaves in an ensemble, if those are learned."""
+        """Whether learned weights of the leaves in an ensemble receive gradients."""
         return bool(set(self.terms) & {"hierarchical", "ensemble", *DISTILLED[1:]})
 
     @property
@@ -104,13 +105,13 @@ class Objective:
         return {term: self.alpha if term in DISTILLED else 1 - self.alpha for term in self.terms}
 
     def check(self, prediction_weights: PredictionWeights) -> None:
-        """Raise a ValueError if the terms do not fit how leaves make up depths."""
+        """Raise a ValueError if the terms do not fit the kind of network, given by its prediction weights."""
         if ONE_FOR_ALL in self.terms and prediction_weights.leaf_weights is None and prediction_weights.has_ensembles:
             raise ValueError(
-                "one_for_all has the last exit teach the others, and a tree's leaves are peers: codistillation."
+                "one_for_all takes the last exit as the teacher, and a tree has no last exit: use codistillation."
             )
         if "ensemble" in self.terms and not prediction_weights.has_ensembles:
-            raise ValueError("exits that answer alone are no ensemble: give exit_weights, or an objective without it.")
+            raise ValueError("these exits are not combined in an ensemble: set exit_weights, or omit 'ensemble'.")
 
     def __call__(
         self,
@@ -123,14 +124,13 @@ class Objective:
 
         Args:
             leaf_logits: (N, leaves, classes), in any floating-point type.
-            target: class indices (N,), or probabilities (N, classes) as mixup gives them. The distilled terms never
-                see it: under mixup their teacher is what the full ensemble says of the mixed image itself.
-            teacher: logits (N, classes) that take the place of y^E in the distilled terms, as from an average of the
-                weights.
-            prediction_weights: the model's own, `model.prediction_weights`; by default a tree's.
+            target: class indices (N,), or probabilities (N, classes), as from mixup. The distillation terms do not use
+                it: with mixup, their teacher is the full ensemble's prediction for the mixed image.
+            teacher: logits (N, classes) that replace y^E in the distillation terms, for example of averaged weights.
+            prediction_weights: `model.prediction_weights`; by default those of a tree.
 
         Raises:
-            ValueError: shapes that do not fit each other, or leaves that the terms are not for.
+            ValueError: shapes do not match, or the terms do not fit the kind of network.
         """
         if prediction_weights is not None:
             self.check(prediction_weights)

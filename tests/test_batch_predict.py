@@ -175,7 +175,7 @@ def test_bad_settings_are_refused_before_any_work(model_dir, folder, tmp_path):
         ({"depth": 3}, "depth must be from 0 to 2"),
         ({"depth": 1, "policy": str(policy)}, "not both"),
         ({"policy": str(policy)}, "answers by the clock"),
-        ({"policy": "/nowhere"}, "no directory here"),
+        ({"policy": "/nowhere"}, "not a local directory"),
         ({"labels": ("a",)}, "1 names, but the model 3 classes"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"dataset": "fashion_mnist"}, "has neither t10k-images"),

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from hierens.branches import layers, rules
+from hierens.branches.activations import Activations
+from hierens.branches.any_level import AnyLevel
 from hierens.branches.check import self_check
 from hierens.branches.grouped_block import Packed
-from hierens.branches.level import Activations, AnyLevel, Level, copies
-from hierens.branches.tensors import Stack
+from hierens.branches.level import Level, copies
+from hierens.branches.tensors import BranchLayer
 
 
 def block_of(*layers, seed=0):
@@ -62,13 +64,13 @@ def test_parameters_lie_branch_by_branch(channels):
         assert own.keys() == expected.keys()
         assert all(torch.equal(own[name], expected[name]) for name in own)
         assert all(type(tensor) is nn.Parameter for tensor in branch.parameters())
-    for laid in (level, copy.deepcopy(level), copy.deepcopy(level).double().to(memory_format=torch.channels_last)):
-        for tensors in zip(*(branch.state_dict().values() for branch in laid), strict=True):
+    for moved in (level, copy.deepcopy(level), copy.deepcopy(level).double().to(memory_format=torch.channels_last)):
+        for tensors in zip(*(branch.state_dict().values() for branch in moved), strict=True):
             size = tensors[0].numel() * tensors[0].element_size()
             assert [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors] == [0, size, 2 * size]
             # Accelerate and others take tensors of one storage for tied.
             assert all(tensor.untyped_storage().nbytes() == size for tensor in tensors)
-        assert laid._form().laid
+        assert moved._form().contiguous
 
 
 def test_one_branch_is_the_block_itself():
@@ -148,7 +150,7 @@ def test_a_block_that_hands_on_more_than_tensors_is_looped_and_says_why():
     x = graph.placeholder("x")
     graph.output((graph.call_module("conv", (x,)), graph.call_function(getattr, (x, "shape"))))
     block = fx.GraphModule(nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3)}), graph)
-    assert "cross out of it" in self_check(block, torch.randn(1, 4, 8, 8))
+    assert "returns values other than feature maps" in self_check(block, torch.randn(1, 4, 8, 8))
 
 
 def test_several_tensors_cross_side_by_side():
@@ -165,11 +167,11 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
     block = block_of(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     assert self_check(block, example) == ""
 
-    def first_branch_everywhere(stack, name, width, flat):
-        own = getattr(stack.module, name)
+    def first_branch_everywhere(layer, name, width, concatenated):
+        own = getattr(layer.module, name)
         return None if own is None else own.view(-1, *own.shape[1:]).repeat(width.active, *[1] * max(own.ndim - 1, 0))
 
-    monkeypatch.setattr(Stack, "_as_one", first_branch_everywhere)
+    monkeypatch.setattr(BranchLayer, "_packed", first_branch_everywhere)
     assert self_check(block, example) != ""
     monkeypatch.undo()
 
@@ -191,7 +193,7 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
 
 def test_the_self_check_refuses_to_pass_what_it_cannot_see():
     constant = block_of(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Hardtanh(-2, -1))
-    assert "nothing can be told" in self_check(constant, torch.randn(1, 4, 8, 8))
+    assert "nothing is checked" in self_check(constant, torch.randn(1, 4, 8, 8))
 
 
 def test_stochastic_depth_is_drawn_for_every_branch():
@@ -211,7 +213,7 @@ def test_stochastic_depth_is_drawn_for_every_branch():
 def test_on_a_cpu_light_levels_are_grouped_and_heavy_ones_run_branch_by_branch(monkeypatch):
     ran, original = [], Packed.__call__
     monkeypatch.setattr(Packed, "__call__", lambda *args: ran.append(args[2].active) or original(*args))
-    monkeypatch.setattr(AnyLevel, "light", 200)
+    monkeypatch.setattr(AnyLevel, "grouped_weights", 200)
     light, _ = level_of(nn.Conv2d(3, 4, 3))
     heavy, _ = level_of(nn.Conv2d(3, 8, 3))
     x = Activations([torch.randn(1, 3, 8, 8)] * 3)
@@ -235,10 +237,10 @@ def test_auto_chooses_by_device_and_size(device):
         level.eval().group()
     few, many = torch.empty(4, 8, device=device), torch.empty(300_000, 8, device=device)
     images = torch.empty(1, 4, 8, 8, device=device)
-    assert convolutions._together(Activations([images] * 2), 2) == 2
-    assert products._together(Activations([few] * 2), 2) == (0 if device == "cpu" else 2)
-    assert products._together(Activations([many] * 2), 2) == 0
-    assert products._together(Activations(packed=torch.cat([few] * 2), count=2), 2) == (0 if device == "cpu" else 2)
+    assert convolutions._branches_per_call(Activations([images] * 2), 2) == 2
+    assert products._branches_per_call(Activations([many] * 2), 2) == 1
+    for inputs in (Activations([few] * 2), Activations(packed=torch.cat([few] * 2), count=2)):
+        assert products._branches_per_call(inputs, 2) == (1 if device == "cpu" else 2)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 4, 6])
@@ -254,7 +256,7 @@ def test_branches_run_a_few_at_a_time_agree_with_all_at_once(monkeypatch, togeth
             level.executor = "looped"
             expected = level(x, parents).listed()
             level.executor = "auto"
-            monkeypatch.setattr(level, "_together", lambda x, count: together)
+            monkeypatch.setattr(level, "_branches_per_call", lambda x, count: together)
             actual = level(x, parents).listed()
             monkeypatch.undo()
         for a, b in zip(actual, expected, strict=True):

@@ -159,10 +159,10 @@ def test_sizes_come_from_the_model():
         (lambda: cut(InPlace(), 9, example=torch.randn(1, 3, 16, 16)), "blocks=9 is more than .*: [2-4] at most"),
         (
             lambda: cut(timm.create_model("resnet10t"), at=["layer9"]),
-            "no module named 'layer9'; among those it calls: conv1",
+            "no module named 'layer9'; it calls, among others: conv1",
         ),
         (lambda: cut(timm.create_model("resnet10t"), at=["fc"]), "before its head"),
-        (lambda: cut(timm.create_model("resnet10t"), at=["layer2", "layer2"]), "once each"),
+        (lambda: cut(timm.create_model("resnet10t"), at=["layer2", "layer2"]), "without repetition"),
         (lambda: cut(timm.create_model("resnet10t"), 0), "blocks must be at least 1"),
     ],
 )

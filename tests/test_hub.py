@@ -103,18 +103,18 @@ def test_downloads_lie_where_they_were_asked_for(over_http):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("damaged", "another checksum than on the Hub: delete it"),
+        ("damaged", "is damaged: its checksum is not the Hub's. Delete it"),
         ("damaged config", "config.json is not valid JSON"),
-        ("token", "the token is wrong or may not do this (401); log in with `hf auth login`, or pass token=."),
-        ("push token", "the Hub did not take somebody/digits: the token is wrong or may not do this (401)"),
-        ("push reader", "the Hub did not take somebody/digits: the token is wrong or may not do this (403)"),
-        ("no token", "no such repository, or it is private and the token does not open it."),
-        ("repository", "somebody/else is no directory here, and the Hub did not give it: there is no such repository"),
+        ("token", "the token is invalid or has no permission (401); log in with `hf auth login`, or pass token=."),
+        ("push token", "the Hub did not take somebody/digits: the token is invalid or has no permission (401)"),
+        ("push reader", "the Hub did not take somebody/digits: the token is invalid or has no permission (403)"),
+        ("no token", "no such repository, or it is private and the token gives no access."),
+        ("repository", "not a local directory, nor available from the Hub: there is no such repository"),
         ("revision", "it has no branch, tag or commit 'nowhere'."),
-        ("no policy", "somebody/else is no directory here, and the Hub did not give it: there is no such repository"),
-        ("name", "no/such/folder is no directory here, and the Hub did not give it: a repository is named user/name."),
-        ("server", "has trouble (501); try again later."),
-        ("offline", "it is not in the cache, and HF_HUB_OFFLINE forbids to download it."),
+        ("no policy", "not a local directory, nor available from the Hub: there is no such repository"),
+        ("name", "not a local directory, nor available from the Hub: repository names have the form user/name."),
+        ("server", "returned an error (501); try again later."),
+        ("offline", "it is not in the cache, and HF_HUB_OFFLINE forbids downloads."),
     ],
 )
 def test_refusals_of_the_hub_are_one_clear_sentence(over_http, what, message):
@@ -222,7 +222,7 @@ def lengthen_header(file):
         (lambda d: lengthen_header(d / "model.safetensors"), "model.safetensors is damaged"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda d: (d / "config.json").unlink(), "holds no config.json"),
-        (lambda d: shutil.rmtree(d), "is no directory here, and the Hub did not give it"),
+        (lambda d: shutil.rmtree(d), "is not a local directory, nor available from the Hub"),
     ],
 )
 def test_damaged_models_say_what_is_wrong(saved, damage, message):

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hierens
-from hierens.branches.level import Level, first_layout
+from hierens.branches.first_layout import first_layout
+from hierens.branches.level import Level
 from hierens.core.fetching import LoadError
 
 EXECUTORS = ("looped", "grouped", "auto")
@@ -329,7 +330,7 @@ def test_an_average_of_weights_is_a_tree_of_its_own():
             parameter.mul_(3)
     average.update(model)
     agree(average.module)
-    assert all(level._form().laid for level in average.module.levels[1:])
+    assert all(level._form().contiguous for level in average.module.levels[1:])
 
 
 @pytest.mark.parametrize("kind", ["tree", "tokens", "with exits", "at depth", "fused", "fused tokens", "exits"])

@@ -220,9 +220,9 @@ LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
         (lambda: Objective("indepedent"), "unknown objective 'indepedent'.*did you mean 'independent'"),
         (lambda: Objective("xyz"), "the terms are independent, hierarchical, ensemble, codistillation"),
         (lambda: Objective(""), "unknown objective ''"),
-        (lambda: Objective("codistillation"), "never sees a label"),
-        (lambda: Objective("hierarchical_codistillation+codistillation"), "never sees a label"),
-        (lambda: Objective("independent+independent"), "stands twice"),
+        (lambda: Objective("codistillation"), "does not use labels"),
+        (lambda: Objective("hierarchical_codistillation+codistillation"), "does not use labels"),
+        (lambda: Objective("independent+independent"), "repeats a term"),
         (lambda: Objective(alpha=1.5), "alpha must be from 0 to 1, got 1.5"),
         (lambda: Objective(alpha=-0.1), "alpha must be from 0 to 1, got -0.1"),
         (lambda: Objective(alpha=float("nan")), "alpha must be from 0 to 1, got nan"),
@@ -308,5 +308,5 @@ def test_exits_that_answer_alone_are_their_own_ensembles():
 
 @pytest.mark.parametrize("name", ["one_for_all+independent", "one_for_all+codistillation"])
 def test_one_for_all_is_joined_by_ensembles_only(name):
-    with pytest.raises(ValueError, match="in it but hierarchical and ensemble"):
+    with pytest.raises(ValueError, match="only be combined with hierarchical and ensemble"):
         Objective(name)

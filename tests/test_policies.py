@@ -176,7 +176,7 @@ def test_policies_are_saved_beside_the_model(policy, model, tmp_path):
         (lambda: from_dict({"policy": "luck"}), "no policy 'luck': choose fixed, deadline, load, confidence"),
         (lambda: from_dict({"policy": "fixed", "deep": 1}), "takes depth, leaves, not deep"),
         (lambda: from_dict({"policy": "deadline"}), "do not fit"),
-        (lambda: load_policy("/nowhere"), "no directory here"),
+        (lambda: load_policy("/nowhere"), "not a local directory"),
     ],
 )
 def test_bad_values_are_named(call, message):

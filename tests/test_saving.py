@@ -114,7 +114,7 @@ def test_a_model_that_is_replaced_while_it_loads_is_loaded_whole(made, tmp_path,
 
 def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, tmp_path, monkeypatch):
     save(made, 0, tmp_path)
-    monkeypatch.setattr(fetching, "_PATIENCE", 0.3)
+    monkeypatch.setattr(fetching, "_TIMEOUT", 0.3)
 
     def and_touch(file, read=loading.read_config):
         found = read(file)
@@ -122,7 +122,7 @@ def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, t
         return found
 
     monkeypatch.setattr(loading, "read_config", and_touch)
-    with pytest.raises(fetching.LoadError, match=r"is being written: for 0 s .* Load it again when the saving is"):
+    with pytest.raises(fetching.LoadError, match=r"is being written: for 0 s .* Load it again when the save is"):
         hierens.from_pretrained(tmp_path)
 
 

@@ -216,7 +216,7 @@ def test_new_classifiers_for_all(model, small_images):
                 torch.tensor([1]),
                 prediction_weights=hierens.tree_with_exits(b, 3).prediction_weights,
             ),
-            "a tree's leaves are peers",
+            "a tree has no last exit",
         ),
         (lambda b: hierens.tree_with_exits(b, 3).reset_classifier(0), "exits need a class at least"),
     ],

@@ -118,7 +118,7 @@ def test_what_was_not_measured_runs_like_the_next_larger(model):
     level = model.fuse().all_levels()[2]
     level.plan = {(2, 1): 1, (4, 1): 4, (2, 8): 2, (4, 8): 1}
     x = lambda batch: type("X", (), {"first_tensor": lambda self: torch.zeros(batch)})()  # noqa: E731
-    chosen = {(n, b): level._together(x(b), n) for n in (1, 2, 3, 4) for b in (1, 4, 8, 64)}
+    chosen = {(n, b): level._branches_per_call(x(b), n) for n in (1, 2, 3, 4) for b in (1, 4, 8, 64)}
     assert chosen[2, 1] == 1 and chosen[3, 1] == 3 and chosen[4, 1] == 4
     assert chosen[2, 4] == chosen[2, 8] == 2 and chosen[3, 4] == chosen[4, 8] == chosen[4, 64] == 1
 

@@ -47,7 +47,7 @@ def load(tree, **changes):
         ({"backbone_args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path is timm's to decide"),
         ({"backbone_args": {"pretrained_cfg": {"file": "x.pth"}}}, "pretrained_cfg is timm's to decide"),
         ({"backbone_args": [1]}, "no usable backbone_args"),
-        ({"backbone_args": {"channels": [4, 4, float("nan")]}}, "NaN is no JSON"),
+        ({"backbone_args": {"channels": [4, 4, float("nan")]}}, "it contains NaN"),
         ({"at": ["layer2"] * 10**6}, "is 10 MB long"),
         ({"at": ["layer2"] * 300}, "no usable list of cuts"),
         ({"branching": [1] * 60, "leaves": 1}, "branching has 60 levels"),

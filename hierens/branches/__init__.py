@@ -1,1 +1,1 @@
-"""How copies of a block are held and run: looped, grouped, fused, tuned."""
+"""How copies of a block are stored and executed: looped, grouped or fused."""

@@ -1,4 +1,4 @@
-"""The proof that a block's grouped form is right: both ways to run it, compared at conversion."""
+"""The self-check, which compares the two executors on a block at conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from hierens.branches.level import Activations, Executor, Level, copies
+from hierens.branches.activations import Activations
+from hierens.branches.any_level import Executor
+from hierens.branches.level import Level
 from hierens.branches.tensors import state_of
 from hierens.core.errors import first_line
 from hierens.core.modes import evaluating, quiet_dropout
@@ -21,32 +23,32 @@ from hierens.core.timm_info import example_input
 from hierens.core.values import Value
 from hierens.cutting.cut import Cutting
 
-_LARGE = 2_000_000  # weights of a block from which float64 is only tried where float32 differs
-_HEAVY = 50_000_000  # and from which it is not, for it would need many GB
-_DRAWN = 65_521  # a prime, so that no two channels get the same
-_CHECK_SIZES = (32, 64, 128)  # pixels: the self-check needs no more of an image than keeps every layer at work
+_FLOAT32_FIRST_WEIGHTS = 2_000_000  # in a block with more, float64 is tried only if the executors differ in float32
+_FLOAT32_WEIGHTS = 50_000_000  # in a block with more, float64 is not tried: it would need many GB
+_RANDOM_NUMBERS = 65_521  # a prime, so that no two channels get the same values
+_CHECK_SIZES = (32, 64, 128)  # pixels: small images suffice, as long as every layer runs
 
 
 def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
-    """Why the grouped form of a block may not be used; an empty string if it agrees with the looped one.
+    """Why the grouped form of a block may not be used; an empty string if it agrees with the loop.
 
-    Three branches with independent weights and inputs are run both ways, in evaluation and in training (dropout off),
-    with two batch sizes, with fewer branches than there are and with siblings that share their input; outputs and
-    running statistics are compared, and the branches, as a control that must differ. They run in float64, or in float32
-    if the block needs that or is large: then float64 decides where float32 differs, up to a size.
+    Three branches with independent weights and inputs run through both executors, in evaluation and in training
+    (dropout off), with two batch sizes, with fewer branches than there are and with siblings. Outputs and running
+    statistics are compared. As a control, branches must differ from each other. The type is float64, or float32 for
+    blocks that require it. Large blocks run in float32, and in float64 only if the executors differ.
 
     Args:
-        block: a block of a cutting; it is left as it is.
-        example: what enters it, for one image.
+        block: a block of a cutting; it is not changed.
+        example: its input for one image.
         seed: of the random weights and inputs.
     """
     values = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point() for value in values):
-        return "values other than batches of feature maps cross into it"
+        return "its inputs include values other than batches of feature maps"
     weights = sum(parameter.numel() for parameter in block.parameters())
-    dtypes = (torch.float32, torch.float64) if weights > _LARGE else (torch.float64, torch.float32)
+    dtypes = (torch.float32, torch.float64) if weights > _FLOAT32_FIRST_WEIGHTS else (torch.float64, torch.float32)
     reason = ""
-    for dtype in dtypes[: 1 if weights > _HEAVY else 2]:
+    for dtype in dtypes[: 1 if weights > _FLOAT32_WEIGHTS else 2]:
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code that failed
             found, loop_failed = _disagreement(block, example, dtype, seed)
         if not (loop_failed and reason):
@@ -57,14 +59,14 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
 
 
 def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, seed: int) -> tuple[str, bool]:
-    """What differs between the two ways to run a level; and whether that is because even the loop fails."""
+    """How the executors disagree (empty if they agree), and whether the loop itself failed."""
     generator = torch.Generator().manual_seed(seed)
     probe = copy.deepcopy(block).to("cpu", dtype)
-    level = Level(copies(probe, (_perturbed(probe, generator) for _ in range(3))))
+    level = Level.of_copies(probe, 3, lambda _: _perturbed(probe, generator))
     statistics = dict(level.named_buffers())
     for training, batch, parents in ((False, 1, (0, 1, 2)), (True, 2, (0, 1)), (False, 2, (0, 0))):
         mode = "training" if training else "evaluation"
-        inputs = [_drawn_like(example, batch, dtype, generator) for _ in range(parents[-1] + 1)]
+        inputs = [_random_like(example, batch, dtype, generator) for _ in range(parents[-1] + 1)]
         nn.ModuleList.train(level, training)
         quiet_dropout(level)
         level.group()
@@ -75,7 +77,7 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
             expected = _run(level, "looped", inputs, parents)
         except Exception as error:
             return f"it fails in {mode}: {first_line(error)}", True
-        moved = {name: tensor.clone() for name, tensor in statistics.items()}
+        updated = {name: tensor.clone() for name, tensor in statistics.items()}
         for name, tensor in before.items():
             statistics[name].copy_(tensor)
         try:
@@ -84,34 +86,34 @@ def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, see
             return f"its grouped form fails in {mode}: {first_line(error)}", False
         if not all(_close(a, b) for a, b in zip(actual, expected, strict=True)):
             return f"its grouped form differs in {mode}", False
-        if other := [name for name, tensor in moved.items() if not _close(statistics[name], tensor)]:
-            names = dict.fromkeys(name.split(".", 1)[1] for name in other)
-            return f"its grouped form leaves other statistics in {', '.join(names)}", False
+        if different := [name for name, tensor in updated.items() if not _close(statistics[name], tensor)]:
+            names = dict.fromkeys(name.split(".", 1)[1] for name in different)
+            return f"its grouped form computes different statistics in {', '.join(names)}", False
         if len(inputs) > 1 and _same(actual[0], actual[1]):
-            return f"branches of other weights and inputs agree in {mode}, so that nothing can be told", False
+            return f"branches with different weights and inputs have equal outputs in {mode}: nothing is checked", False
     return "", False
 
 
 @torch.no_grad()
 def _run(level: Level, executor: Executor, inputs: list[Value], parents: Sequence[int]) -> list[Value]:
     level.executor = executor
-    with _ManyGroups():
+    with _UnfoldedConvolutions():
         return level(Activations([_copied(value) for value in inputs]), parents).listed()
 
 
 def _copied(value: Value) -> Value:
-    """A value that the block may change in place."""
+    """A copy, which the block may change in place."""
     return value.clone() if isinstance(value, Tensor) else tuple(_copied(part) for part in value)
 
 
-def _drawn_like(example: Value, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Value:
+def _random_like(example: Value, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Value:
     if isinstance(example, tuple):
-        return tuple(_drawn_like(value, batch, dtype, generator) for value in example)
+        return tuple(_random_like(value, batch, dtype, generator) for value in example)
     return torch.randn((batch * example.shape[0], *example.shape[1:]), generator=generator, dtype=dtype)
 
 
 def _close(a: Value, b: Value) -> bool:
-    """Equal but for rounding: in relation to the largest value, since sums may run in another order."""
+    """Equal up to rounding, relative to the largest value, since the order of sums may differ."""
     if not isinstance(a, Tensor):
         return all(_close(x, y) for x, y in zip(a, b, strict=True))
     if a.shape != b.shape:
@@ -125,31 +127,31 @@ def _same(a: Value, b: Value) -> bool:
 
 
 def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """A branch's own weights: none zero, so that no path of the block stays untried."""
+    """Random weights of a branch: none is zero, so that every path of the block has an effect."""
     state, parameters = {}, dict(block.named_parameters())
-    normal = torch.randn(_DRAWN, generator=generator, dtype=torch.float64)
-    uniform = torch.rand(_DRAWN, generator=generator, dtype=torch.float64)
+    normal = torch.randn(_RANDOM_NUMBERS, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(_RANDOM_NUMBERS, generator=generator, dtype=torch.float64)
     for name, tensor in state_of(block):
         tensor = tensor.detach().clone()
         if name in parameters:
-            tensor.add_(_spread(normal, tensor), alpha=0.1 + 0.5 * tensor.std(correction=0).item())
+            tensor.add_(_filled(normal, tensor), alpha=0.1 + 0.5 * tensor.std(correction=0).item())
         elif tensor.is_floating_point():  # running variances stay positive
-            noise = _spread(uniform, tensor)
+            noise = _filled(uniform, tensor)
             tensor = tensor * (1 + noise) + 0.1 * noise
         state[name] = tensor
     return state
 
 
-def _spread(drawn: Tensor, like: Tensor) -> Tensor:
-    """Random numbers over a tensor, again and again the same: drawing all of them would take longer than all else."""
+def _filled(drawn: Tensor, like: Tensor) -> Tensor:
+    """The random numbers repeated to fill a tensor: drawing all of them would take most of the time."""
     repeats = -(-like.numel() // len(drawn))
     return drawn.to(like.dtype).repeat(repeats)[: like.numel()].view(like.shape)
 
 
-class _ManyGroups(TorchFunctionMode):
-    """Computes grouped 2-D convolutions in float64 by unfolded images, where torch runs group after group.
+class _UnfoldedConvolutions(TorchFunctionMode):
+    """Computes grouped 2-D convolutions in float64 on unfolded images, since torch runs one group after another.
 
-    A level of a depthwise layer has thousands of groups, which made nine tenths of a conversion's time.
+    A level of a depthwise layer has thousands of groups, which took nine tenths of a conversion's time.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,12 +165,12 @@ class _ManyGroups(TorchFunctionMode):
 def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """What `F.conv2d` returns."""
+    """The result of `F.conv2d`."""
     kernel = weight.shape[2:]
     rows = F.unfold(x, kernel, dilation, padding, stride).unflatten(1, (groups, -1))  # (N, groups, inputs, positions)
     weight = weight.reshape(groups, -1, rows.shape[2])
-    alone = weight.shape[1] == 1  # one output in each group
-    flat = (rows * weight.transpose(1, 2)).sum(2) if alone else (weight @ rows).flatten(1, 2)
+    depthwise = weight.shape[1] == 1  # one output per group
+    flat = (rows * weight.transpose(1, 2)).sum(2) if depthwise else (weight @ rows).flatten(1, 2)
     size = [
         (x.shape[2 + i] + 2 * _pair(padding)[i] - _pair(dilation)[i] * (kernel[i] - 1) - 1) // _pair(stride)[i] + 1
         for i in (0, 1)
@@ -182,12 +184,12 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def reasons_to_loop(cutting: Cutting, backbone: nn.Module, branches: Sequence[int] | None = None) -> dict[str, str]:
-    """The pieces whose grouped form may not be used, by index, and why.
+    """The pieces whose grouped form may not be used, by index, with the reasons.
 
     Args:
         cutting: the blocks, the head and the classifier.
         backbone: the network that was cut.
-        branches: of each piece; one that has a single branch is not checked. All are by default.
+        branches: number for each piece; pieces with one branch are not checked. By default all pieces are checked.
     """
     pieces = (*cutting.blocks, cutting.head, cutting.classifier)
     value: Any = _small_example(backbone)
@@ -201,7 +203,7 @@ def reasons_to_loop(cutting: Cutting, backbone: nn.Module, branches: Sequence[in
 
 
 def _small_example(backbone: nn.Module) -> Tensor:
-    """An image of few pixels, or of the full size if the backbone insists on that."""
+    """A small image, or one of the full size if the backbone requires it."""
     full = example_input(backbone)
     for size in _CHECK_SIZES:
         small = full[..., :size, :size]

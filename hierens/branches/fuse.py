@@ -1,7 +1,7 @@
-"""A model made ready for inference: batch norms folded into convolutions, activations attached, weights in order.
+"""Prepares levels and blocks for inference: folds batch norms and attaches activations to convolutions.
 
-What a fused model answers equals what the model answers, up to rounding (section 3.2.2 of Ioffe & Szegedy, arXiv
-1502.03167: at inference a batch norm is an affine map of each channel).
+A fused model's outputs equal the original model's up to rounding: at inference a batch norm is an affine map of each
+channel (section 3.2.2 of Ioffe & Szegedy, arXiv 1502.03167).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from hierens.branches.fused_layers import FusedConvolution, activations_apart, attachable
-from hierens.branches.fused_level import Apart, FusedLevel, apart_in, packed_state
+from hierens.branches.any_level import AnyLevel
+from hierens.branches.fused_layers import FusedConvolution, attachable, separate_activations
+from hierens.branches.fused_level import FusedLevel, UnpackedLayer, packed_state, unpacked_layers
 from hierens.branches.grouped_block import Packed, traced
 from hierens.branches.layers import SAME, STANDARDISED, standardised
-from hierens.branches.level import AnyLevel, Level
+from hierens.branches.level import Level
 from hierens.branches.rules import PackError
 from hierens.branches.tensors import concatenate, replace, state_of
 from hierens.core.protocol import Step
@@ -34,7 +35,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class LayersSeen:
-    """The layers inside of blocks, as they were when the blocks' graphs were made."""
+    """A record of the layers inside blocks at the time when the blocks' graphs were made."""
 
     def __init__(self, levels: Iterable[nn.Module]) -> None:
         modules = [module for level in levels for name, module in level.named_modules() if name]
@@ -47,28 +48,28 @@ class LayersSeen:
         return tuple(chain.from_iterable(map(dict.values, self._owners)))
 
     def check(self) -> None:
-        """Compare them with what is there now: 10 to 20 microseconds for 200 layers, since it is done at every call.
+        """Compare the record with the current layers; takes 10 to 20 microseconds for 200 layers, at every call.
 
         Raises:
-            ValueError: a layer was replaced, changed, or has a hook.
+            ValueError: a layer was replaced or changed, or has a hook.
         """
         if any(self._hooks):
-            refuse("hooked into at single layers")
+            refuse("given hooks on single layers")
         if any(self._leaves):
-            refuse("changed layer by layer (a layer got parts of its own, as by a parametrisation)")
+            refuse("changed layer by layer (a layer has new submodules, for example a parametrisation)")
         if (present := self._present()) != self._parts:
             new = next((type(module).__name__ for module in present if module not in self._parts), "nothing")
-            refuse(f"changed layer by layer ({new} took the place of what was there)")
+            refuse(f"changed layer by layer (a layer was replaced by {new})")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayersSeen:
-        return self  # whoever copies a model watches the copy's own
+        return self  # a copied model makes its own record
 
 
-def apart_at_every_step(walk: Generator[Step, Tensor | None, None]) -> Generator[Step, Tensor | None, None]:
-    """A walk whose consumer does not run inside what its steps run inside."""
+def with_separate_activations(walk: Generator[Step, Tensor | None, None]) -> Generator[Step, Tensor | None, None]:
+    """A walk with `separate_activations` inside its steps, but not in the consumer's code between them."""
     kept = None
     while True:
-        with activations_apart():
+        with separate_activations():
             try:
                 step = walk.send(kept)
             except StopIteration:
@@ -77,10 +78,9 @@ def apart_at_every_step(walk: Generator[Step, Tensor | None, None]) -> Generator
 
 
 def refuse(what: str) -> NoReturn:
-    """Raise a ValueError that says what a fused model cannot be."""
+    """Raise the ValueError for an operation, given as a participle, that fused models do not support."""
     raise ValueError(
-        f"a fused model is for inference only and cannot be {what}: do that with the model it was made from, "
-        "then call fuse() again."
+        f"a fused model is for inference only and cannot be {what}: change the original model, then call fuse() again."
     )
 
 
@@ -88,20 +88,20 @@ def fused_levels(levels: Sequence[AnyLevel]) -> list[AnyLevel]:
     """Copies of levels for inference, folded where they have a grouped form.
 
     Raises:
-        ValueError: a layer has a hook, which would be called no more.
+        ValueError: a layer has a hook, which would no longer be called.
     """
     for index, level in enumerate(levels):
         for name, module in level.named_modules():
             if level.grouped and name and any(getattr(module, hooks) for hooks in _HOOKS):
                 raise ValueError(
-                    f"fuse() folds layers into each other and would call none of their hooks: remove those of {name} "
-                    f"in level {index} first."
+                    f"fuse() merges layers and would call none of their hooks: remove those of {name} in level {index} "
+                    "first."
                 )
     return [_fused(level) for level in levels if isinstance(level, Level)]
 
 
 def attach_activations(model: nn.Module) -> None:
-    """Let activations run within their convolutions, or after them if there are weights that are not finite."""
+    """Run activations inside their convolutions, or after them if any weight is not finite."""
     finite = all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
     for module in model.modules():
         if isinstance(module, FusedConvolution):
@@ -113,7 +113,7 @@ def _fused(level: Level) -> AnyLevel:
     form = plain.grouped_form() if plain.grouped and plain.branches > 1 else None
     if isinstance(form, Packed):
         scalars = frozenset(name for name, tensor in state_of(plain[0]) if tensor.ndim == 0)
-        fused = FusedLevel(fold(_packed(list(plain), form.apart)), plain.branches, scalars)
+        fused = FusedLevel(fold(_packed(list(plain), form.per_branch)), plain.branches, scalars)
     elif plain.grouped and plain.branches == 1:
         fused = FusedLevel(fold(plain.first()), 1, frozenset())
     else:
@@ -123,11 +123,11 @@ def _fused(level: Level) -> AnyLevel:
 
 
 @torch.no_grad()
-def _packed(branches: list[Any], apart: Iterable[str]) -> Any:
-    """A block with the weights of all branches packed, but those of layers that each branch has for itself."""
+def _packed(branches: list[Any], per_branch: Iterable[str]) -> Any:
+    """A block with packed weights; the layers named `per_branch` keep one module per branch."""
     block = branches[0]
     states = [dict(state_of(branch)) for branch in branches]
-    layers = {name: Apart([branch.get_submodule(name) for branch in branches]) for name in apart}
+    layers = {name: UnpackedLayer(branch.get_submodule(name) for branch in branches) for name in per_branch}
     for name, module in layers.items():
         block.set_submodule(name, module)
     for name, _ in packed_state(block):
@@ -138,19 +138,19 @@ def _packed(branches: list[Any], apart: Iterable[str]) -> Any:
 def fold_where_traced(block: nn.Module) -> nn.Module:
     """A folded copy of a block, or the block itself if it cannot be traced to its layers."""
     assert isinstance(block, fx.GraphModule)
-    with contextlib.suppress(PackError):  # runtimes fold for themselves
+    with contextlib.suppress(PackError):  # inference runtimes then fold it themselves
         return fold(copy.deepcopy(block))
     return block
 
 
 @torch.no_grad()
 def fold(block: fx.GraphModule) -> fx.GraphModule:
-    """A block's layers for inference, with convolution, batch norm and activation in one where they follow each other.
+    """A block for inference, with successive convolutions, batch norms and activations merged into one layer.
 
     Args:
-        block: in evaluation mode, also with the weights of several branches packed; the result takes over its modules.
+        block: in evaluation mode, possibly with packed weights; its modules become part of the result.
     """
-    graph = traced(block, dict.fromkeys((name for name, _ in apart_in(block)), "each branch has its own"))
+    graph = traced(block, dict.fromkeys((name for name, _ in unpacked_layers(block)), "each branch has its own"))
     modules = dict(block.named_modules())
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(modules[node.target], _ONLY_TRAINING):
@@ -169,14 +169,14 @@ def fold(block: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is a convolution that `FusedConvolution` can stand for."""
+    """Whether a module is a convolution that `FusedConvolution` can replace."""
     if not isinstance(module, nn.Conv2d) or type(module) not in _CONVOLUTIONS:
         return False
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 def _replace(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node) -> None:
-    """Put a fused convolution in the place of a convolution and of what follows it."""
+    """Replace a convolution, with the batch norm and activation that follow it, by a fused convolution."""
     convolution: Any = modules[str(node.target)]
     weight, bias, activation = convolution.weight, convolution.bias, None
     if isinstance(convolution, STANDARDISED):
@@ -202,7 +202,7 @@ def _replace(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], n
 
 
 def _follower(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[nn.Module | None, fx.Node | None]:
-    """The module that is the only one to read a value, and the node that calls it."""
+    """The module that alone reads a value, and the node that calls it; None for several, or something else."""
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_module" or len(users[0].all_input_nodes) != 1:
         return None, None

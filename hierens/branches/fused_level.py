@@ -1,4 +1,4 @@
-"""A level of a fused model: one block with the weights of all its branches packed, for inference alone."""
+"""`FusedLevel`: a level of a fused model, with the weights of all branches packed; for inference only."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hierens.branches.any_level import FUSED_GROUPED_WEIGHTS, AnyLevel
 from hierens.branches.grouped_block import Packed
-from hierens.branches.level import LIGHT_FROZEN, AnyLevel
 from hierens.branches.tensors import BranchSlice, PackedLayer, replace, state_of
 from hierens.core.values import Value
 
 
-class Apart(nn.ModuleList):
-    """A layer without a packed form: the module of each branch, to be called in its place."""
+class UnpackedLayer(nn.ModuleList):
+    """A layer without a packed form: one module per branch."""
 
 
 class FusedLevel(AnyLevel):
-    """One block in several copies whose weights are packed (`hierens.branches.tensors`); it is never trained.
+    """One block in several copies with packed weights (`hierens.branches.tensors`); it cannot be trained.
 
     Attributes:
-        block: the block's layers, each with the tensors of all branches, or `Apart`.
+        block: the block's layers: each has the tensors of all branches, or is an `UnpackedLayer`.
     """
 
-    light = LIGHT_FROZEN
+    grouped_weights = FUSED_GROUPED_WEIGHTS
 
     def __init__(self, block: fx.GraphModule, branches: int, scalars: frozenset[str]) -> None:
         """A level of a packed block.
 
         Args:
-            block: which it takes over.
-            branches: how many the weights are of.
+            block: the packed block, which becomes part of the level.
+            branches: number of branches in it.
             scalars: names of the tensors that have no dimensions in a single branch.
         """
         super().__init__()
@@ -43,12 +43,12 @@ class FusedLevel(AnyLevel):
         self._pack()
 
     def _pack(self) -> None:
-        apart = {name: f"{type(module[0]).__name__} has no packed form" for name, module in apart_in(self.block)}
-        self._packed = Packed(_PackedLayers(self), apart) if self.count > 1 else None
+        looped = {name: f"{type(layer[0]).__name__} has no packed form" for name, layer in unpacked_layers(self.block)}
+        self._packed = Packed(_PackedLayers(self), looped) if self.count > 1 else None
 
     @property
     def branches(self) -> int:
-        """How many there are."""
+        """Number of branches."""
         return self.count
 
     def without_gradients(self) -> bool:
@@ -76,29 +76,28 @@ class FusedLevel(AnyLevel):
 
     @property
     def looped_layers(self) -> dict[str, str]:
-        """Layers that are called once per branch, in place, and why."""
+        """Layers that are called once per branch, with the reasons."""
         return self._packed.looped if self._packed else {}
 
-    @torch.no_grad()
-    def narrowed(self, branches: int) -> FusedLevel:
-        """A level with the weights of the first `branches` branches only, run the same way."""
+    def first_branches(self, branches: int) -> FusedLevel:
+        """See `AnyLevel.first_branches`."""
         return self.part(0, branches)
 
     @torch.no_grad()
     def part(self, start: int, stop: int) -> FusedLevel:
-        """A level with the weights of branches `start` to `stop` only, run the same way."""
+        """A level with the weights of branches `start` to `stop` only, and the same executor."""
         block, width = copy.deepcopy(self.block), BranchSlice(stop - start, self.count, start)
         for name, tensor in packed_state(block):
             replace(block, name, width.rows(tensor).clone(memory_format=torch.preserve_format))
-        for name, module in apart_in(block):
+        for name, module in unpacked_layers(block):
             own = width.chosen(list(module))
-            block.set_submodule(name, own[0] if len(own) == 1 else Apart(own))
+            block.set_submodule(name, own[0] if len(own) == 1 else UnpackedLayer(own))
         level = FusedLevel(block, stop - start, self.scalars)
         level.executor = self.executor
         return level
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is derived from the block."""
+        """The state without what is derived from the block."""
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -107,7 +106,7 @@ class FusedLevel(AnyLevel):
 
 
 class _PackedLayers:
-    """The layers of a packed block, as `hierens.branches.rewrite.Layers`."""
+    """The layers of a packed block, as `hierens.branches.tensors.Layers`."""
 
     def __init__(self, level: FusedLevel) -> None:
         self.block: nn.Module = level.block
@@ -115,28 +114,28 @@ class _PackedLayers:
         self._own = {name for name, _ in packed_state(level.block)}
 
     def layer(self, name: str) -> PackedLayer:
-        """A layer of all branches."""
+        """A layer with the tensors of all branches."""
         prefix = f"{name}." if name else ""
         own = frozenset(n.removeprefix(prefix) for n in self.scalars if n.startswith(prefix))
         return PackedLayer(self.block.get_submodule(name), own)
 
     def modules(self, name: str) -> list[nn.Module]:
-        """Each branch's own module."""
+        """The module of each branch."""
         module = self.block.get_submodule(name)
-        assert isinstance(module, Apart)
+        assert isinstance(module, UnpackedLayer)
         return list(module)
 
     def per_branch(self, name: str) -> bool:
-        """Whether a tensor differs from branch to branch."""
+        """Whether each branch has its own value of a tensor."""
         return name in self._own
 
 
-def apart_in(block: nn.Module) -> list[tuple[str, Apart]]:
-    """The layers of a block that each branch has for itself, by name."""
-    return [(name, module) for name, module in block.named_modules() if isinstance(module, Apart)]
+def unpacked_layers(block: nn.Module) -> list[tuple[str, UnpackedLayer]]:
+    """The layers of a block without a packed form, by name."""
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, UnpackedLayer)]
 
 
 def packed_state(block: nn.Module) -> list[tuple[str, Tensor]]:
     """The packed tensors of a block by name."""
-    apart = tuple(f"{name}." for name, _ in apart_in(block))
-    return [(name, tensor) for name, tensor in state_of(block) if not name.startswith(apart)]
+    unpacked = tuple(f"{name}." for name, _ in unpacked_layers(block))
+    return [(name, tensor) for name, tensor in state_of(block) if not name.startswith(unpacked)]

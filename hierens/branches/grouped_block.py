@@ -1,10 +1,9 @@
-"""A block run for all its branches at once, by rewriting its trace.
+"""`Packed`: runs a block for several branches in one call, by rewriting its trace.
 
-The block is traced down to single layers. Convolutions and all that works per channel keep the branches side by side
-in channels; whatever works per sample takes them one after another in the batch; a layer for which neither can be done
-is called once per branch, in place, while the rest of the block stays packed. Where the form changes, a conversion is
-written into the graph. Packing is an optimisation, never a need: `hierens.branches.check.self_check` says whether it
-is right, and a block that cannot be traced to its layers is looped as a whole.
+The block is traced to single layers. Convolutions and other operations per channel have the branches side by side in
+channels. Per-sample operations have them one after another in the batch. A layer that allows neither is called once per
+branch, in its place, while the rest of the block runs in one call. Conversions are inserted where the form changes.
+Packing is optional: `hierens.branches.check.self_check` verifies it, and a block that cannot be traced is looped.
 """
 
 from __future__ import annotations
@@ -17,50 +16,50 @@ from typing import Any
 from timm.models import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 
-from hierens.branches.rewrite import Layers, Rewriter
-from hierens.branches.rules import OPENED, Form, PackError, layer_form, per_channel
-from hierens.branches.tensors import BranchSlice, caches_of, forget
+from hierens.branches.rewrite import Rewriter
+from hierens.branches.rules import TRACED, PackError, layer_form, per_channel
+from hierens.branches.tensors import BranchSlice, Layers, caches_of, clear_caches
 from hierens.core.errors import first_line
 
-_MOST_CLOSED = 40  # modules of a block that may be left whole because they cannot be traced
-_TRACING = threading.RLock()  # a tracer puts functions of its own in torch's place
+_MAX_UNTRACEABLE = 40  # modules per block
+_TRACING = threading.RLock()  # tracing temporarily replaces functions of torch
 
 
 class Packed:
-    """The packed form of a block in the mode in which its modules are.
+    """The packed form of a block in the current modes of its modules.
 
     Attributes:
-        looped: modules that are called once per branch, in place, and why.
-        apart: those, and those that are called so without images.
-        channelwise: whether no feature map changes its form but into a last linear layer.
+        looped: modules that are called once per branch on images, with the reasons.
+        per_branch: these modules, and those that are called once per branch without images.
+        channelwise: whether branches stay side by side in channels, except before a last linear layer.
     """
 
-    def __init__(self, layers: Layers, closed: Mapping[str, str] = {}, unlike: Container[str] = ()) -> None:
+    def __init__(self, layers: Layers, closed: Mapping[str, str] = {}, unchecked: Container[str] = ()) -> None:
         """Rewrite a block.
 
         Args:
             layers: the block's layers, with the tensors of all branches.
-            closed: modules to call as they are, once per branch, and why.
-            unlike: those of them that are so because they are not what the block's form was checked with.
+            closed: modules to be called unchanged, once per branch, with the reasons.
+            unchecked: those of `closed` that differ from the modules with which the grouped form was checked.
 
         Raises:
-            PackError: the block cannot be traced to its layers, or hands on something other than tensors.
+            PackError: the block cannot be traced to its layers, or returns something other than tensors.
         """
         skeleton, all_closed = skeleton_of(layers.block, closed), dict(closed)
-        rewriter = Rewriter(layers, traced(skeleton, all_closed), skeleton, all_closed, unlike)
+        rewriter = Rewriter(layers, traced(skeleton, all_closed), skeleton, all_closed, unchecked)
         self._graph = rewriter.rewrite()
-        self.looped, self.apart = rewriter.looped, frozenset(rewriter.apart)
-        self.channelwise = not any(form is Form.BATCH for _, form in rewriter.conversions)
+        self.looped, self.per_branch = rewriter.looped, frozenset(rewriter.per_branch)
+        self.channelwise = rewriter.packed.channelwise
 
     def __call__(self, values: Tensor | tuple[Tensor, ...], width: BranchSlice) -> Any:
-        """What the block returns for the branches, all side by side, given what the parents handed on, side by side."""
+        """The block's outputs for the branches, given the parents' outputs, both side by side in channels."""
         return self._graph(*(values if isinstance(values, tuple) else (values,)), width)
 
 
 def skeleton_of(block: nn.Module, closed: Container[str] = ()) -> Any:
-    """The modules of a block once more, with the same tensors: what tracing does to modules, it does to these.
+    """A copy of a block with the same tensors, to be traced: tracing changes modules.
 
-    Modules that stay closed are the block's own.
+    Modules in `closed` are the block's own.
     """
     memo: dict[int, Any] = {id(module): module for name, module in block.named_modules() if name in closed}
     for part in block.modules():
@@ -69,9 +68,9 @@ def skeleton_of(block: nn.Module, closed: Container[str] = ()) -> Any:
 
 
 class _FineTracer(fx.Tracer):
-    """Opens every module but those with a packed form, torch's and timm's own untraceable ones, and those `closed`.
+    """Traces into every module except those with a packed form, in `closed`, in `torch.nn`, or untraceable in timm.
 
-    While it traces, torch hands it every call of a module in the process: those of other threads it passes on.
+    While it traces, torch passes it every call of a module in the process; calls of other threads run normally.
     """
 
     def __init__(self, closed: Container[str]) -> None:
@@ -83,7 +82,7 @@ class _FineTracer(fx.Tracer):
             return True
         if isinstance(m, (nn.Sequential, fx.GraphModule)):
             return False
-        return type(m).__module__.startswith("torch.nn") or (is_notrace_module(type(m)) and type(m) not in OPENED)
+        return type(m).__module__.startswith("torch.nn") or (is_notrace_module(type(m)) and type(m) not in TRACED)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
@@ -101,16 +100,16 @@ class _FineTracer(fx.Tracer):
 
 
 def traced(block: fx.GraphModule, closed: dict[str, str]) -> fx.Graph:
-    """A trace in which modules that cannot be traced were left whole (and added to `closed`, with why)."""
+    """A trace of a block; modules that cannot be traced are not entered, and added to `closed` with the reasons."""
     caches = caches_of(block)
     with _TRACING:
-        for _ in range(_MOST_CLOSED):
+        for _ in range(_MAX_UNTRACEABLE):
             tracer = _FineTracer(closed)
-            forget(caches)
+            clear_caches(caches)
             try:
                 return tracer.trace(block)
             except Exception as error:
                 if not tracer.failed or tracer.failed in closed:
                     raise PackError(f"it cannot be traced layer by layer: {first_line(error)}") from error
                 closed[tracer.failed] = f"cannot be traced: {first_line(error)}"
-    raise PackError(f"more than {_MOST_CLOSED} of its modules cannot be traced")
+    raise PackError(f"more than {_MAX_UNTRACEABLE} of its modules cannot be traced")

@@ -1,8 +1,8 @@
-"""What a grouped form of ordinary branches rests on: that they are alike, and still what they were.
+"""`GroupedForm`: the grouped form of ordinary branches, with a check whether it is still up to date.
 
-Whoever replaces a layer, hooks into it, freezes it, prunes it or moves it changes an ordinary module, as everywhere in
-torch. A grouped form is made from the modules as they are, leaves to each branch what is not alike in all of them or
-not known, and is used only as long as they are what it was made from.
+The modules of a branch may be replaced, hooked, frozen, pruned or moved, as everywhere in torch. A grouped form is made
+from the current modules, and used only while they are unchanged. A module that is not the same in all branches, or that
+the self-check has not seen, is called once per branch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 
 from hierens.branches.grouped_block import Packed
 from hierens.branches.rules import PackError, layer_form, per_channel
-from hierens.branches.tensors import Stack, are_laid, state_of
+from hierens.branches.tensors import BranchLayer, are_contiguous, state_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = (Tensor, nn.Parameter)
-# Settings that tell of tensors' shapes, which are compared themselves.
+# Settings that follow from the shapes of tensors, which are compared themselves.
 _BY_SHAPE = {
     *("in_channels", "out_channels", "kernel_size", "in_features", "out_features", "num_features", "num_channels"),
     *("transposed", "output_padding", "affine", "elementwise_affine"),
@@ -29,91 +29,91 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 class BranchLayers:
-    """The layers of several ordinary branches, as `hierens.branches.rewrite.Layers`."""
+    """The layers of several ordinary branches, as `hierens.branches.tensors.Layers`."""
 
-    def __init__(self, branches: Sequence[nn.Module], wholes: Mapping[str, Tensor]) -> None:
-        self.branches, self.block, self.wholes = list(branches), branches[0], wholes
+    def __init__(self, branches: Sequence[nn.Module], flat: Mapping[str, Tensor]) -> None:
+        self.branches, self.block, self.flat = list(branches), branches[0], flat
         self._own = {name for name, _ in state_of(self.block)}
 
-    def layer(self, name: str) -> Stack:
-        """A layer of all branches."""
+    def layer(self, name: str) -> BranchLayer:
+        """A layer with the tensors of all branches."""
         prefix = f"{name}." if name else ""
-        own = {n.removeprefix(prefix): whole for n, whole in self.wholes.items() if n.startswith(prefix)}
-        return Stack(self.modules(name), own)
+        own = {n.removeprefix(prefix): flat for n, flat in self.flat.items() if n.startswith(prefix)}
+        return BranchLayer(self.modules(name), own)
 
     def modules(self, name: str) -> list[nn.Module]:
-        """Each branch's own module."""
+        """The module of each branch."""
         return [branch.get_submodule(name) for branch in self.branches]
 
     def per_branch(self, name: str) -> bool:
-        """Whether a tensor differs from branch to branch."""
+        """Whether each branch has its own value of a tensor."""
         return name in self._own
 
 
 class GroupedForm:
-    """The grouped form of some branches as they are now.
+    """The grouped form of a level's branches at the time of construction.
 
     Attributes:
-        packed: the form; None if they have none.
-        because: why they have none.
-        laid: whether all their tensors lie one after another in memory.
-        moves: whether a call in this mode moves running statistics.
+        packed: the form; None if there is none.
+        reason: why there is none.
+        contiguous: whether all their tensors are adjacent in memory.
+        updates_statistics: whether a call in this mode updates running statistics.
     """
 
     def __init__(
-        self, branches: Sequence[fx.GraphModule], known: Mapping[str, type], wholes: Mapping[str, Tensor]
+        self, branches: Sequence[fx.GraphModule], known: Mapping[str, type], flat: Mapping[str, Tensor]
     ) -> None:
         """Find the form.
 
         Args:
             branches: all of a level.
-            known: the types of a branch's modules by name, of which the grouped form has been checked.
-            wholes: what `hierens.branches.tensors.lay` returned for these branches.
+            known: the types of a branch's modules by name, with which the grouped form was checked.
+            flat: what `hierens.branches.tensors.make_contiguous` returned for these branches.
         """
-        closed = dict(_unlike(branches, known))
+        closed = dict(_modules_to_loop(branches, known))
         self.packed: Packed | None = None
-        self.because = closed.get("", "")
-        self._modules = [[m for name, m in branch.named_modules() if not _within(name, closed)] for branch in branches]
+        self.reason = closed.get("", "")
+        self._modules = [[m for n, m in branch.named_modules() if not _is_within(n, closed)] for branch in branches]
         self._all = 0, len(branches)
-        self._kept = {self._all: _Kept(list(chain.from_iterable(self._modules)))}
-        own = [{n: tensor for n, tensor in state_of(branch) if not _within(n, closed)} for branch in branches]
-        self.laid = not self.because and all(
-            are_laid([state[name] for state in own], wholes.get(name)) for name in own[0]
+        self._snapshots = {self._all: _Snapshot(list(chain.from_iterable(self._modules)))}
+        own = [{n: tensor for n, tensor in state_of(branch) if not _is_within(n, closed)} for branch in branches]
+        self.contiguous = not self.reason and all(
+            are_contiguous([state[name] for state in own], flat.get(name)) for name in own[0]
         )
-        self.moves = any(
+        self.updates_statistics = any(
             module.training and module.track_running_stats
             for module in branches[0].modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
         )
-        if not self.because:
+        if not self.reason:
             try:
-                self.packed = Packed(BranchLayers(branches, wholes), closed, unlike=closed)
+                self.packed = Packed(BranchLayers(branches, flat), closed, unchecked=closed)
             except PackError as error:
-                self.because = str(error)
+                self.reason = str(error)
 
-    def holds(self, start: int = 0, stop: int | None = None) -> bool:
-        """Whether these branches are what they were, so that the form does what they do."""
+    def is_current(self, start: int = 0, stop: int | None = None) -> bool:
+        """Whether these branches are unchanged, so that the form gives their results."""
         run = start, self._all[1] if stop is None else stop
         try:
-            return (self._kept.get(run) or self._part(run)).holds()
-        except Exception:  # such as tensors that were replaced, or the address of one that has none
+            return (self._snapshots.get(run) or self._snapshot(run)).is_current()
+        except Exception:  # raised when tensors are compared that were replaced or have no address
             return False
 
-    def _part(self, run: tuple[int, int]) -> _Kept:
-        """Some of the branches as they were when the form was found, which they are while all are what they were."""
-        part = _Kept(list(chain.from_iterable(self._modules[slice(*run)])))
-        whole = self._kept[self._all]
-        return self._kept.setdefault(run, part) if whole.holds() else whole
+    def _snapshot(self, run: tuple[int, int]) -> _Snapshot:
+        """A snapshot of some branches; it dates from the form's construction if all branches are unchanged since."""
+        part = _Snapshot(list(chain.from_iterable(self._modules[slice(*run)])))
+        all_branches = self._snapshots[self._all]
+        return self._snapshots.setdefault(run, part) if all_branches.is_current() else all_branches
 
 
-class _Kept:
-    """Modules as they were: types, parts, settings, hooks and tensors."""
+class _Snapshot:
+    """A record of modules: types, submodules, settings, hooks and tensors."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
         self.types = list(map(type, modules))
         self.states = [vars(module) for module in modules]
-        self.sizes = list(map(len, self.states))  # a forward of its own is one more
+        self.sizes = list(map(len, self.states))  # an instance's own `forward` adds one
         alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for module in modules:
             alike.setdefault(tuple(_settings(module)), []).append(vars(module))
@@ -125,16 +125,16 @@ class _Kept:
         self.empty = [holder for holder in own if not holder]
         self.owned = list(map(dict.copy, self.owners))
         self.tensors = [value for holder in self.owned for value in holder.values() if isinstance(value, Tensor)]
-        # Dictionaries compare values by identity first. Another tensor is then compared by its elements, which says
-        # nothing of identity if it has one, and raises an error if it has more: see `GroupedForm.holds`.
+        # Dictionaries compare values by identity first. A different tensor is then compared by its elements: with more
+        # than one this raises an error (see `GroupedForm.is_current`), with one it may be equal, so ids are compared.
         scalars = [(h, k) for h in self.owners for k, v in h.items() if isinstance(v, Tensor) and v.numel() == 1]
         self.holders, self.keys = [holder for holder, _ in scalars], [key for _, key in scalars]
         self.ids = list(map(id, map(getitem, self.holders, self.keys)))
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.numbers = list(map(Tensor.numel, self.tensors))
 
-    def holds(self) -> bool:
-        """Whether it is all the same."""
+    def is_current(self) -> bool:
+        """Whether nothing has changed."""
         return (
             [list(map(get, states)) for get, states in self.settings] == self.values
             and list(map(type, self.modules)) == self.types
@@ -148,43 +148,43 @@ class _Kept:
         )
 
 
-def _unlike(branches: Sequence[nn.Module], known: Mapping[str, type]) -> Iterator[tuple[str, str]]:
-    """Modules that each branch must run by itself, by name, and why; what is inside of one is not named again."""
+def _modules_to_loop(branches: Sequence[nn.Module], known: Mapping[str, type]) -> Iterator[tuple[str, str]]:
+    """The outermost modules that must be called once per branch, by name, with the reasons."""
     found: dict[str, str] = {}
     for name, module in branches[0].named_modules():
-        if not _within(name, found) and (because := _difference(name, module, branches, known.get(name))):
-            found[name] = because
-            yield name, because
+        if not _is_within(name, found) and (reason := _reason_to_loop(name, module, branches, known.get(name))):
+            found[name] = reason
+            yield name, reason
 
 
-def _within(name: str, closed: Mapping[str, str]) -> bool:
-    """Whether something stands in one of these modules."""
+def _is_within(name: str, closed: Mapping[str, str]) -> bool:
+    """Whether a name is one of these modules, or inside one."""
     return bool(closed) and ("" in closed or any(name == own or name.startswith(f"{own}.") for own in closed))
 
 
-def _difference(name: str, module: nn.Module, branches: Sequence[nn.Module], known: type | None) -> str:
-    """Why a module is to be run by each branch; empty if a grouped form may stand for it."""
-    kind = kind_of(module)
+def _reason_to_loop(name: str, module: nn.Module, branches: Sequence[nn.Module], known: type | None) -> str:
+    """Why a module must be called once per branch; empty if a grouped form gives the same results."""
+    kind = class_of(module)
     if kind is not known and layer_form(module) is None and not per_channel(module):
-        return f"{kind.__name__} took the place of what was there"
+        return f"a {kind.__name__} has replaced the original module"
     try:
         peers = [branch.get_submodule(name) for branch in branches]
     except AttributeError:
-        return "not all branches have it"
+        return "some branches do not have it"
     for peer in peers:
-        if kind_of(peer) is not kind:
+        if class_of(peer) is not kind:
             return f"branches have {kind.__name__} and {type(peer).__name__}"
         if any(getattr(peer, hooks) for hooks in _HOOKS):
             return "it has hooks"
         if "forward" in vars(peer):
             return "it has a forward of its own"
         if not _same_settings(peer, module) or not _same_tensors(peer, module):
-            return "it is not alike in all branches"
+            return "it is not the same in all branches"
     return ""
 
 
-def kind_of(module: nn.Module) -> type:
-    """A module's class; of a graph the one that graphs have in common, for each has a class of its own."""
+def class_of(module: nn.Module) -> type:
+    """A module's class; for a graph the base class, since each graph has a class of its own."""
     return type(module).__mro__[1] if isinstance(module, fx.GraphModule) else type(module)
 
 
@@ -205,17 +205,17 @@ def _same_tensors(module: nn.Module, other: nn.Module) -> bool:
             if a is None or b is None:
                 if a is not b:
                     return False
-            elif not (type(a) in _TENSORS and type(b) in _TENSORS and _kind(a) == _kind(b)):
+            elif not (type(a) in _TENSORS and type(b) in _TENSORS and _layout(a) == _layout(b)):
                 return False
     return True
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
 def _settings(module: nn.Module) -> list[str]:
-    """Names of the plain values that a module's forward may read."""
+    """Names of the attributes with plain values, which a module's `forward` may read."""
     return [
         name
         for name, value in vars(module).items()

@@ -1,8 +1,8 @@
-"""Layers over w branches at once, with packed weights.
+"""Layers that run w branches at once, with packed weights.
 
-Feature maps come in one of two forms. Side by side in channels, (N, w*C, ...), is the paper's (section 3.1, figure 2):
-a convolution has w times the groups. One after another in the batch, (w*N, ...), is for what works per sample: token
-layers with weights become batched matrix products, and all that has no weights runs unchanged.
+The feature maps of the branches are in one of two forms. Side by side in channels, (N, w*C, ...), is the paper's form
+(section 3.1, figure 2): a convolution has w times the groups. One after another in the batch, (w*N, ...), is for
+per-sample operations: linear layers on tokens become batched matrix products, and layers without weights run unchanged.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ from hierens.branches.tensors import BranchSlice, Layer
 
 
 def to_batch(value: Any, width: BranchSlice) -> Any:
-    """From side by side (N, w*C, ...) to one after another (w*N, C, ...); tuples tensor by tensor."""
+    """Convert branches from channels (N, w*C, ...) to batch (w*N, C, ...); tuples tensor by tensor."""
     return tree_map_only(Tensor, lambda x: x.unflatten(1, (width.active, -1)).transpose(0, 1).flatten(0, 1), value)
 
 
 def to_channels(value: Any, width: BranchSlice) -> Any:
-    """From one after another (w*N, C, ...) to side by side (N, w*C, ...); tuples tensor by tensor."""
+    """Convert branches from batch (w*N, C, ...) to channels (N, w*C, ...); tuples tensor by tensor."""
     return tree_map_only(Tensor, lambda x: x.unflatten(0, (width.active, -1)).transpose(0, 1).flatten(1, 2), value)
 
 
 def to_siblings(value: Any, width: BranchSlice) -> Any:
-    """From one input per parent (N, parents*C, ...) to one per branch (N, w*C, ...); tuples tensor by tensor."""
+    """Repeat one input per parent (N, parents*C, ...) for each branch (N, w*C, ...); tuples tensor by tensor."""
     if width.siblings == 1:
         return value
 
     def repeated(x: Tensor) -> Tensor:
-        apart = x.unflatten(1, (width.parents, 1, -1))
-        return apart.expand(-1, -1, width.siblings, *apart.shape[3:]).flatten(1, 3)
+        parents = x.unflatten(1, (width.parents, 1, -1))
+        return parents.expand(-1, -1, width.siblings, *parents.shape[3:]).flatten(1, 3)
 
     return tree_map_only(Tensor, repeated, value)
 
 
 def shape_of_parents(x: Tensor, width: BranchSlice) -> torch.Size:
-    """The shape (w*N, C, ...) that a tensor with one input per parent would have one after another."""
+    """The shape (w*N, C, ...) in batch form of a tensor with one input per parent."""
     batch, channels, *rest = x.shape
     return torch.Size((batch * width.active, channels // width.parents, *rest))
 
 
 def shape_in_batch(x: Tensor, width: BranchSlice) -> torch.Size:
-    """The shape (w*N, C, ...) that a tensor lying side by side would have one after another."""
+    """The shape (w*N, C, ...) in batch form of a tensor with branches side by side."""
     batch, channels, *rest = x.shape
     return torch.Size((batch * width.active, channels // width.active, *rest))
 
 
 def shape_of_one(weights: Tensor, width: BranchSlice) -> torch.Size:
-    """The shape that weights (w, ...) have in a single branch."""
+    """The shape of weights (w, ...) in a single branch."""
     return weights.shape[1:]
 
 
-# --- layers over feature maps side by side ---------------------------------------------------------------------------
+# --- layers on branches side by side in channels ----------------------------------------------------------------------
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # TensorFlow's padding, computed from the input's size
@@ -79,7 +79,7 @@ STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 def convolution(layer: Layer, x: Tensor, width: BranchSlice, shared: bool = False) -> Tensor:
-    """Any convolution over w branches: they are further groups. On what siblings share, they are further outputs."""
+    """Any convolution of w branches, as w times the groups; `shared`: of siblings' inputs, as more output channels."""
     module, weight, bias = layer.module, layer.rows("weight", width), layer.rows("bias", width)
     if isinstance(module, STANDARDISED):
         weight = standardised(module, weight, layer.rows("gain", width) if hasattr(module, "gain") else None)
@@ -92,7 +92,7 @@ def convolution(layer: Layer, x: Tensor, width: BranchSlice, shared: bool = Fals
 
 
 def standardised(module: Any, weight: Tensor, gain: Tensor | None) -> Tensor:
-    """Standardised weights; this is per output channel, so branches are further output channels."""
+    """Standardised weights; computed per output channel, so branches are additional output channels."""
     if gain is not None:
         gain = (gain * module.scale).view(-1)
     flat = weight.reshape(1, weight.shape[0], -1)
@@ -100,7 +100,7 @@ def standardised(module: Any, weight: Tensor, gain: Tensor | None) -> Tensor:
 
 
 def batch_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
-    """Batch norm is per channel, so branches are further channels; their statistics are updated in place."""
+    """Batch norm of w branches: w times the channels; the running statistics are updated in place."""
     module = layer.module
     tracked = module.training and module.track_running_stats
     if tracked and module.num_batches_tracked is not None:
@@ -120,7 +120,7 @@ def batch_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
 
 
 def group_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
-    """Group norm over w branches: w times the groups."""
+    """Group norm of w branches: w times the groups."""
     module = layer.module
     groups = module.num_groups * width.active
     x = F.group_norm(x, groups, layer.rows("weight", width), layer.rows("bias", width), module.eps)
@@ -149,7 +149,7 @@ def blur_pool(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
 
 
 def stochastic_depth(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
-    """Drop-path drawn per sample and branch, so that siblings are dropped independently of each other."""
+    """Stochastic depth, drawn independently per sample and branch."""
     module = layer.module
     if not module.training or module.drop_prob == 0.0:
         return x
@@ -158,30 +158,28 @@ def stochastic_depth(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
 
 
 def _then_act(module: nn.Module, x: Tensor) -> Tensor:
-    """Timm's norm-act layers carry their activation inside."""
+    """Apply the activation that is part of timm's norm-act layers."""
     if isinstance(module, (BatchNormAct2d, GroupNormAct, LayerNormAct, LayerNormAct2d)):
         x = module.act(module.drop(x))
     return x
 
 
-# --- layers over feature maps one after another ----------------------------------------------------------------------
+# --- layers on branches one after another in the batch ----------------------------------------------------------------
 
 
 def linear(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """A linear layer of w branches: one batched matrix product. (w*N, ..., in) -> (w*N, ..., out)."""
-    if width.active == 1:  # fewer kernels, which is what a small batch on a GPU waits for
+    if width.active == 1:  # fewer kernel launches, which limit small batches on GPUs
         return F.linear(x, layer.rows("weight", width), layer.rows("bias", width))
     rows = x.unflatten(0, (width.active, -1)).flatten(1, -2)  # (w, N * positions, in)
-    weight, bias = (
-        layer.stacked("weight", width).transpose(1, 2),
-        layer.stacked("bias", width),
-    )  # (w, in, out), (w, out)
+    weight = layer.stacked("weight", width).transpose(1, 2)  # (w, in, out)
+    bias = layer.stacked("bias", width)  # (w, out)
     rows = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def layer_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
-    """Layer norm over the last dimensions, with each branch's own scale and shift."""
+    """Layer norm over the last dimensions, with a scale and shift per branch."""
     module = layer.module
     if width.active == 1:
         weight, bias = layer.rows("weight", width), layer.rows("bias", width)
@@ -194,8 +192,7 @@ def layer_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     return _then_act(module, x)
 
 
-# --- functions -------------------------------------------------------------------------------------------------------
-
+# --- functions --------------------------------------------------------------------------------------------------------
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "pow")},
@@ -221,7 +218,7 @@ def chunk_channels(x: Tensor, chunks: int, width: BranchSlice) -> tuple[Tensor, 
 
 
 def broadcast_channels(op: str, a: Tensor, b: Tensor, width: BranchSlice) -> Tensor:
-    """An elementwise operation of two tensors side by side, of which one may have one channel per branch."""
+    """An elementwise operation of two tensors in channels, one of which may have a single channel per branch."""
     operation = _OPERATIONS[op]
     if a.shape[1:2] == b.shape[1:2]:
         return operation(a, b)
@@ -229,7 +226,7 @@ def broadcast_channels(op: str, a: Tensor, b: Tensor, width: BranchSlice) -> Ten
 
 
 def with_weights_of_channels(op: str, a: Tensor, b: Tensor, width: BranchSlice, first: bool) -> Tensor:
-    """An elementwise operation of a tensor side by side and weights (w, ...); `first`: the weights are `a`."""
+    """An elementwise operation of a tensor in channels and weights (w, ...); `first`: the weights are `a`."""
     operation = _OPERATIONS[op]
     x, weight = (b, a) if first else (a, b)
     branches = x.unflatten(1, (width.active, -1))  # (N, w, C, ...)
@@ -238,7 +235,7 @@ def with_weights_of_channels(op: str, a: Tensor, b: Tensor, width: BranchSlice, 
 
 
 def with_weights(op: str, a: Tensor, b: Tensor, width: BranchSlice, first: bool = False) -> Tensor:
-    """An elementwise operation of a tensor (w*N, ...) and weights (w, ...); `first`: the weights are `a`."""
+    """An elementwise operation of a tensor in batch form and weights (w, ...); `first`: the weights are `a`."""
     operation = _OPERATIONS[op]
     x, weight = (b, a) if first else (a, b)
     branches = x.unflatten(0, (width.active, -1))  # (w, N, ...)
@@ -246,21 +243,21 @@ def with_weights(op: str, a: Tensor, b: Tensor, width: BranchSlice, first: bool 
     return (operation(weight, branches) if first else operation(branches, weight)).flatten(0, 1)
 
 
-def spread(weight: Tensor, sizes: Sequence[int], width: BranchSlice) -> Tensor:
-    """`weight.expand(batch, ...)` for weights (w, 1, ...) whose first size is that of the batch: (w*N, ...)."""
+def expand_to_batch(weight: Tensor, sizes: Sequence[int], width: BranchSlice) -> Tensor:
+    """`weight.expand(batch, ...)` for weights (w, 1, ...): (w*N, ...)."""
     batch, *rest = sizes
     return weight.expand(width.active, batch // width.active, *rest).flatten(0, 1)
 
 
-def repeated(weight: Tensor, repeats: Sequence[int], width: BranchSlice) -> Tensor:
+def repeat_to_batch(weight: Tensor, repeats: Sequence[int], width: BranchSlice) -> Tensor:
     """`weight.repeat(batch, ...)` for weights (w, 1, ...): (w*N, ...)."""
     batch, *rest = repeats
     return weight.repeat(1, batch // width.active, *rest).flatten(0, 1)
 
 
-def has_layer(module: nn.Module) -> bool:
-    """Whether a module's settings allow the form that its type has here."""
+def settings_allow_packing(module: nn.Module) -> bool:
+    """Whether a module's settings allow the packed form of its type."""
     if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
         return False
-    # A cumulative average would need a factor for each branch.
+    # Without a momentum the statistics are cumulative averages, which need a factor per branch.
     return not (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None)

@@ -1,89 +1,38 @@
-"""A trace of a block's layers, rewritten node by node for packed weights."""
+"""`Rewriter`: rewrites a trace of a block's layers for packed weights, node by node."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Container, Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten
 
-from hierens.branches import layers as layers
+from hierens.branches import layers
 from hierens.branches.fused_layers import FusedConvolution
-from hierens.branches.rules import ABOUT, BINARY, UNARY, Form, PackError, layer_form, per_channel, reads_parents
-from hierens.branches.tensors import BranchSlice, Layer, state_of
-
-
-class PerBranch(nn.Module):
-    """Calls a function or method once per branch, or each branch's module, and puts the results together again."""
-
-    def __init__(self, target: Any, forms: Sequence[Form], spec: Any) -> None:
-        """What to call: a function, a method's name, or a list with a module for each branch."""
-        super().__init__()
-        self.target = target  # modules in a list, which does not register them
-        self.forms, self.spec = list(forms), spec
-        self.changes = isinstance(target, list) and change_in_place(target)
-
-    def forward(self, width: BranchSlice, *flat: Any) -> Any:
-        """What the branches return, one after another if any argument holds images, else stacked."""
-        split = [self._split(value, form, width) for value, form in zip(flat, self.forms, strict=True)]
-        if self.changes:  # views of one tensor may not be changed one by one where gradients are recorded
-            split = [tree_map_only(Tensor, Tensor.clone, values) for values in split]
-        results = []
-        for branch in range(width.active):
-            args, kwargs = tree_unflatten([values[branch] for values in split], self.spec)
-            if isinstance(self.target, list):
-                results.append(self.target[width.start + branch](*args, **kwargs))
-            elif isinstance(self.target, str):
-                results.append(getattr(args[0], self.target)(*args[1:], **kwargs))
-            else:
-                results.append(self.target(*args, **kwargs))
-        return self._joined(results)
-
-    @staticmethod
-    def _split(value: Any, form: Form, width: BranchSlice) -> Sequence[Any]:
-        if form is Form.WEIGHT and isinstance(value, Tensor):
-            return value.unbind()
-        if form is Form.BATCH and isinstance(value, Tensor):
-            return value.unflatten(0, (width.active, -1)).unbind()
-        return [value] * width.active
-
-    def _joined(self, results: list[Any]) -> Any:
-        if isinstance(results[0], (tuple, list)):
-            return tuple(self._joined(list(parts)) for parts in zip(*results, strict=True))
-        if not isinstance(results[0], Tensor):
-            return results[0]
-        return torch.cat(results) if Form.BATCH in self.forms else torch.stack(results)
-
-
-def change_in_place(modules: Sequence[nn.Module]) -> bool:
-    """Whether any of these modules may write into what it is given."""
-    return any(getattr(part, "inplace", False) for module in modules for part in module.modules())
-
-
-class Layers(Protocol):
-    """The block of a level, whose layers hold the tensors of all branches.
-
-    Attributes:
-        block: has the block's structure; what all branches share is read from it.
-    """
-
-    block: nn.Module
-
-    def layer(self, name: str) -> Layer:
-        """A layer of all branches."""
-
-    def modules(self, name: str) -> list[nn.Module]:
-        """Each branch's own module."""
-
-    def per_branch(self, name: str) -> bool:
-        """Whether a tensor differs from branch to branch."""
+from hierens.branches.packed_graph import PackedGraph
+from hierens.branches.per_branch import PerBranch, change_in_place
+from hierens.branches.rules import (
+    BINARY,
+    TENSOR_ATTRIBUTES,
+    UNARY,
+    Form,
+    PackError,
+    layer_form,
+    per_channel,
+    reads_parents,
+)
+from hierens.branches.tensors import Layers, state_of
 
 
 class Rewriter:
-    """Writes the packed graph, node by node."""
+    """Writes the packed graph: each value in channels if possible, else one branch after another, else per branch.
+
+    Attributes:
+        looped: modules that are called once per branch on images, with the reasons.
+        per_branch: these modules, and those that are called once per branch without images.
+    """
 
     def __init__(
         self,
@@ -91,187 +40,125 @@ class Rewriter:
         trace: fx.Graph,
         constants: fx.GraphModule,
         closed: Mapping[str, str],
-        unlike: Container[str] = (),
+        unchecked: Container[str] = (),
     ) -> None:
-        """What to rewrite.
+        """The input of the rewriting.
 
         Args:
             layers: the block's layers, with the tensors of all branches.
             trace: of the block, layer by layer.
-            constants: holds the tensors that the trace made itself.
-            closed: modules that are to be called as they are, once per branch, and why.
-            unlike: those of them that are so because they are not what the block's form was checked with.
+            constants: the module with the tensors that the trace itself created.
+            closed: modules to be called unchanged, once per branch, with the reasons.
+            unchecked: those of `closed` that differ from the modules with which the grouped form was checked.
         """
         self.layers, self.block, self.trace, self.constants = layers, layers.block, trace, constants
-        self.closed, self.unlike = closed, unlike
-        self.graph = fx.Graph()
-        self.made: dict[tuple[fx.Node, Form], fx.Node] = {}
-        self.form: dict[fx.Node, Form] = {}
-        self.tuples: set[fx.Node] = set()
-        self.parts: dict[str, Any] = {}
-        self.places: dict[tuple[str, str], str] = {}  # where parts stand in the graph, by what they are
-        self.changed: dict[fx.Node, fx.Node] = {}  # a value that was changed in place, and the call that did
+        self.closed, self.unchecked = closed, unchecked
+        self.packed = PackedGraph(node for node in trace.nodes if node.op == "placeholder")
         self.looped: dict[str, str] = {}
-        self.apart: set[str] = set()  # modules that are called once per branch
-        self.conversions: set[tuple[fx.Node, Form]] = set()
+        self.per_branch: set[str] = set()
 
     def rewrite(self) -> fx.GraphModule:
-        """A module `(*values, width)` on values of the parents, which reads its weights from the branches' own layers.
+        """A module `(*values, width)` on the parents' values that reads its weights from the branches' layers.
 
         Raises:
-            PackError: the block hands on something other than images.
+            PackError: the block returns something other than feature maps.
         """
-        placeholders = [node for node in self.trace.nodes if node.op == "placeholder"]
-        for node in placeholders:
-            self._put(node, self.graph.placeholder(node.name), Form.PARENTS)
-        self.width = self.graph.placeholder("width")
         for node in self.trace.nodes:
             if node.op == "output":
-                self.graph.output(fx.map_arg(node.args[0], self._handed_on))
+                self.packed.graph.output(fx.map_arg(node.args[0], self._returned))
             elif node.op != "placeholder":
                 getattr(self, f"_{node.op}")(node)
-        return fx.GraphModule(self.parts, self.graph, class_name="PackedBlock")
+        return fx.GraphModule(self.packed.parts, self.packed.graph, class_name="PackedBlock")
 
-    def _handed_on(self, node: fx.Node) -> fx.Node:
-        if self.form[node] in (Form.WEIGHT, Form.SHARED):
-            raise PackError("values other than feature maps cross out of it")
-        return self._as(node, Form.CHANNELS)
-
-    # --- values and their forms --------------------------------------------------------------------------------------
-
-    def _put(self, node: fx.Node, made: fx.Node, form: Form) -> None:
-        self.form[node] = form
-        self.made[node, form] = made
-
-    def _as(self, node: fx.Node, form: Form) -> fx.Node:
-        """A value in another form; a conversion is written once."""
-        node = self._current(node)
-        own = self.form[node]
-        if own is Form.SHARED or own is form:
-            return self.made[node, own]
-        if own is Form.WEIGHT or form not in (Form.CHANNELS, Form.BATCH):
-            raise PackError(f"{node.name} is used both as weights and as images")
-        if (node, form) not in self.made:
-            if own is Form.PARENTS and form is Form.CHANNELS:
-                value, convert = self.made[node, own], layers.to_siblings
-            elif form is Form.BATCH:
-                value, convert = self._as(node, Form.CHANNELS), layers.to_batch
-            else:
-                value, convert = self.made[node, own], layers.to_channels
-            self.conversions.add((node, form))
-            self.made[node, form] = self.graph.call_function(convert, (value, self.width))
-        return self.made[node, form]
-
-    def _current(self, node: fx.Node) -> fx.Node:
-        """A value as the last change in place left it."""
-        while node in self.changed:
-            node = self.changed[node]
-        return node
-
-    def _form(self, node: fx.Node) -> Form:
-        """The form of a value; what siblings share counts as side by side."""
-        form = self.form[self._current(node)]
-        return Form.CHANNELS if form is Form.PARENTS else form
-
-    def _forms(self, node: fx.Node) -> set[Form]:
-        return {self._form(n) for n in node.all_input_nodes} - {Form.SHARED}
-
-    def _copied(self, node: fx.Node, form: Form) -> None:
-        """The same call on values in one form."""
-        self._put(node, self.graph.node_copy(node, lambda old: self._as(old, form)), form)
-
-    def _called(self, node: fx.Node, form: Form, function: Callable[..., Any], *args: Any) -> None:
-        """A function that takes the width, on values in one form."""
-        mapped = fx.map_arg(args, lambda old: self._as(old, form))
-        self._put(node, self.graph.call_function(function, (*mapped, self.width)), form)
+    def _returned(self, node: fx.Node) -> fx.Node:
+        if self.packed.own_form(node) in (Form.WEIGHT, Form.SHARED):
+            raise PackError("it returns values other than feature maps")
+        return self.packed.value(node, Form.CHANNELS)
 
     def _per_branch(self, node: fx.Node, target: Any) -> None:
-        """A call per branch, on images one after another and on weights."""
-        images = bool(self._forms(node) & {Form.CHANNELS, Form.BATCH})
+        """Write a call per branch, on images one branch after another and on weights."""
+        images = bool(self.packed.input_forms(node) & {Form.CHANNELS, Form.BATCH})
         flat, spec = tree_flatten((tuple(node.args), dict(node.kwargs)))
         forms, values = [], []
         for value in flat:
             if isinstance(value, fx.Node):
-                own = self._form(value)
+                own = self.packed.form(value)
                 forms.append(Form.BATCH if own is Form.CHANNELS else own)
-                values.append(self._as(value, forms[-1]))
+                values.append(self.packed.value(value, forms[-1]))
             else:
                 forms.append(Form.SHARED)
                 values.append(value)
-        name = f"per_branch_{len(self.parts)}"
-        self.parts[name] = PerBranch(target, forms, spec)
-        made = self.graph.call_module(name, (self.width, *values))
-        self._put(node, made, Form.BATCH if images else Form.WEIGHT)
+        name = f"per_branch_{len(self.packed.parts)}"
+        self.packed.parts[name] = PerBranch(target, forms, spec)
+        written = self.packed.graph.call_module(name, (self.packed.width, *values))
+        self.packed.put(node, written, Form.BATCH if images else Form.WEIGHT)
 
-    # --- nodes -------------------------------------------------------------------------------------------------------
+    # --- nodes --------------------------------------------------------------------------------------------------------
 
     def _get_attr(self, node: fx.Node) -> None:
-        name = str(node.target)
+        name, packed = str(node.target), self.packed
         owner, _, key = name.rpartition(".")
-        if key.startswith("_tensor_constant"):  # the tracer's name for what stands nowhere else
-            self.parts["constants"] = self.constants
-            self._put(node, self.graph.call_function(getattr, (self.graph.get_attr("constants"), key)), Form.SHARED)
+        if key.startswith("_tensor_constant"):  # the tracer's name for a tensor that is no attribute of a module
+            packed.parts["constants"] = self.constants
+            constants = packed.graph.get_attr("constants")
+            packed.put(node, packed.graph.call_function(getattr, (constants, key)), Form.SHARED)
         elif self.layers.per_branch(name):
-            layer = self._layer(owner)
-            self._put(node, self.graph.call_method("stacked", (layer, key, self.width)), Form.WEIGHT)
+            packed.put(node, packed.graph.call_method("stacked", (self._layer(owner), key, packed.width)), Form.WEIGHT)
         else:
-            # Read at run time: `.to(...)` puts another tensor in a buffer's place.
-            part = self._part(("own", owner), self.block.get_submodule(owner))
-            self._put(node, self.graph.call_function(getattr, (part, key)), Form.SHARED)
+            # Read at run time, since `.to(...)` replaces buffers.
+            part = packed.part("own", owner, self.block.get_submodule(owner))
+            packed.put(node, packed.graph.call_function(getattr, (part, key)), Form.SHARED)
 
     def _layer(self, name: str) -> fx.Node:
         """A layer with the tensors of all branches."""
-        return self._part(("layer", name), self.layers.layer(name))
-
-    def _part(self, key: tuple[str, str], value: Any) -> fx.Node:
-        """Something that the graph holds, once."""
-        place = self.places.setdefault(key, f"{key[0]}_{len(self.places)}")
-        self.parts.setdefault(place, value)
-        return self.graph.get_attr(place)
+        return self.packed.part("layer", name, self.layers.layer(name))
 
     def _call_module(self, node: fx.Node) -> None:
         name = str(node.target)
         module = self.block.get_submodule(name)
-        forms = self._forms(node)
-        if name in self.closed:
-            self._call_apart(node, name, self.closed[name], forms)
-            return
-        if per_channel(module) and len(forms) <= 1 and Form.WEIGHT not in forms:
-            self.parts[name] = module
-            self._copied(node, next(iter(forms), Form.SHARED))
-            return
+        forms = self.packed.input_forms(node)
         found = layer_form(module)
-        if found is not None and len(node.args) == 1 and not node.kwargs and forms and Form.WEIGHT not in forms:
+        if name in self.closed:
+            self._call_each(node, name, self.closed[name], forms)
+        elif per_channel(module) and len(forms) <= 1 and Form.WEIGHT not in forms:
+            self._call_unchanged(node, name, module, next(iter(forms), Form.SHARED))
+        elif found is not None and len(node.args) == 1 and not node.kwargs and forms and Form.WEIGHT not in forms:
             form, function = found
             if function is layers.stochastic_depth and forms == {Form.BATCH}:
-                self.parts[name] = module
-                self._copied(node, Form.BATCH)
-                return
-            before = set(self.conversions)
-            shared = self.form[self._current(_first(node))] is Form.PARENTS and reads_parents(module, function)
-            mapped = self._as(_first(node), Form.PARENTS if shared else form)
-            kwargs: dict[str, Any] = {"shared": True} if shared else {}
-            layer = self._part(("fused", name), module) if isinstance(module, FusedConvolution) else self._layer(name)
-            made = self.graph.call_function(function, (layer, mapped, self.width), kwargs)
-            if function is layers.linear:
-                self.conversions = before  # cheap, and worth it: see `channelwise`
-            self._put(node, made, form)
+                self._call_unchanged(node, name, module, Form.BATCH)
+            else:
+                self._call_packed(node, name, module, form, function)
         elif next(state_of(module), None) is None and Form.WEIGHT not in forms:
-            self.parts[name] = module
-            self._copied(node, Form.BATCH if forms else Form.SHARED)
+            self._call_unchanged(node, name, module, Form.BATCH if forms else Form.SHARED)
         else:
-            self._call_apart(node, name, f"{type(module).__name__} has no packed form", forms)
+            self._call_each(node, name, f"{type(module).__name__} has no packed form", forms)
 
-    def _call_apart(self, node: fx.Node, name: str, because: str, forms: set[Form]) -> None:
-        """Call each branch's own module."""
+    def _call_unchanged(self, node: fx.Node, name: str, module: nn.Module, form: Form) -> None:
+        """Call a module without weights on values in a form."""
+        self.packed.parts[name] = module
+        self.packed.copy(node, form)
+
+    def _call_packed(self, node: fx.Node, name: str, module: nn.Module, form: Form, function: Any) -> None:
+        """Call the packed form of a layer."""
+        packed, channelwise = self.packed, self.packed.channelwise
+        shared = packed.own_form(_first(node)) is Form.PARENTS and reads_parents(module, function)
+        x = packed.value(_first(node), Form.PARENTS if shared else form)
+        layer = packed.part("fused", name, module) if isinstance(module, FusedConvolution) else self._layer(name)
+        kwargs: dict[str, Any] = {"shared": True} if shared else {}
+        packed.put(node, packed.graph.call_function(function, (layer, x, packed.width), kwargs), form)
+        if function is layers.linear:
+            packed.channelwise = channelwise  # the conversion costs little here: see `AnyLevel.channelwise`
+
+    def _call_each(self, node: fx.Node, name: str, reason: str, forms: set[Form]) -> None:
+        """Call the module of each branch."""
         modules = self.layers.modules(name)
         read_elsewhere = any(len(source.users) > 1 for source in node.all_input_nodes)
-        if name in self.unlike and read_elsewhere and change_in_place(modules):
-            raise PackError(f"{name} changes in place what other layers read")
+        if name in self.unchecked and read_elsewhere and change_in_place(modules):
+            raise PackError(f"{name} changes a tensor in place that other layers read")
         self._per_branch(node, modules)
-        self.apart.add(name)
+        self.per_branch.add(name)
         if forms - {Form.WEIGHT}:
-            self.looped[name] = because
+            self.looped[name] = reason
 
     def _call_function(self, node: fx.Node) -> None:
         if node.target is getattr:
@@ -282,103 +169,103 @@ class Rewriter:
             self._operation(node)
 
     def _call_method(self, node: fx.Node) -> None:
-        if node.target in ABOUT:
+        packed = self.packed
+        if node.target in TENSOR_ATTRIBUTES:
             self._attribute(node, node.target)
-        elif node.target in ("expand", "repeat") and self._spreads(node):
-            rule = layers.spread if node.target == "expand" else layers.repeated
-            weight = self._as(_first(node), Form.WEIGHT)
-            sizes = fx.map_arg(_sizes(node), lambda old: self._as(old, Form.SHARED))
-            self._put(node, self.graph.call_function(rule, (weight, sizes, self.width)), Form.BATCH)
+        elif node.target in ("expand", "repeat") and self._expands_to_batch(node):
+            rule = layers.expand_to_batch if node.target == "expand" else layers.repeat_to_batch
+            weight = packed.value(_first(node), Form.WEIGHT)
+            sizes = fx.map_arg(_sizes(node), lambda old: packed.value(old, Form.SHARED))
+            packed.put(node, packed.graph.call_function(rule, (weight, sizes, packed.width)), Form.BATCH)
         else:
             self._operation(node)
             if str(node.target).endswith("_"):
-                self.changed[_first(node)] = node
+                packed.replace(_first(node), node)
 
-    def _spreads(self, node: fx.Node) -> bool:
-        """Whether weights are given the size of the batch: their first size is then not a plain number."""
-        weights = self._forms(node) == {Form.WEIGHT} and self.form[_first(node)] is Form.WEIGHT
+    def _expands_to_batch(self, node: fx.Node) -> bool:
+        """Whether weights are expanded to the batch size: then the first size is a value of the trace."""
+        weights = self.packed.input_forms(node) == {Form.WEIGHT} and self.packed.form(_first(node)) is Form.WEIGHT
         return weights and isinstance(_sizes(node)[0], fx.Node)
 
     def _attribute(self, node: fx.Node, name: Any) -> None:
-        """What is asked about a tensor, not of it: one answer for all branches."""
-        source = self._current(_first(node))
-        form = self.form[source]
+        """Write a query about a tensor rather than its values: one result for all branches."""
+        source, packed = _first(node), self.packed
+        form = packed.own_form(source)
         shapes = {
             Form.PARENTS: layers.shape_of_parents,
             Form.CHANNELS: layers.shape_in_batch,
             Form.WEIGHT: layers.shape_of_one,
         }
-        if name not in ABOUT and form is not Form.SHARED:
+        if name not in TENSOR_ATTRIBUTES and form is not Form.SHARED:
             self._operation(node)  # such as x.T
         elif form in shapes and name in ("shape", "size", "numel", "ndim", "dim"):
-            answer = self.graph.call_function(shapes[form], (self._as(source, form), self.width))
+            result = packed.graph.call_function(shapes[form], (packed.value(source, form), packed.width))
             if name == "size" and len(node.args) > 1:
-                answer = self.graph.call_function(operator.getitem, (answer, node.args[1]))
+                result = packed.graph.call_function(operator.getitem, (result, node.args[1]))
             elif name == "numel":
-                answer = self.graph.call_method("numel", (answer,))
+                result = packed.graph.call_method("numel", (result,))
             elif name in ("ndim", "dim"):
-                answer = self.graph.call_function(len, (answer,))
-            self._put(node, answer, Form.SHARED)
+                result = packed.graph.call_function(len, (result,))
+            packed.put(node, result, Form.SHARED)
         else:
-            self._put(node, self.graph.node_copy(node, lambda old: self._as(old, self.form[old])), Form.SHARED)
+            result = packed.graph.node_copy(node, lambda old: packed.value(old, packed.own_form(old)))
+            packed.put(node, result, Form.SHARED)
 
     def _item(self, node: fx.Node) -> None:
         source = node.args[0]
-        if isinstance(source, fx.Node) and source in self.tuples:
-            self._copied(node, self._form(source))
+        if isinstance(source, fx.Node) and _returns_tuple(source):
+            self.packed.copy(node, self.packed.form(source))
         else:
             self._operation(node)
 
     def _operation(self, node: fx.Node) -> None:
-        """A function or method: in channels if it can be, else per sample, else branch by branch."""
-        forms = self._forms(node)
+        """Write a function or method: in channels if possible, else one branch after another, else per branch."""
+        forms = self.packed.input_forms(node)
         if not forms:
-            self._put(node, self.graph.node_copy(node, lambda old: self._as(old, Form.SHARED)), Form.SHARED)
+            self.packed.copy(node, Form.SHARED)
         elif Form.WEIGHT in forms:
             self._operation_with_weights(node)
-        elif Form.CHANNELS in forms and self._stays_in_channels(node):
-            pass
-        else:
-            self._copied(node, Form.BATCH)
-        if _name(node) in ("split", "chunk", "unbind", "tensor_split"):
-            self.tuples.add(node)
+        elif Form.CHANNELS not in forms or not self._stays_in_channels(node):
+            self.packed.copy(node, Form.BATCH)
 
     def _operation_with_weights(self, node: fx.Node) -> None:
         op, args = BINARY.get(node.target), [arg for arg in node.args if isinstance(arg, fx.Node)]
-        own = [self._form(arg) for arg in args]
+        own = [self.packed.form(arg) for arg in args]
         if op is None or len(args) != 2 or node.kwargs or len(set(own)) != 2 or Form.SHARED in own:
             self._per_branch(node, node.target)
             return
         first = own[0] is Form.WEIGHT
         form = own[1 if first else 0]
         rule = layers.with_weights_of_channels if form is Form.CHANNELS else layers.with_weights
-        values = [self._as(arg, form) for arg, form in zip(args, own, strict=True)]
-        self._put(node, self.graph.call_function(rule, (op.removeprefix("i"), *values, self.width, first)), form)
+        values = [self.packed.value(arg, form) for arg, form in zip(args, own, strict=True)]
+        call = (op.removeprefix("i"), *values, self.packed.width, first)
+        self.packed.put(node, self.packed.graph.call_function(rule, call), form)
 
     def _stays_in_channels(self, node: fx.Node) -> bool:
-        """Write an operation that treats channels alike and apart; False if it is none."""
-        name, images = _name(node), [n for n in node.all_input_nodes if self.form[n] is not Form.SHARED]
+        """Write an operation that treats each channel separately and alike; False for any other operation."""
+        name, packed = _name(node), self.packed
+        images = [n for n in node.all_input_nodes if packed.form(n) is not Form.SHARED]
         plain = len(images) == len(node.all_input_nodes)
         if node.target in BINARY and plain and len(images) == 1:
-            self._copied(node, Form.CHANNELS)
+            packed.copy(node, Form.CHANNELS)
         elif node.target in BINARY and plain and len(node.args) == 2 and not node.kwargs:
-            self._called(node, Form.CHANNELS, layers.broadcast_channels, BINARY[node.target], *node.args)
+            packed.call(node, Form.CHANNELS, layers.broadcast_channels, BINARY[node.target], *node.args)
         elif (node.target in UNARY or name == "pad_same") and len(images) == 1:
-            self._copied(node, Form.CHANNELS)
+            packed.copy(node, Form.CHANNELS)
         elif name in ("cat", "concat") and _dim(node, 1, 0) == 1:
-            self._called(node, Form.CHANNELS, layers.concatenate_channels, node.args[0])
+            packed.call(node, Form.CHANNELS, layers.concatenate_channels, node.args[0])
         elif name in ("split", "chunk") and _dim(node, 2, 0) == 1 and len(node.args) > 1 and plain:
             rule = layers.split_channels if name == "split" else layers.chunk_channels
-            self._called(node, Form.CHANNELS, rule, *node.args[:2])
+            packed.call(node, Form.CHANNELS, rule, *node.args[:2])
         elif _reduces_positions(node, name) or (name == "flatten" and (*node.args[1:], *node.kwargs.values()) == (1,)):
-            self._copied(node, Form.CHANNELS)
+            packed.copy(node, Form.CHANNELS)
         else:
             return False
         return True
 
 
 def _first(node: fx.Node) -> fx.Node:
-    """What a call is made on."""
+    """The first argument, on which a method is called."""
     first = node.args[0]
     assert isinstance(first, fx.Node)
     return first
@@ -391,8 +278,12 @@ def _sizes(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _name(node: fx.Node) -> str:
-    """What exists both as a function and as a method goes by one name."""
+    """The name of a function or method; the same for both if an operation exists as both."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _returns_tuple(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and _name(node) in ("split", "chunk", "unbind", "tensor_split")
 
 
 def _dim(node: fx.Node, position: int, default: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What has a packed form, and which: layers, functions and methods.
+"""The layers, functions and methods that have a packed form, and that form.
 
-The form of a value says how it holds the branches of a level; `hierens.branches.rewrite` writes conversions where
-forms meet.
+The form of a value is the arrangement of a level's branches in it. `hierens.branches.packed_graph` inserts conversions
+where different forms meet.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from timm.layers.std_conv import StdConv2dSame
 from timm.models.nfnet import NormFreeBlock
 from torch import Tensor, nn
 
-from hierens.branches import layers as layers
+from hierens.branches import layers
 from hierens.branches.fused_layers import FusedConvolution, fused_convolution
 
 
 class PackError(ValueError):
-    """A block has no packed form; the message says which part of it stands in the way."""
+    """A block has no packed form; the message names the part that prevents it."""
 
 
 class Form(Enum):
-    """How a value in the packed graph holds its branches."""
+    """The arrangement of the branches in a value of the packed graph."""
 
     CHANNELS = "side by side: (N, w*C, ...)"
-    PARENTS = "side by side, but once for all siblings: (N, parents*C, ...)"
+    PARENTS = "side by side, once for all siblings: (N, parents*C, ...)"
     BATCH = "one after another: (w*N, C, ...)"
-    WEIGHT = "stacked, without images: (w, ...)"
-    SHARED = "the same for all"
+    WEIGHT = "stacked, without a batch: (w, ...)"
+    SHARED = "the same for all branches"
 
 
-# Layers with a form of their own; what they take and return, and the function.
+# Layers with a packed form: the form of their inputs and outputs, and the function.
 LAYERS: dict[type[nn.Module], tuple[Form, Callable[..., Tensor]]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, tl.Conv2dSame), (Form.CHANNELS, layers.convolution)),
     **dict.fromkeys((tl.StdConv2d, StdConv2dSame), (Form.CHANNELS, layers.convolution)),
@@ -54,7 +54,7 @@ LAYERS: dict[type[nn.Module], tuple[Form, Callable[..., Tensor]]] = {
     **dict.fromkeys((nn.LayerNorm, tl.LayerNorm, tl.LayerNormAct), (Form.BATCH, layers.layer_norm)),
 }
 
-# Layers without weights that treat every channel alike and apart from the others: they run in either form as they are.
+# Layers without weights that treat each channel separately and alike: they run unchanged in channels and in batch.
 PER_CHANNEL: tuple[type[nn.Module], ...] = (
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample),
     *(tl.AvgPool2dSame, MaxPool2dSame, nn.Dropout, nn.Identity),
@@ -63,8 +63,8 @@ PER_CHANNEL: tuple[type[nn.Module], ...] = (
 )
 _TIMM_ACTIVATIONS = ("timm.layers.activations", "timm.layers.activations_me")
 
-# Operations of two values, by the names under which `packed_layers` has them; the trace knows them as operators,
-# functions and methods.
+# Operations of two values, which occur in traces as operators, functions and methods, by their names in
+# `hierens.branches.layers`.
 BINARY: dict[Any, str] = {
     **{getattr(operator, name): name for name in ("add", "sub", "mul", "truediv", "pow")},
     **{getattr(operator, name): name for name in ("iadd", "isub", "imul", "itruediv")},
@@ -75,7 +75,7 @@ BINARY: dict[Any, str] = {
     "div": "truediv",
     "div_": "itruediv",
 }
-# Of one tensor, element by element or channel by channel.
+# Operations of one tensor that treat each channel separately and alike.
 UNARY = {
     *(operator.neg, torch.relu, torch.sigmoid, torch.tanh, torch.clamp, torch.square, torch.sqrt, torch.exp, torch.abs),
     *(F.relu, F.relu6, F.silu, F.gelu, F.mish, F.leaky_relu, F.elu, F.hardtanh, F.hardswish, F.hardsigmoid),
@@ -84,17 +84,17 @@ UNARY = {
     *("clamp", "clamp_", "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "contiguous", "clone"),
     *("sqrt", "square", "exp", "abs", "float", "detach", "to", "type_as"),
 }
-# Kept whole by timm because a trace would lose a change in place, which is followed here.
-OPENED = (NormFreeBlock,)
-# What is asked about a tensor.
-ABOUT = (
+# timm excludes these from tracing, since a trace loses a change in place; `PackedGraph.replace` keeps it.
+TRACED = (NormFreeBlock,)
+# Queries about a tensor rather than its values.
+TENSOR_ATTRIBUTES = (
     *("shape", "size", "numel", "ndim", "dim", "dtype", "device", "requires_grad", "is_cuda", "get_device"),
     *("is_floating_point", "layout"),
 )
 
 
 def per_channel(module: nn.Module) -> bool:
-    """Whether a layer runs as it is on feature maps side by side: without weights, every channel for itself."""
+    """Whether a layer runs unchanged on branches side by side: it has no weights and treats each channel separately."""
     if type(module) is nn.Flatten:
         return module.start_dim == 1
     known = type(module) in PER_CHANNEL or type(module).__module__ in _TIMM_ACTIVATIONS
@@ -102,16 +102,16 @@ def per_channel(module: nn.Module) -> bool:
 
 
 def reads_parents(module: nn.Module, function: Callable[..., Tensor]) -> bool:
-    """Whether a layer takes what siblings share as it is, instead of a copy for each."""
+    """Whether a layer can read its input once for all siblings, instead of a copy for each."""
     return function in (layers.convolution, fused_convolution) and getattr(module, "groups", 0) == 1
 
 
 def layer_form(module: nn.Module) -> tuple[Form, Callable[..., Tensor]] | None:
-    """The packed form of a layer, if its type has one and its settings allow it."""
+    """The packed form of a layer, and its function; None if its type has none or its settings do not allow it."""
     found = LAYERS.get(type(module))
     if isinstance(module, FusedConvolution):
         return found
     inner = [part for part in (getattr(module, "drop", None), getattr(module, "act", None)) if part is not None]
-    if found is None or not layers.has_layer(module) or not all(per_channel(part) for part in inner):
+    if found is None or not layers.settings_allow_packing(module) or not all(per_channel(part) for part in inner):
         return None
     return found

@@ -1,1 +1,1 @@
-"""What the other packages build on: trees, predictions, costs, files, and the base class of every model."""
+"""The basis of all other packages: trees, predictions, costs, files, and the base class of models."""

@@ -1,7 +1,7 @@
-"""What every network whose depth can be chosen offers, however it is built: trees and multi-exit networks alike.
+"""`AdaptiveBase`: the base class of all networks whose depth is chosen at run time.
 
-It has leaves, which answer: a tree's networks, or the exits of a chain of blocks. Depth b asks the first `sizes[b]` of
-them, and costs `macs()[b]`. Policies, calibration, metrics, losses, the trainer, profiles and the Hub need no more.
+Its leaves are a tree's networks, or the exits of a chain of blocks. Depth b evaluates the first `sizes[b]` leaves and
+costs `macs()[b]`. Policies, calibration, metrics, losses, the trainer, profiles and the Hub use only this interface.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _COUNTING = threading.Lock()
 
 
 class AdaptiveBase(nn.Module, ABC):
-    """A network whose depth is chosen when it is run; `hierens.Adaptive` adds what writes files and measures time.
+    """A network whose depth is chosen at run time; `hierens.Adaptive` adds saving, export and profiling.
 
     Attributes:
-        levels: its parts in order, which training can freeze from the first.
+        levels: its parts in order; training can freeze the first ones.
         num_classes: number of classes.
         num_features: channels that the backbone's classifier reads.
         in_chans: image channels.
         pretrained_cfg: timm's description of the model and its preprocessing.
-        gradient_equilibrium: whether shared parts get the mean, not the sum, of the gradients that the leaves behind
-            them send; off by default. See `hierens.core.equilibrium`.
-        grad_checkpointing: whether activations are computed again in the backward pass rather than kept.
+        gradient_equilibrium: whether shared parts receive the mean, not the sum, of the gradients of the leaves that
+            use them; off by default. See `hierens.core.equilibrium`.
+        grad_checkpointing: whether activations are recomputed in the backward pass instead of stored.
     """
 
     architecture: ClassVar[str]
-    """timm's entry point that makes it"""
+    """the timm entry point that creates it"""
     unit: ClassVar[str] = "networks"
-    """what its leaves are called in tables"""
+    """the name of its leaves in tables"""
     symmetric: Any = False
     """whether any two leaves have the same weights"""
     levels: nn.ModuleList
@@ -51,7 +51,7 @@ class AdaptiveBase(nn.Module, ABC):
     pretrained_cfg: dict[str, Any]
 
     def __init__(self, info: ModelInfo) -> None:
-        """A model without layers, under the names by which timm's tools read a record of it."""
+        """A model without layers, with the attributes that timm's tools read."""
         super().__init__()
         self.num_classes, self.num_features, self.in_chans = info.num_classes, info.num_features, info.in_chans
         self.head_hidden_size, self.classifier_names = info.head_hidden_size, info.classifier_names
@@ -61,7 +61,7 @@ class AdaptiveBase(nn.Module, ABC):
 
     @property
     def info(self) -> ModelInfo:
-        """A copy of the model's record, for a model that is made of this one."""
+        """A copy of the model's record, for a model derived from this one."""
         return ModelInfo(
             self.num_classes,
             self.num_features,
@@ -74,24 +74,24 @@ class AdaptiveBase(nn.Module, ABC):
             self._traits,
         ).copy()
 
-    # --- what a kind of network must say of itself ------------------------------------------------------------------
+    # --- abstract methods -------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def prediction_weights(self) -> PredictionWeights:
-        """How the leaves' logits become the predictions of every depth."""
+        """How leaf logits are combined into the prediction of each depth."""
 
     @abstractmethod
     def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
-        """Logits (N, classes) of a depth, or (N, leaves, classes) of each leaf; nothing else is computed."""
+        """Logits (N, classes) of a depth, or (N, leaves, classes) of each leaf; no other leaves are computed."""
 
     @abstractmethod
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
-        """Predictions that sharpen leaf by leaf; rows to go on with may be sent."""
+        """Predictions leaf by leaf; the indices of the images to continue with can be sent."""
 
     @abstractmethod
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> AdaptiveBase:
-        """A model of its own with only what a depth (or the first `leaves`) needs."""
+        """A separate model with only the parts that a depth (or the first `leaves`) needs."""
 
     @abstractmethod
     def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
@@ -103,7 +103,7 @@ class AdaptiveBase(nn.Module, ABC):
 
     @abstractmethod
     def backbone_parts(self) -> Iterator[nn.Module]:
-        """The modules that hold the backbone's weights, each under its names."""
+        """The modules that contain the backbone's weights, by the backbone's names."""
 
     # --- depths -----------------------------------------------------------------------------------------------------
 
@@ -114,16 +114,16 @@ class AdaptiveBase(nn.Module, ABC):
 
     @property
     def leaves(self) -> int:
-        """How many leaves there are."""
+        """Number of leaves."""
         return self.sizes[-1]
 
     @property
     def depths(self) -> int:
-        """How many depths there are."""
+        """Number of depths."""
         return len(self.sizes)
 
     def leaves_at(self, depth: int | None = None, leaves: int | None = None) -> int:
-        """How many leaves a request runs: those of a depth, a plain number, or all.
+        """The number of leaves to run: those of a depth, a given number, or all.
 
         Raises:
             ValueError: both are given, or one is out of range.
@@ -154,42 +154,46 @@ class AdaptiveBase(nn.Module, ABC):
     def _counted(
         self, size: tuple[int, ...] | None, count: Callable[[tuple[int, ...]], tuple[int, ...]]
     ) -> tuple[int, ...]:
-        """MACs for one image of a size (C, H, W), by default that of the model's images, counted once."""
+        """MACs for one image of size (C, H, W), by default the model's; counted once per size."""
         size = tuple(size or self.pretrained_cfg["input_size"])
         if (known := self._macs.get(size)) is None:
-            with _COUNTING:  # threads that ask for the same wait, rather than all count
+            with _COUNTING:  # other threads wait instead of counting the same
                 if (known := self._macs.get(size)) is None:
                     known = self._macs[size] = count(size)
         return known
 
-    # --- a timm model to timm's tools -------------------------------------------------------------------------------
+    # --- the interface of timm's models -----------------------------------------------------------------------------
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each level's activations in the backward pass instead of keeping them."""
+        """Recompute each level's activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
     def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
-        """Tell leaves with equal weights apart, where there are any."""
+        """Make leaves with equal weights different, if there are any."""
 
     def _count_classes(self, num_classes: int) -> None:
-        """Note how many classes new classifiers have; names of other classes are forgotten."""
+        """Set the number of classes of new classifiers; names of other classes are removed."""
         if num_classes != self.num_classes:
             forget_labels(self)
         self.num_classes = num_classes
         self._macs.clear()
 
     def _prepared(self, x: Tensor) -> Tensor:
-        """Images as the first block takes them."""
+        """Images in the layout of the first block.
+
+        Raises:
+            ValueError: the shape does not fit the model.
+        """
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected images (N, {self.in_chans}, H, W), got a tensor of shape {tuple(x.shape)}.")
         return x
 
     def _no_logits(self, x: Tensor, leaves: int, reduce: bool) -> Tensor:
-        """What `forward` returns for a batch of no images, which many backbones cannot run."""
+        """The output of `forward` for an empty batch, which many backbones cannot run."""
         return x.new_empty(0, *(() if reduce else (leaves,)), self.num_classes or self.head_hidden_size)
 
     def _walk_of_none(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
-        """What `anytime` yields for such a batch."""
+        """The steps of `anytime` for an empty batch."""
         logits = self._no_logits(x, 1, reduce=True)
         for leaves in range(1, self.leaves + 1):
             yield Step(leaves, logits, self.cost(leaves, tuple(x.shape[1:])), logits)
@@ -197,25 +201,25 @@ class AdaptiveBase(nn.Module, ABC):
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def arguments(self) -> dict[str, Any]:
-        """Plain values from which timm's entry point makes the model again."""
+        """Plain values from which timm's entry point creates the model again."""
         return {**self._model_args, "num_classes": self.num_classes, "in_chans": self.in_chans}
 
     def fold_norms(self) -> AdaptiveBase:
-        """This model for inference, batch norms folded into the convolutions before them, where that can be done.
+        """Fold batch norms into the convolutions before them, where possible; for inference.
 
-        Itself, changed, or another in its place: for copies that nobody else holds.
+        Returns this model, changed, or another in its place. Call it on a copy that is not used elsewhere.
         """
         return self
 
 
 def statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
-    """For gradient checkpointing: the recomputation must not move running statistics a second time."""
+    """A `context_fn` for gradient checkpointing: the recomputation does not update running statistics again."""
 
     @contextlib.contextmanager
     def restoring() -> Iterator[None]:
         kept = [(buffer, buffer.clone()) for buffer in level.buffers()]
         try:
-            yield  # left by an exception once all that is needed has been recomputed
+            yield  # left by an exception when the recomputation is complete
         finally:
             with torch.no_grad():
                 for buffer, value in kept:
@@ -225,10 +229,10 @@ def statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
 
 
 def classifier_maker(old: nn.Module, features: int) -> Callable[[int], nn.Module]:
-    """Makes linear classifiers like an old one, for other numbers of classes.
+    """A function that creates linear classifiers like an old one, for other numbers of classes.
 
     Raises:
-        ValueError: the old one is not linear.
+        ValueError: the old classifier is not linear.
     """
     if not isinstance(old, (nn.Linear, nn.Identity)):
         raise ValueError(f"only a linear classifier can be reset, not a {type(old).__name__}.")

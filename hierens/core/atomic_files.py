@@ -1,17 +1,17 @@
-"""Files that are whole or not there, also where several belong together: a model with its card and its policy.
+"""Atomic saving of several files that belong together, such as a model with its card and its policy.
 
-`saving` writes them aside first, in `.cache/huggingface/hierens` of the folder that they are for, which is never
-uploaded to the Hub. The rename of that to `saved` is the moment from which they count: their names then mean them
-(`find`), not what the folder still holds, and they are moved there one by one. After a kill before that moment the old
-files are all there, after it the new ones are, and the next save finishes the moving. When it is done, plain names are
-all there is.
+`saving` first writes them to a folder in `.cache/huggingface/hierens` of the target folder, which is never uploaded to
+the Hub. They become valid when their folder is renamed to `saved`. From then on `find` returns them instead of the
+files in the target folder, and they are moved there one by one. After a kill before the rename, all old files are
+present. After a later kill, all new files are, and the next save completes the move. At the end all files have their
+plain names.
 
-Other programs know plain names only. JSON files say what the others are (`config.json`, `export.json`), so while files
-are moved the old ones are gone first and the new ones come last: such a program finds no model rather than a mixed one.
+Other programs know only the plain names. JSON files describe the others (`config.json`, `export.json`), so during the
+move old JSON files are removed first and new ones added last. Such a program finds no model rather than a mixed one.
 
-Writers to one folder wait for each other where the system can lock a folder: not on Windows, nor on some network file
-systems, where saving works all the same as long as there is one writer at a time. Readers never wait: they look whether
-what they read was replaced meanwhile (`identities`), as `hierens.core.fetching.read_files` does.
+Writers to one folder wait for each other if the system can lock a folder. On Windows and some network file systems it
+cannot, and there must be one writer at a time. Readers never wait: they check whether files were replaced while they
+read them (`identities`), as `hierens.core.fetching.read_files` does.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if sys.platform != "win32":
     import fcntl
 
 _STAGE, _SAVED, _DONE = ".cache/huggingface/hierens", "saved", "done"
-_GONE = ".gone"  # an empty file that says: this name is no longer there
+_GONE = ".gone"  # suffix of an empty file: the file of that name is removed
 
 
 @contextlib.contextmanager
 def saving(folder: str | Path, replaces: Iterable[str] = ()) -> Iterator[Path]:
-    """A scratch folder to write files to, which all get their names in `folder` at the end, or none of them.
+    """A temporary folder for files that are moved to `folder` at the end: all of them, or none.
 
     Args:
-        folder: made if missing; what else it holds stays.
-        replaces: patterns of names (`depth_*.onnx`): files of such names that are not written anew are removed.
+        folder: created if missing; its other files are kept.
+        replaces: patterns of names (`depth_*.onnx`); old files with such names that are not written again are removed.
 
     Raises:
-        OSError: the disk does not take it. Then, as after any error inside, the folder is as it was.
+        OSError: writing failed. The folder is then unchanged, as after any error inside.
     """
     folder = Path(folder)
-    made = not folder.exists()
+    created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         try:
@@ -61,8 +61,8 @@ def saving(folder: str | Path, replaces: Iterable[str] = ()) -> Iterator[Path]:
             _finish(folder)
         except BaseException:
             if not (folder / _STAGE / _SAVED).exists():
-                _sweep(folder)
-            if made:
+                _remove_temporary(folder)
+            if created:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
@@ -70,13 +70,13 @@ def saving(folder: str | Path, replaces: Iterable[str] = ()) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
-    """A path to write one file to, which gets its name at the end: see `saving`."""
+    """A temporary path for one file, which is moved to its place at the end: see `saving`."""
     with saving(Path(file).parent) as partial:
         yield partial / Path(file).name
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """Where a file of a folder is at the moment, None if it is not there."""
+    """The current path of a file of a folder; None if it does not exist."""
     saved = folder / _STAGE / _SAVED
     if (saved / name).is_file():
         return saved / name
@@ -86,13 +86,13 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def identities(folder: Path, names: Sequence[str]) -> list[object]:
-    """What tells whether files were replaced since: equal if none was, wherever they were moved."""
+    """Values that change when one of these files is replaced, but not when it is moved."""
     return [_identity(find(folder, name)) for name in names]
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Alone among those who ask for the same folder, where the system can lock one; the lock ends with the process."""
+    """An exclusive lock on a folder, if the system supports it; it ends with the process."""
     if sys.platform == "win32":
         yield
         return
@@ -103,14 +103,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do it if the process was forked meanwhile
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if the process was forked meanwhile
         os.close(descriptor)
 
 
 def sync(path: Path) -> None:
-    """Write a file or a folder's entries through to the disk, where the system can."""
+    """Flush a file or a folder's entries to the disk, if the system supports it."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -119,13 +119,13 @@ def sync(path: Path) -> None:
 
 
 def _obsolete(folder: Path, partial: Path, patterns: Iterable[str]) -> list[str]:
-    there = [path.name for path in folder.iterdir() if not path.is_dir()]
-    old = {name for pattern in patterns for name in fnmatch.filter(there, pattern)}
+    present = [path.name for path in folder.iterdir() if not path.is_dir()]
+    old = {name for pattern in patterns for name in fnmatch.filter(present, pattern)}
     return sorted(name for name in old if not (partial / name).exists())
 
 
 def _finish(folder: Path) -> None:
-    """Move what was saved to its place, if a save has come so far, and remove what it left."""
+    """Move the files of a save that has become valid to their places, and remove temporary files."""
     saved = folder / _STAGE / _SAVED
     if saved.is_dir():
         files = [file for file in saved.iterdir() if file.suffix != _GONE]
@@ -139,12 +139,12 @@ def _finish(folder: Path) -> None:
         for file in saved.glob(f"*{_GONE}"):
             (folder / file.name.removesuffix(_GONE)).unlink(missing_ok=True)
         sync(folder)
-        saved.rename(saved.with_name(_DONE))  # at once, where deleting it is not
-    _sweep(folder)
+        saved.rename(saved.with_name(_DONE))  # atomic, unlike deletion
+    _remove_temporary(folder)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the scratch folders, and what they lie in if nothing else does."""
+def _remove_temporary(folder: Path) -> None:
+    """Remove the temporary folders, and their parents if empty."""
     stage = folder / _STAGE
     shutil.rmtree(stage, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -158,5 +158,5 @@ def _identity(path: Path | None) -> object:
     try:
         found = path.stat()
     except OSError:
-        return object()  # it is just being moved
+        return object()  # it is being moved
     return found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,10 +1,10 @@
 """Gradient equilibrium (Li et al., ICCV 2019, arXiv 1908.06294, section 3.1), for trees.
 
-Where several losses share layers, the gradients of the shared ones add up, so the more losses there are behind a layer,
-the larger and the more variable its steps. In a tree of N leaves the first block gets the sum of N gradients and a
-leaf's own block a single one. Scaling the gradient by 1 / k wherever a branch forks into k leaves every branch with the
-mean over the leaves below it. Where a branch with n answers behind it hands on to an exit and to branches with some of
-them, each gets its share: 1 / n to the exit, m / n to a branch with m.
+If several losses share layers, the gradients of shared layers add up: the more losses depend on a layer, the larger and
+more variable are its updates. In a tree of N leaves, the first block receives the sum of N gradients, and a leaf's own
+block a single one. If the gradient is scaled by 1 / k wherever a branch has k children, every branch receives the mean
+over its leaves. If an exit and child branches read a branch with n predictions below it, the gradient of the exit is
+scaled by 1 / n, and that of a child with m predictions by m / n.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hierens.core.values import each
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """The tensor itself; its gradient is multiplied by a factor.
+    """The identity in the forward pass; the gradient is multiplied by a factor.
 
     Examples:
         >>> x = torch.ones(2, requires_grad=True)
@@ -31,7 +31,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def scaled(value: Any, factor: float) -> Any:
-    """What a block hands on, a tensor or several; the gradients of those that have any are multiplied by a factor."""
+    """A block's output, one or several tensors; the gradients of floating-point tensors are multiplied by a factor."""
     return each(partial(scale_gradient, factor=factor), value)
 
 

@@ -1,4 +1,4 @@
-"""Files of a saved model, from a folder or from the Hugging Face Hub, and what the Hub's refusals mean."""
+"""Reads files of a saved model from a folder or the Hugging Face Hub, and explains the Hub's errors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from huggingface_hub.errors import (
 from hierens.core.atomic_files import find, identities
 
 _Read = TypeVar("_Read")
-_PATIENCE = 10.0  # seconds until a folder whose files are replaced all the time is given up
+_TIMEOUT = 10.0  # seconds of trying to read a folder whose files keep changing
 
 
 class LoadError(ValueError):
-    """A saved model cannot be loaded: a file is missing, damaged, or says what cannot be built."""
+    """A saved model cannot be loaded: a file is missing or damaged, or describes a model that cannot be built."""
 
 
 class MissingFileError(LoadError):
-    """What should hold a file is there, the file is not."""
+    """The folder or repository exists, but not the file."""
 
 
 def read_files(
@@ -44,25 +44,24 @@ def read_files(
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> _Read:
-    """Read files of a folder, all as one save wrote them, or of a repository, downloaded if need be.
+    """Read files of a folder, all from the same save, or of a repository, downloaded if necessary.
 
     Args:
         name: a folder, or a repository `user/name`.
-        files: names in it.
-        read: called with the paths of the files and then of the optional ones, None for those that are not there. Of a
-            folder it is called again if a file was replaced meanwhile, so it should only open and read.
-        optional: names of further files.
+        files: names of files in it.
+        read: called with the paths of the files and then of the optional ones, None for missing ones. For a folder it
+            is called again if a file was replaced meanwhile, so it should only open and read.
+        optional: names of files that may be missing.
         revision: branch, tag or commit of the repository.
-        token: access token of a private repository.
-        cache_dir: where downloads are kept.
+        token: access token for a private repository.
+        cache_dir: the folder for downloads.
 
     Returns:
-        What `read` returned.
+        The result of `read`.
 
     Raises:
-        LoadError: there is no such folder and the Hub does not give the files, or gave others than it lists; or the
-            folder's files are replaced all the time.
-        MissingFileError: the folder or the repository does not have one of them.
+        LoadError: there is no such folder and the download failed or is damaged, or the folder's files keep changing.
+        MissingFileError: a file is missing in the folder or repository.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -77,14 +76,14 @@ def read_files(
 
 
 def _read_settled(folder: Path, files: Sequence[str], optional: Sequence[str], read: Callable[..., _Read]) -> _Read:
-    """Read files of a folder when no save replaces them."""
-    names, deadline = (*files, *optional), time.monotonic() + _PATIENCE
+    """Read files of a folder while no save replaces them."""
+    names, deadline = (*files, *optional), time.monotonic() + _TIMEOUT
     while time.monotonic() < deadline:
         before, problem = identities(folder, names), None
         try:
             paths = {file: find(folder, file) for file in names}
             if missing := [file for file in files if paths[file] is None]:
-                raise MissingFileError(f"{folder} holds no {' and no '.join(missing)}: it is not all that was saved.")
+                raise MissingFileError(f"{folder} holds no {' and no '.join(missing)}: the saved model is incomplete.")
             found = read(*paths.values())
         except (ValueError, OSError) as error:
             problem = error
@@ -94,8 +93,7 @@ def _read_settled(folder: Path, files: Sequence[str], optional: Sequence[str], r
             return found
         time.sleep(0.01)
     raise LoadError(
-        f"{folder} is being written: for {_PATIENCE:.0f} s its files were replaced whenever they were read. Load it "
-        "again when the saving is done."
+        f"{folder} is being written: its files changed for {_TIMEOUT:.0f} s. Load it again when the save is done."
     )
 
 
@@ -104,51 +102,51 @@ def _downloaded(name: str, file: str, revision: str | None, token: str | None, c
         path = Path(hf_hub_download(name, file, revision=revision, token=token, cache_dir=cache_dir))
     except Exception as error:
         missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        if isinstance(error, LocalEntryNotFoundError):  # the cache remembers what a repository does not have
+        if isinstance(error, LocalEntryNotFoundError):  # the cache records files that a repository does not have
             known = try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision)
             missing = known is not None and not isinstance(known, str)
         kind, reason = (MissingFileError, f"it has no {file}") if missing else (LoadError, explain(error, revision))
-        raise kind(f"{name} is no directory here, and the Hub did not give it: {reason}.") from error
+        raise kind(f"{name} is not a local directory, nor available from the Hub: {reason}.") from error
     _check_content(path)
     return path
 
 
 def _check_content(path: Path) -> None:
-    """Compare a large file to its SHA-256, under which the cache keeps it: a download is compared by length only."""
-    promised = path.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", promised):
+    """Verify the SHA-256 of a large file, which is its name in the cache: downloads are checked by length only."""
+    expected = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", expected):
         with path.open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != promised:
-                raise LoadError(f"{path} is damaged, it has another checksum than on the Hub: delete it and try again.")
+            if hashlib.file_digest(content, "sha256").hexdigest() != expected:
+                raise LoadError(f"{path} is damaged: its checksum is not the Hub's. Delete it and try again.")
 
 
 def explain(error: BaseException, revision: str | None = None) -> str:
-    """Why the Hub refused, as the end of a sentence that begins with the repository's name.
+    """The reason for an error of the Hub, to end a sentence that begins with the repository's name.
 
     Args:
-        error: what huggingface_hub raised.
-        revision: what was asked for.
+        error: raised by huggingface_hub.
+        revision: the requested one.
     """
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-    reached = error
-    while status == 0 and (reached.__cause__ or reached.__context__) is not None:
-        reached = reached.__cause__ or reached.__context__ or reached
-        response = getattr(reached, "response", None)
+    cause = error
+    while status == 0 and (cause.__cause__ or cause.__context__) is not None:
+        cause = cause.__cause__ or cause.__context__ or cause
+        response = getattr(cause, "response", None)
         status = getattr(response, "status_code", 0)
     if isinstance(error, HFValidationError):
-        return "a repository is named user/name"
+        return "repository names have the form user/name"
     if isinstance(error, GatedRepoError):
-        return "its owner asks to accept conditions first, on its page"
+        return "its owner requires you to accept conditions first, on its page"
     if isinstance(error, RevisionNotFoundError):
         return f"it has no branch, tag or commit {revision!r}"
     if status in (401, 403) and not isinstance(error, RepositoryNotFoundError):
-        return f"the token is wrong or may not do this ({status}); log in with `hf auth login`, or pass token="
+        return f"the token is invalid or has no permission ({status}); log in with `hf auth login`, or pass token="
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private and the token does not open it"
+        return "there is no such repository, or it is private and the token gives no access"
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
+        return "it is not in the cache, and HF_HUB_OFFLINE forbids downloads"
     if status >= 500:
-        return f"the Hub at {constants.ENDPOINT} has trouble ({status}); try again later"
+        return f"the Hub at {constants.ENDPOINT} returned an error ({status}); try again later"
     if isinstance(error, LocalEntryNotFoundError):
         return f"the Hub at {constants.ENDPOINT} cannot be reached, and it is not in the cache"
     return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")

@@ -1,7 +1,7 @@
-"""JSON that others wrote, read within bounds: what is wrong with it is said in one line that names the file.
+"""Reads untrusted JSON files within limits.
 
-Whatever a file says is refused by a `LoadError`, never by what Python's parser happens to raise: files that are too
-long or nested too deeply included.
+Any invalid file raises a `LoadError` with a message of one line that names the file, also if it is too long or nested
+too deeply for Python's parser.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
 
-MOST_BYTES = 4 * 2**20  # ImageNet-21k's names and descriptions take less than half; parsed, it is 30 times that at most
+MAX_BYTES = 4 * 2**20  # twice ImageNet-21k's names and descriptions; parsed JSON takes at most 30 times as much
 
 
-def read_json(file: Path, what: str, most_bytes: int = MOST_BYTES, nan: bool = False) -> Any:
-    """The value that a JSON file holds.
+def read_json(file: Path, what: str, most_bytes: int = MAX_BYTES, nan: bool = False) -> Any:
+    """The value of a JSON file.
 
     Args:
         file: its path.
-        what: the file should be, for messages: "the config of a hierens model".
-        most_bytes: longest file that is read.
-        nan: whether NaN and infinities, which Python writes and JSON does not have, are taken.
+        what: what the file should contain, for messages: "the config of a hierens model".
+        most_bytes: the largest size that is read.
+        nan: whether NaN and infinities, which Python writes although they are not JSON, are allowed.
 
     Raises:
-        LoadError: it cannot be read, is too long, or is no JSON.
+        LoadError: it cannot be read, is too long, or is not JSON.
     """
     try:
         if (size := file.stat().st_size) > most_bytes:
@@ -37,25 +37,25 @@ def read_json(file: Path, what: str, most_bytes: int = MOST_BYTES, nan: bool = F
         return parse_json(file.read_text(encoding="utf-8"), nan)
     except OSError as error:
         raise LoadError(f"{file} cannot be read: {error.strerror or first_line(error)}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, _NoJSONError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, _InvalidJSONError) as error:
         reason = short(first_line(error), plain=True)
         raise LoadError(f"{file} is not valid JSON and cannot be read: {reason}.") from error
 
 
-class _NoJSONError(ValueError):
-    """What json says of text in other errors than its own."""
+class _InvalidJSONError(ValueError):
+    """Text that is not JSON, for reasons for which `json` raises other errors or none."""
 
 
 def parse_json(text: str, nan: bool = False) -> Any:
-    """The value that a text holds.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: it is not JSON, or nested too deeply.
     """
 
     def constant(name: str) -> float:
         if not nan:
-            raise _NoJSONError(f"{name} is no JSON")
+            raise _InvalidJSONError(f"it contains {name}")
         return float(name)
 
     try:
@@ -63,31 +63,31 @@ def parse_json(text: str, nan: bool = False) -> Any:
     except json.JSONDecodeError:
         raise
     except RecursionError as error:
-        raise _NoJSONError("it is nested too deeply") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise _NoJSONError(first_line(error)) from error
+        raise _InvalidJSONError("it is nested too deeply") from error
+    except ValueError as error:  # a number with thousands of digits
+        raise _InvalidJSONError(first_line(error)) from error
 
 
 def is_whole(value: Any, least: int, most: int) -> bool:
-    """Whether a value is a whole number (True and 1.0 are none) within bounds."""
+    """Whether a value is an integer (not True or 1.0) within bounds."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 def is_finite(value: Any, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> bool:
-    """Whether a value is a finite number (True is none) within bounds."""
+    """Whether a value is a finite number (not True) within bounds."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     return number and bool(least <= value <= most)
 
 
 def short(value: Any, plain: bool = False) -> str:
-    """A value in an error's sentence: however long or deep it is, not more than some words of it, on one line.
+    """A value for an error message: at most about 200 characters on one line, however large it is.
 
     Args:
         value: any value.
-        plain: a text to be shown without quotes.
+        plain: show a string without quotes.
     """
     brief = Repr()
     brief.maxstring = brief.maxother = brief.maxlong = 80
-    # What does not print (line breaks, halves of surrogate pairs) could break the line, or the terminal's encoding.
+    # Line breaks and lone surrogates would break the line or the terminal's encoding.
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value[:201]) if plain else brief.repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""A model's classes: what they are called, and which labels are of them."""
+"""A model's classes: their names, and checks of labels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 NO_CLASS = -1  # the label of an image that belongs to no class, such as one that could not be read
-NAMES = ("label_names", "label_descriptions")  # where timm's tools look for them
+NAMES = ("label_names", "label_descriptions")  # the fields of the config that timm's tools read
 
 
 def label_names(model: Any) -> list[str] | None:
-    """The classes by name, if the model's config has timm's `label_names`, a list or a mapping from the index."""
+    """The names of the classes, from `label_names` in timm's config (a list, or a mapping from the index)."""
     names = model.pretrained_cfg.get("label_names")
     if isinstance(names, dict):
         by_index = {int(index): str(name) for index, name in names.items()}
@@ -22,15 +22,15 @@ def label_names(model: Any) -> list[str] | None:
 
 
 def name_labels(model: Any, names: Sequence[str]) -> None:
-    """Give a model's classes their names; classes beyond the last name go by their number.
+    """Set the names of a model's classes; the name of a class beyond the last name is its index.
 
     Raises:
-        ValueError: more names than the model has classes.
+        ValueError: there are more names than classes.
     """
     if len(names) > model.num_classes:
         raise ValueError(
-            f"num_classes is {model.num_classes}, but the data set has {len(names)} classes: leave num_classes out, or "
-            "give that number at least."
+            f"num_classes is {model.num_classes}, but the data set has {len(names)} classes: omit num_classes, or set "
+            "it to at least that number."
         )
     forget_labels(model)
     beyond = [str(index) for index in range(len(names), model.num_classes)]
@@ -38,40 +38,40 @@ def name_labels(model: Any, names: Sequence[str]) -> None:
 
 
 def forget_labels(model: Any) -> None:
-    """Take the names of the classes from a model."""
+    """Remove the names of a model's classes."""
     for key in NAMES:
         model.pretrained_cfg.pop(key, None)
 
 
 def as_indices(labels: Tensor, what: str) -> Tensor:
-    """Labels (N,) of any type of whole numbers as int64.
+    """Convert labels (N,) of any integer type to int64.
 
     Args:
         labels: of a batch.
         what: the batch, for the message.
 
     Raises:
-        ValueError: another type or shape; names the first label.
+        ValueError: another type or shape; the message contains the first label.
     """
     if labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool:
         return labels.long()
     first = labels.reshape(-1)[:1].tolist()
     raise ValueError(
         f"the labels of {what} are {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)} (image 0: "
-        f"{first[0] if first else 'none'}): they should be the numbers of classes, whole numbers of shape (N,)."
+        f"{first[0] if first else 'none'}): they should be class indices, integers of shape (N,)."
     )
 
 
 def out_of_range(position: int, label: int, num_classes: int, what: str) -> ValueError:
-    """The error for a label that is no class of the model's.
+    """The error for a label that is not one of the model's classes.
 
     Args:
         position: of the image in its batch, from 0.
-        label: what it has.
+        label: of the image.
         num_classes: of the model.
         what: the batch, for the message.
     """
     return ValueError(
-        f"image {position} of {what} has the label {label}, but the model's classes are 0 to {num_classes - 1}: mend "
-        "the label, or give num_classes."
+        f"image {position} of {what} has the label {label}, but the model's classes are 0 to {num_classes - 1}: "
+        "correct the label, or set num_classes."
     )

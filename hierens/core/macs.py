@@ -1,4 +1,4 @@
-"""Multiply-accumulates, counted on a copy without values: a model that answers meanwhile is not touched."""
+"""Counts multiply-accumulates on a copy of a model without values, so the model can be used meanwhile."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-# What calls of a module are watched by, and what some attention layers keep of their weights while evaluating.
+# A module's dictionaries of hooks, and the caches in which some attention layers keep values of their weights.
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict))
 _CACHE = "bias_cache"
 
 
 class MacCounter(FlopCounterMode):
-    """Torch's counter of operations without its hooks: they are on every module of every thread."""
+    """Torch's counter of operations without its hooks, which it sets for every module in every thread."""
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker = _Unhooked()
+        self.mod_tracker = _NoHooks()
 
     @property
     def macs(self) -> int:
@@ -30,8 +30,8 @@ class MacCounter(FlopCounterMode):
         return int(self.get_total_flops()) // 2
 
 
-class _Unhooked(ModuleTracker):
-    def __enter__(self) -> _Unhooked:
+class _NoHooks(ModuleTracker):
+    def __enter__(self) -> _NoHooks:
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -41,20 +41,20 @@ class _Unhooked(ModuleTracker):
 def count_macs(module: Any, size: Sequence[int], run: Callable[[Any, Tensor], Iterator[Any]]) -> tuple[int, ...]:
     """Multiply-accumulates of each step of a run, for one image, in evaluation mode.
 
-    Nothing is computed, unless a module wants to see values: then they are.
+    Nothing is computed, unless a module needs values.
 
     Args:
-        module: what is run; it is left alone, and other threads may use it.
+        module: the module to run; it is not changed, and other threads may use it.
         size: of the image, (C, H, W).
-        run: called with a copy of the module and an image (1, C, H, W); it yields after each step.
+        run: called with a copy of the module and an image (1, C, H, W); yields after each step.
     """
     like = next(module.parameters())
     try:
-        return _counted(_stand_in(module, _without_values), torch.zeros(1, *size, dtype=like.dtype, device="meta"), run)
-    except Exception:  # whatever a module without values runs into; what is truly wrong goes wrong again
+        return _counted(_copied(module, _without_values), torch.zeros(1, *size, dtype=like.dtype, device="meta"), run)
+    except Exception:  # a module may need values; a real error occurs again below
         if like.is_meta:
             raise
-    return _counted(_stand_in(module, _alias), torch.zeros(1, *size, dtype=like.dtype, device=like.device), run)
+    return _counted(_copied(module, _alias), torch.zeros(1, *size, dtype=like.dtype, device=like.device), run)
 
 
 @torch.inference_mode(False)
@@ -66,8 +66,8 @@ def _counted(module: Any, image: Tensor, run: Callable[[Any, Tensor], Iterator[A
 
 
 @torch.no_grad()
-def _stand_in(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy in evaluation mode, without hooks and caches, with another tensor for each of the module's."""
+def _copied(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy in evaluation mode, without hooks and caches; `change` maps its tensors."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in [*vars(part).items()]:
@@ -76,11 +76,11 @@ def _stand_in(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
         for owner in (part._parameters, part._buffers, vars(part)):
             for tensor in [*owner.values()]:
                 if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                    memo[id(tensor)] = _of_kind(tensor, change(tensor))
+                    memo[id(tensor)] = _of_same_class(tensor, change(tensor))
     return copy.deepcopy(module, memo).eval()
 
 
-def _of_kind(old: Tensor, new: Tensor) -> Tensor:
+def _of_same_class(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
@@ -89,5 +89,5 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """A parameter's own memory, which is only read; buffers may be written."""
+    """A parameter is only read, so its memory is shared; a buffer may be written, so it is copied."""
     return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""What timm's tools read from a model: carried from the backbone to every model that is made of it."""
+"""`ModelInfo`: the values that timm's tools read from a model, taken from the backbone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hierens.core.timm_info import input_size
 
 @dataclass
 class ModelInfo:
-    """The record that a model's constructor takes.
+    """The values that a model's constructor takes.
 
     Attributes:
         num_classes: number of classes.
@@ -24,9 +24,9 @@ class ModelInfo:
         in_chans: image channels.
         classifier_names: of the backbone's last linear layers: one, or two for a distilled backbone.
         pretrained_cfg: timm's description of the model and its preprocessing.
-        model_args: from which timm's entry point makes the model again; plain values.
+        model_args: plain values from which timm's entry point creates the model again.
         no_weight_decay: the backbone's names of parameters without weight decay.
-        traits: timm's record of what was changed after construction.
+        traits: timm's record of changes after construction.
     """
 
     num_classes: int
@@ -43,13 +43,13 @@ class ModelInfo:
     def of_backbone(
         cls, backbone: nn.Module, at: Sequence[str], classifier_names: tuple[str, ...], first_level: str
     ) -> ModelInfo:
-        """The record of a model that is made of a backbone.
+        """The record of a model made from a backbone.
 
         Args:
             backbone: the network that was cut.
             at: names of the modules before which it was cut.
             classifier_names: names of its last linear layers.
-            first_level: what begins the names of the first block's layers in the model, such as `levels.0.`.
+            first_level: prefix of the names of the first block's layers in the model, such as `levels.0.`.
         """
         features = int(backbone.num_features)  # type: ignore[arg-type]
         cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
@@ -75,11 +75,11 @@ class ModelInfo:
         return info
 
     def copy(self) -> ModelInfo:
-        """A record of its own."""
+        """A deep copy."""
         return copy.deepcopy(self)
 
     def renamed(self, before: str, after: str) -> ModelInfo:
-        """A record of its own for a model in which the names of the first block's layers begin otherwise."""
+        """A copy for a model in which the names of the first block's layers have another prefix."""
         info = self.copy()
         if isinstance(first_conv := info.pretrained_cfg.get("first_conv"), str):
             info._name_first_conv(first_conv.replace(before, after))

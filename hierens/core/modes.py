@@ -1,4 +1,4 @@
-"""Flags of modules and parameters, put aside for a while and given back one by one."""
+"""Temporary changes of training modes and inference mode."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-# Decorates what makes models: called inside torch.inference_mode(), too, they are of tensors that can be trained.
+# Decorator of functions that create models: their tensors can be trained even if called in torch.inference_mode().
 ordinary_tensors = torch.inference_mode(False)
 
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module in training or evaluation mode inside, each back in its own mode after."""
+    """Set all modules to training or evaluation mode, and restore the mode of each at the end."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -25,12 +25,12 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Every module in evaluation mode inside, each back in its own mode after."""
+    """Set all modules to evaluation mode, and restore the mode of each at the end."""
     return in_mode(model, False)
 
 
 def quiet_dropout(model: nn.Module) -> None:
-    """Every kind of dropout in evaluation mode: two ways to run a model draw in different orders."""
+    """Set all kinds of dropout to evaluation mode, since executors draw random numbers in different orders."""
     for module in model.modules():
         if "drop" in type(module).__name__.lower():
             module.eval()

@@ -16,9 +16,8 @@ from torch import Tensor
 class PredictionWeights:
     """A matrix (depths, leaves) of weights: row b, times the leaf logits, is the prediction of depth b.
 
-    Every row sums to 1, so the logits of all depths have the same scale. Weights of rows are the leaves' own weights,
-    normalised over the leaves that take part: a network that stops early predicts what the whole network predicts at
-    that depth.
+    Every row sums to 1, so the logits of all depths have the same scale. A row contains the weights of its leaves,
+    normalised: a truncated model and the whole model have the same prediction at each depth.
 
     Attributes:
         sizes: leaves evaluated at each depth.
@@ -46,10 +45,10 @@ class PredictionWeights:
         own = like.new_ones(self.sizes[-1])
         if self.leaf_weights is not None:
             own = torch.cat([own[: self.num_exits], self.leaf_weights.to(own)])
-        takes_part = torch.zeros(len(self.sizes), len(own), dtype=torch.bool)
+        contributes = torch.zeros(len(self.sizes), len(own), dtype=torch.bool)
         for depth, leaves in enumerate(self.members):
-            takes_part[depth, leaves] = True
-        weights = own * takes_part.to(own.device)
+            contributes[depth, leaves] = True
+        weights = own * contributes.to(own.device)
         return weights / weights.sum(1, keepdim=True)
 
     @property
@@ -71,8 +70,8 @@ class PredictionWeights:
             raise ValueError(f"expected logits of {self.sizes[-1]} leaves, got {leaf_logits.shape[1]}.")
         logits = at_least_float32(leaf_logits)
         matrix = self.matrix(logits)
-        # Row by row over the members alone, and not as one matrix product, which autocast and TF32 would round and in
-        # which a leaf that is not finite would spoil every depth.
+        # Row by row over the members only: autocast and TF32 would round a matrix product, in which a leaf that is not
+        # finite would also affect all depths.
         rows = [(matrix[depth, of, None] * logits[:, of]).sum(1) for depth, of in enumerate(self.members)]
         return torch.stack(rows, 1)
 
@@ -82,7 +81,7 @@ class PredictionWeights:
         return self.num_exits < self.sizes[-1]
 
     def of_first(self, leaves: int) -> PredictionWeights:
-        """The prediction of the first `leaves` leaves alone."""
+        """The weights for a single prediction, from the first `leaves` leaves."""
         own = None if self.leaf_weights is None else self.leaf_weights[: max(leaves - self.num_exits, 0)]
         return replace(self, sizes=(leaves,), leaf_weights=own, num_exits=min(self.num_exits, leaves))
 

@@ -1,4 +1,4 @@
-"""The interface that trees, multi-exit networks and trees with exits share, and what an anytime prediction yields."""
+"""The interface that trees, multi-exit networks and trees with exits share, and the steps of anytime predictions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Step:
 
     Attributes:
         leaves: networks (or exits) evaluated so far.
-        logits: the prediction of all of them, (N, classes).
+        logits: their combined prediction, (N, classes).
         macs: multiply-accumulates so far, per image.
-        newest: the logits of the one evaluated last, (N, classes).
+        newest: logits of the leaf evaluated last, (N, classes).
     """
 
     leaves: int
@@ -30,12 +30,12 @@ class Step:
 
 @runtime_checkable
 class AdaptiveModel(Protocol):
-    """A network whose depth is chosen when it is run.
+    """A network whose depth is chosen at run time; also a `torch.nn.Module`.
 
-    Policies, calibration and metrics need nothing else of a model. It is a `torch.nn.Module`, too.
+    Policies, calibration and metrics use nothing else of a model.
 
     Attributes:
-        unit: what its leaves are called in tables.
+        unit: the name of its leaves in tables.
         training: whether it is in training mode.
         num_classes: number of classes.
         pretrained_cfg: timm's description of the model and its preprocessing.
@@ -63,7 +63,7 @@ class AdaptiveModel(Protocol):
         """Number of depths."""
 
     def __call__(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
-        """Logits (N, classes) of a depth, or those of each leaf (N, leaves, classes); nothing else is computed."""
+        """Logits (N, classes) of a depth, or (N, leaves, classes) of each leaf; no other leaves are computed."""
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions leaf by leaf; the indices of the images to continue with can be sent."""
@@ -81,7 +81,7 @@ class AdaptiveModel(Protocol):
         """Parameters that each depth reads."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """As every module's."""
+        """See `torch.nn.Module`."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """As every module's."""
+        """See `torch.nn.Module`."""

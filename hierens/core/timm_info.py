@@ -1,4 +1,4 @@
-"""What a timm model says of the images that it takes."""
+"""The size of a timm model's images, and example images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width that a timm model was made for, its own `in_chans` first."""
+    """Channels, height and width of a timm model's images; its attribute `in_chans` takes precedence."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(cfg.get("input_size") or (3, 224, 224))
     traits = getattr(model, "_traits", None) or {}
@@ -20,7 +20,7 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor:
-    """A seeded random batch (N, C, H, W) of the size that a timm model was made for."""
+    """A random batch (N, C, H, W) of the size of a timm model's images, with a fixed seed."""
     parameter = next(model.parameters(), torch.empty(0))
     values = torch.randn(batch, *input_size(model), generator=torch.Generator().manual_seed(0))
     return values.to(parameter.device, parameter.dtype)

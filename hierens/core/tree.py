@@ -1,8 +1,8 @@
-"""The arithmetic of a tree of branches: levels, widths, leaves, nested ensembles and cost. No torch here.
+"""`Tree`: the arithmetic of a tree of branches: levels, widths, leaves, nested ensembles and cost; without torch.
 
 Level l holds independent copies (branches) of block l; a branch of the last level is a leaf, one network of the
-ensemble. Siblings are neighbours, so the first n leaves need just the first few branches of every level: their number
-is the level's *width* for n leaves. Everyone who needs a width, a parent or a count of networks asks here.
+ensemble. Siblings are adjacent, so the first n leaves need only the first branches of each level; the number of these
+is the level's *width* for n leaves. No other module computes a width or a parent.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def nested_sizes(leaves: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree of branches, of which the first `leaves` leaves are kept.
+    """A tree of branches, reduced to its first `leaves` leaves.
 
     Args:
-        branching: children of every branch of the level above, per level; the first entry is the number of roots.
+        branching: per level, the children of each branch of the level above; the first entry is the number of roots.
             `(1, 2, 2, 2)` is the paper's binary tree of 4 blocks and 8 networks.
-        leaves: networks kept, counted from the first; all of them by default.
+        leaves: number of networks, all by default.
 
     Raises:
-        ValueError: an empty `branching`, a factor below 1, or `leaves` out of range.
+        ValueError: `branching` is empty or has a value below 1, or `leaves` is out of range.
 
     Examples:
         >>> Tree.binary(4).widths(leaves=2)
@@ -46,7 +46,7 @@ class Tree:
     def __post_init__(self) -> None:
         object.__setattr__(self, "branching", tuple(self.branching))
         if not self.branching or any(not isinstance(f, int) or f < 1 for f in self.branching):
-            raise ValueError(f"branching must be whole numbers of at least 1, one per level, got {self.branching}.")
+            raise ValueError(f"branching must be integers of at least 1, one per level, got {self.branching}.")
         total = math.prod(self.branching)
         if not 0 <= self.leaves <= total:
             raise ValueError(f"leaves must be from 1 to {total} for branching {self.branching}, got {self.leaves}.")
@@ -71,11 +71,11 @@ class Tree:
 
     @property
     def depths(self) -> int:
-        """Number of nested ensembles that `depth` chooses from."""
+        """Number of nested ensembles, one per depth."""
         return len(nested_sizes(self.leaves))
 
     def span(self, level: int) -> int:
-        """Leaves below one branch of a level, in the tree before any leaf was left out."""
+        """Leaves below one branch of a level, in the tree with all leaves."""
         return math.prod(self.branching[level + 1 :])
 
     def width(self, level: int, leaves: int | None = None) -> int:
@@ -87,15 +87,15 @@ class Tree:
         return tuple(self.width(level, leaves) for level in range(self.levels))
 
     def parent(self, level: int, branch: int) -> int:
-        """The branch of the level above that feeds a branch; the input itself for level 0."""
+        """The branch of the level above that a branch reads; 0, for the input, on level 0."""
         return branch // self.branching[level] if level else 0
 
     def first_new_level(self, leaf: int) -> int:
-        """The first level whose branch a depth-first walk has not yet computed when it comes to `leaf`."""
+        """The first level whose branch a depth-first walk has not computed before `leaf`."""
         return next(level for level in range(self.levels) if leaf % self.span(level) == 0)
 
     def leaves_at(self, depth: int | None = None, leaves: int | None = None) -> int:
-        """How many leaves a request runs: those of a depth (eq. 5), a plain number, or all.
+        """The number of leaves to run: those of a depth (eq. 5), a given number, or all.
 
         Raises:
             ValueError: both are given, or one is out of range.
@@ -124,5 +124,5 @@ class Tree:
         return sum(width * cost for width, cost in zip(self.widths(leaves), block_costs, strict=True))
 
     def independent_cost(self, block_costs: Sequence[float], leaves: int | None = None) -> float:
-        """Cost of as many networks that share nothing: (B+1) N C for equal blocks, eq. 7."""
+        """Cost of as many independent networks: (B+1) N C for equal blocks, eq. 7."""
         return (self.leaves if leaves is None else leaves) * sum(block_costs)

@@ -1,3 +1,3 @@
-"""Which version of hierens this is."""
+"""The version of hierens."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""Where a backbone is cut into blocks, and the blocks."""
+"""Dividing a backbone into blocks."""

@@ -1,7 +1,7 @@
-"""From a backbone to blocks in sequence, and the proof that they compose to the backbone.
+"""Divides a backbone into a sequence of blocks, and verifies that their composition equals the backbone.
 
-The coarse trace is cut where the blocks get about equal shares of the work. Modules that hold too much of it are opened
-first, the heaviest before the others.
+The coarse trace is cut such that the blocks have about equal MACs. Modules with too many MACs are opened first,
+beginning with the most expensive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hierens.core.modes import evaluating, ordinary_tensors
 from hierens.core.timm_info import example_input
-from hierens.cutting.trace import CoarseTrace, CutError, CutPoint, Cutting, ancestors
+from hierens.cutting.trace import CoarseTrace, CutPoint, Cutting
+from hierens.cutting.tracer import CutError, ancestors
 
 __all__ = [
     "CutError",
@@ -30,11 +31,12 @@ __all__ = [
     "next_cut",
 ]
 
-_UNEVEN = 1.6  # a block may hold this multiple of an equal share of the MACs before leaves are opened
-_OFF_STAGE = 0.02  # added to the sum of squared shares for a cut within a stage
-_SEVERAL = 0.1  # for one that several tensors cross
-_OTHER = 1.0  # and for one that anything else crosses, such as sizes: taken only when nothing else is left
-_TINY = 4.0  # for a block with less than a quarter of an equal share, which would hardly be a level
+_UNEVEN = 1.6  # modules are opened while a block has more than this multiple of an equal share of the MACs
+# Penalties, added to the sum of squared shares:
+_OFF_STAGE = 0.02  # for a cut within a stage
+_SEVERAL = 0.1  # for a cut that several tensors cross
+_OTHER = 1.0  # for a cut that other values cross, such as sizes: chosen only if there is no other
+_TINY = 4.0  # for a block with less than a quarter of an equal share
 
 
 @ordinary_tensors
@@ -45,19 +47,18 @@ def cut(
     example: Tensor | None = None,
     single: bool = False,
 ) -> Cutting:
-    """Cut a copy of a backbone into blocks of about equal work.
+    """Cut a copy of a backbone into blocks of about equal MACs.
 
     Args:
-        backbone: a timm classification model; it is left as it is.
-        blocks: how many blocks; ignored when `at` is given.
-        at: names of modules that shall begin the second and later blocks, in order.
-        example: an input (N, C, H, W) to weigh the layers with; by default made from the backbone's configuration.
-        single: choose only places that a single tensor of features crosses, whatever else does; found out by an
-            example of two images or more.
+        backbone: a timm classification model; it is not changed.
+        blocks: number of blocks; ignored if `at` is given.
+        at: names of the first modules of the second and later blocks, in order.
+        example: an input (N, C, H, W) with which MACs are counted; by default made from the backbone's configuration.
+        single: cut only where a single tensor of features crosses, possibly with other values; takes an example of
+            at least two images.
 
     Raises:
-        CutError: too few places to cut, an unknown name in `at`, no classifier, or a forward pass that
-            cannot be traced.
+        CutError: too few places to cut, an unknown name in `at`, no classifier, or a forward pass that fails to trace.
     """
     if blocks < 1:
         raise CutError(f"blocks must be at least 1, got {blocks}.")
@@ -66,27 +67,27 @@ def cut(
     example = example_input(backbone, 2 if single else 1) if example is None else example
     classifiers = classifier_names(backbone)
     with evaluating(backbone):
-        # Cuts are made by name, also those chosen here, so that a saved model is cut as it was.
+        # Cuts are always made by name, so that a saved model is cut in the same way.
         names = _balanced(backbone, classifiers, blocks, example, single) if at is None else at
         trace, positions = _traced_for(backbone, classifiers, names, example)
         cutting, called_again = _unshare_blocks(trace.split(positions))
-        _prove(cutting, backbone, example)
+        _verify(cutting, backbone, example)
     if shared or called_again:
-        _warn_of_sharing(backbone, shared + called_again)
+        _warn_about_sharing(backbone, shared + called_again)
     return cutting
 
 
 @ordinary_tensors
 def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = None) -> str:
-    """Where to cut the last of the blocks once more: the module that halves its work best.
+    """Where to cut the last block once more: the module that divides its MACs most evenly.
 
     Args:
-        backbone: as for `cut`; it is left as it is.
+        backbone: as for `cut`; it is not changed.
         at: the cuts so far.
         example: as for `cut`.
 
     Returns:
-        A module's name: `cut(backbone, at=[*at, name])` has one block more.
+        The name of a module: `cut(backbone, at=[*at, name])` has one more block.
 
     Raises:
         CutError: the last block has no place to cut.
@@ -119,20 +120,20 @@ def next_cut(backbone: nn.Module, at: Sequence[str], example: Tensor | None = No
 def _within_last(
     trace: CoarseTrace, candidates: list[tuple[int, CutPoint]], at: Sequence[str]
 ) -> list[tuple[int, CutPoint]]:
-    """The candidates inside the last block, with the share of that block's work that lies before each."""
+    """The candidates inside the last block, with the share of that block's MACs before each."""
     start = trace.position(at[-1]) if at else 0
     total = sum(trace.macs)
-    spent = sum(trace.macs[:start]) / total
+    before = sum(trace.macs[:start]) / total
     return [
-        (position, replace(point, macs_before=(point.macs_before - spent) / (1 - spent)))
+        (position, replace(point, macs_before=(point.macs_before - before) / (1 - before)))
         for position, point in candidates
-        if position > start and spent < point.macs_before
+        if position > start and before < point.macs_before
     ]
 
 
 @ordinary_tensors
 def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPoint]:
-    """The places where a backbone can be cut without opening its blocks, with the work that lies before each.
+    """The places where a backbone can be cut without opening modules, with the share of MACs before each.
 
     Examples:
         >>> import timm
@@ -150,7 +151,7 @@ def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPo
 def _traced_for(
     backbone: nn.Module, classifiers: tuple[str, ...], at: Sequence[str], example: Tensor
 ) -> tuple[CoarseTrace, list[int]]:
-    """A trace that can be cut at the named modules, and where; what would hand on a list across a cut is opened."""
+    """A trace that can be cut at the named modules, and their positions; no list crosses a cut if it can be opened."""
     opened = ancestors([*at, *classifiers])
     trace, _ = _measured(backbone, opened, classifiers, example)
     while True:
@@ -169,7 +170,7 @@ def _traced_for(
 def _measured(
     backbone: nn.Module, opened: set[str], classifiers: tuple[str, ...], example: Tensor
 ) -> tuple[CoarseTrace, list[tuple[int, CutPoint]]]:
-    """A trace that runs, and its candidates: a module that asks for a list gets one, if its maker is opened as well."""
+    """A trace that runs, and its candidates; opens modules that return lists if other modules cannot read these."""
     opened = set(opened)
     while True:
         trace = CoarseTrace(backbone, opened, classifiers)
@@ -185,7 +186,7 @@ def _measured(
 def _balanced(
     backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor, single: bool
 ) -> list[str]:
-    """Open the heaviest leaves until the best cuts leave no block with too much of the work; the cuts by name."""
+    """The best cuts by name; modules are opened, the most expensive first, until no block has too many MACs."""
     opened, closed = ancestors(classifiers), set[str]()
     trace, candidates = _measured(backbone, opened, classifiers, example)
     while True:
@@ -196,7 +197,7 @@ def _balanced(
         if not heavy or (best is not None and best[1] <= max(_UNEVEN / blocks, 1.1 * trace.indivisible(heavy))):
             break
         try:
-            # A trace each would take long: leaves of like weight are opened together, all when places are short.
+            # To trace less often, modules of similar cost are opened together, or all if there are too few places.
             least = max(heavy.values()) / 2 if best is not None else 0
             names = [name for name, macs in heavy.items() if macs >= least]
             trace, candidates = _measured(backbone, opened | set(names), classifiers, example)
@@ -212,7 +213,7 @@ def _balanced(
 
 
 def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[list[int], float] | None:
-    """The cuts with the smallest sum of squared shares plus penalties, and the largest share they leave."""
+    """The cuts with the smallest sum of squared shares plus penalties, and the largest share of a block."""
     before = [0.0] + [point.macs_before for _, point in candidates] + [1.0]
     penalty = [0.0] + [
         _OFF_STAGE * (not point.stage_end) + _SEVERAL * (point.crossing > 1) + _OTHER * (not point.tensors_only)
@@ -224,7 +225,7 @@ def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[lis
     def block_cost(share: float) -> float:
         return share**2 + _TINY * (share < 0.25 / blocks)
 
-    # cheapest[j]: the best way to end a block at place j, as (cost, places of the cuts so far)
+    # cheapest[j]: the cheapest cuts of which the last is at place j, as (cost, places of the cuts)
     cheapest: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for _ in range(blocks - 1):
         cheapest = {
@@ -243,7 +244,11 @@ def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[lis
 
 
 def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone."""
+    """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone.
+
+    Raises:
+        CutError: there is no classifier.
+    """
     getter: Callable[[], Any] | None = getattr(backbone, "get_classifier", None)
     found = getter() if getter else None
     modules = found if isinstance(found, (tuple, list)) else [found]
@@ -259,7 +264,7 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def _unshare(backbone: nn.Module) -> list[str]:
-    """Give every place where a backbone uses a layer again a layer of its own, with the same weights; their names."""
+    """Replace layers that occur several times in a backbone by copies, from the second occurrence on; their names."""
     seen: set[nn.Module] = set()
     shared: list[str] = []
 
@@ -278,7 +283,7 @@ def _unshare(backbone: nn.Module) -> list[str]:
 
 
 def _unshare_blocks(cutting: Cutting) -> tuple[Cutting, list[str]]:
-    """The same for layers that several blocks call."""
+    """Replace blocks that share layers with earlier blocks by copies; the names of these layers."""
     seen: set[int] = set()
     blocks, shared = [], []
     for block in cutting.blocks:
@@ -290,25 +295,25 @@ def _unshare_blocks(cutting: Cutting) -> tuple[Cutting, list[str]]:
     return replace(cutting, blocks=tuple(blocks)), shared
 
 
-def _warn_of_sharing(backbone: nn.Module, shared: Sequence[str]) -> None:
+def _warn_about_sharing(backbone: nn.Module, shared: Sequence[str]) -> None:
     some = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
     warnings.warn(
         f"this {type(backbone).__name__} uses layers in more than one place ({some}): in a tree they become separate "
-        "layers with equal weights, which training tells apart.",
+        "layers with equal weights, which training makes different.",
         stacklevel=4,
     )
 
 
-def _prove(cutting: Cutting, backbone: nn.Module, example: Tensor) -> None:
-    """Raise unless the pieces compose to the backbone on an example."""
+def _verify(cutting: Cutting, backbone: nn.Module, example: Tensor) -> None:
+    """Raise a CutError unless the composition of the parts equals the backbone on an example."""
     with torch.no_grad():
         expected, value = backbone(example), example
         for piece in (*cutting.blocks, cutting.head, cutting.classifier):
             value = piece(*value) if isinstance(value, tuple) else piece(value)
     if value.is_meta:
-        return  # there are no values to compare
+        return  # no values to compare
     if not torch.allclose(value, expected, rtol=1e-5, atol=1e-6):
         raise CutError(
-            f"the blocks of this {type(backbone).__name__} do not compose to it "
-            f"(outputs differ by {(value - expected).abs().max():.1e}): its forward pass does more than a trace tells."
+            f"the blocks of this {type(backbone).__name__} do not reproduce it (outputs differ by "
+            f"{(value - expected).abs().max():.1e}): its forward pass does something that a trace does not record."
         )

@@ -1,4 +1,4 @@
-"""A graph of modules that can be pickled: torch would trace it once more, which fails for most of these."""
+"""`Block`: a graph of modules that can be pickled. Torch's own pickling traces it again, which mostly fails here."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import fx, nn
 
 
 class _Reference(NamedTuple):
-    """Stands for a node in a listing."""
+    """Represents a node in a list of nodes."""
 
     name: str
 
 
 class Block(fx.GraphModule):
-    """A piece of a backbone: its modules under their own names, and in which order they are called."""
+    """A part of a backbone: modules under their own names, and the graph of their calls."""
 
     def __reduce__(self) -> Any:
-        """The graph as a list of its nodes, and all that modules have."""
+        """The graph as a list of its nodes, and a module's state."""
         state = {name: self.__dict__[name] for name in vars(nn.Module()) if name in self.__dict__}
         return _rebuilt, (_listed(self.graph), state, type(self).__name__)
 
@@ -27,7 +27,7 @@ class Block(fx.GraphModule):
 
 
 def _listed(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """A graph's nodes as plain values."""
+    """The nodes of a graph as plain values."""
 
     def plain(value: Any) -> Any:
         return fx.node.map_arg(value, lambda node: _Reference(node.name))
@@ -36,7 +36,7 @@ def _listed(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def _rebuilt(nodes: list[tuple[Any, ...]], state: dict[str, Any], name: str) -> Block:
-    """A block from what `__reduce__` gave."""
+    """A block from the values of `__reduce__`."""
     graph, made = fx.Graph(), dict[str, fx.Node]()
 
     def known(value: Any) -> Any:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from hierens.branches.activations import Activations
+from hierens.branches.any_level import AnyLevel
 from hierens.branches.fused_level import FusedLevel
-from hierens.branches.level import Activations, AnyLevel
 from hierens.core.adaptive import AdaptiveBase
 
 _TRACED_BATCH = 2  # torch.export takes a batch of one for a constant

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hierens.branches.level import first_layout, in_first_layout
+from hierens.branches.first_layout import first_layout, in_first_layout
 from hierens.core.adaptive import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError

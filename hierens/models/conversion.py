@@ -11,7 +11,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from hierens.branches.check import reasons_to_loop
-from hierens.branches.level import Level, copies
+from hierens.branches.level import Level
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
@@ -87,7 +87,7 @@ def build_ensemble(
     branches = [*tree.widths(), tree.leaves, tree.leaves]
     reasons = reasons_to_loop(cutting, backbone, branches) if looped is None else looped
     *levels, head, classifier = (
-        Level(copies(block, [_weights(block, leaf, networks) for leaf in range(0, tree.leaves, span)]))
+        _level(block, range(0, tree.leaves, span), networks)
         for block, span in (
             *((block, tree.span(level)) for level, block in enumerate(cutting.blocks)),
             (cutting.head, 1),
@@ -101,6 +101,11 @@ def build_ensemble(
             level.loop(reason)
     ensemble.train(backbone.training)  # which finds the grouped forms
     return ensemble
+
+
+def _level(block: nn.Module, leaves: Sequence[int], networks: Sequence[nn.Module]) -> Level:
+    """A branch for the first leaf below each."""
+    return Level.of_copies(block, len(leaves), lambda branch: _weights(block, leaves[branch], networks))
 
 
 def _weights(block: nn.Module, leaf: int, networks: Sequence[nn.Module]) -> dict[str, Tensor]:

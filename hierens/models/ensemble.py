@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hierens.branches.fuse import LayersSeen, apart_at_every_step, attach_activations, fused_levels, refuse
-from hierens.branches.fused_layers import activations_apart, loses_no_number
+from hierens.branches.activations import Activations
+from hierens.branches.any_level import Executor
+from hierens.branches.fuse import LayersSeen, attach_activations, fused_levels, refuse, with_separate_activations
+from hierens.branches.fused_layers import attached_activations_are_safe, separate_activations
 from hierens.branches.fused_level import FusedLevel
-from hierens.branches.level import Activations, Executor, Level
+from hierens.branches.level import Level
 from hierens.core.adaptive import classifier_maker, statistics_once
 from hierens.core.equilibrium import scale_gradient, scaled
 from hierens.core.modes import ordinary_tensors
@@ -190,8 +192,9 @@ class HierarchicalEnsemble(LevelTree):
         At depth 0 it is an ordinary network: the backbone's layers with the first leaf's weights.
         """
         tree = self.tree.prefix(self.tree.leaves_at(depth, leaves))
-        levels = [self.level(i).narrowed(w) for i, w in enumerate(tree.widths())]
-        return self.with_levels(tree, levels, self.head.narrowed(tree.leaves), self.classifier.narrowed(tree.leaves))
+        levels = [self.level(i).first_branches(w) for i, w in enumerate(tree.widths())]
+        head, classifier = (level.first_branches(tree.leaves) for level in (self.head, self.classifier))
+        return self.with_levels(tree, levels, head, classifier)
 
     def drop_leaves(self, count: int) -> HierarchicalEnsemble:
         """A model of its own without the last `count` leaves: `at_depth(leaves=...)`, counted from the end.
@@ -415,20 +418,20 @@ class FusedEnsemble(HierarchicalEnsemble):
 
     def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
         """As `HierarchicalEnsemble.forward`; images that are not finite give what they give unfused, more slowly."""
-        if loses_no_number(x):
+        if attached_activations_are_safe(x):
             return super().forward(x, depth, leaves, reduce)
-        with activations_apart():
+        with separate_activations():
             return super().forward(x, depth, leaves, reduce)
 
     def forward_features(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
         """As `HierarchicalEnsemble.forward_features`; for images that are not finite, as `forward`."""
-        with contextlib.nullcontext() if loses_no_number(x) else activations_apart():
+        with contextlib.nullcontext() if attached_activations_are_safe(x) else separate_activations():
             return super().forward_features(x, depth, leaves)
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """As `HierarchicalEnsemble.anytime`; for images that are not finite, as `forward`."""
         walk = super().anytime(x)
-        return walk if loses_no_number(x) else apart_at_every_step(walk)
+        return walk if attached_activations_are_safe(x) else with_separate_activations(walk)
 
     def _prepared(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
-from hierens.branches.level import copies as branches_with
 from hierens.branches.tensors import state_of
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
@@ -54,7 +53,7 @@ def grow(model: Grown) -> Grown:
     )
     grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
-        [*(level.narrowed(level.branches) for level in levels), upper, lower],
+        [*(level.first_branches(level.branches) for level in levels), upper, lower],
         _planted(head.first(), head, copies=2, because=head.fallback_reason),
         _planted(classifier.first(), classifier, copies=2, because=classifier.fallback_reason),
     )
@@ -65,7 +64,7 @@ def grow(model: Grown) -> Grown:
 def _planted(block: nn.Module, source: Level, copies: int, because: str) -> Level:
     """A level of a block, or of a part of it, with the weights of every branch of its source `copies` times."""
     own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
-    level = Level(branches_with(block, own))
+    level = Level.of_copies(block, len(own), lambda branch: own[branch])
     level.executor, level.fallback_reason = source.executor, because
     return level.train(source.training)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hierens.branches.level import AnyLevel
+from hierens.branches.any_level import AnyLevel
 from hierens.core.model_info import ModelInfo
 from hierens.core.tree import Tree
 from hierens.models.adaptive import Adaptive

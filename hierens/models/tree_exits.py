@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hierens.branches.level import Executor
+from hierens.branches.any_level import Executor
 from hierens.core.equilibrium import scaled
 from hierens.core.macs import count_macs
 from hierens.core.modes import ordinary_tensors
@@ -199,7 +199,7 @@ class TreeWithExits(Adaptive):
         exits: Any = copy.deepcopy(self.exits[:exits_run])
         if networks:
             return TreeWithExits(self.networks.at_depth(leaves=networks), exits, self._model_args["head"])
-        blocks = [self._tree.level(index).narrowed(1).first() for index in range(exits_run)]
+        blocks = [self._tree.level(index).first_branches(1).first() for index in range(exits_run)]
         info = self.info.renamed("networks.levels.0.0.", "levels.0.")
         info.model_args = {key: info.model_args[key] for key in ("backbone", "backbone_args", "at", "head")}
         info.model_args.update(collaborate=False, weights=None, learn_weights=False)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hierens.branches.activations import Activations
+from hierens.branches.any_level import AnyLevel
 from hierens.branches.fused_layers import FusedConvolution
-from hierens.branches.level import Activations, AnyLevel
 from hierens.core.atomic_files import replacing
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
