@@ -12,7 +12,7 @@ from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel
 from hierens.branches.check import self_check
 from hierens.branches.grouped_block import Packed
-from hierens.branches.level import Level, copies
+from hierens.branches.level import Level
 from hierens.branches.tensors import BranchLayer
 
 
@@ -28,7 +28,7 @@ def level_of(*layers, branches=3):
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.5)
         states.append({name: t.detach().clone() for name, t in block.state_dict().items()})
-    return Level(copies(block_of(*layers), states)), states
+    return Level.of_copies(block_of(*layers), len(states), lambda branch: states[branch]), states
 
 
 class Reversed(nn.Module):
@@ -124,7 +124,7 @@ def test_the_self_check_passes_what_is_right(layers):
 def test_what_has_no_place_in_channels_is_run_in_another_form(layer):
     block = block_of(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), layer)
     assert self_check(block, torch.randn(1, 4, 16, 16)) == ""
-    level = Level(copies(block, [block.state_dict()] * 3))
+    level = Level.of_copies(block, 3, lambda _: block.state_dict())
     level.group()
     has_weights = next(layer.parameters(), None) is not None
     assert ("2" in level.looped_layers) == has_weights
@@ -135,7 +135,7 @@ def test_a_module_that_cannot_be_traced_is_looped_in_place_and_says_why():
     graph = fx.Graph()
     graph.output(graph.call_module("1", (graph.call_module("0", (graph.placeholder("x"),)),)))
     block = fx.GraphModule(nn.ModuleDict({"0": nn.Conv2d(4, 4, 3), "1": Undecided()}), graph)
-    level = Level(copies(block, [block.state_dict()] * 3))
+    level = Level.of_copies(block, 3, lambda _: block.state_dict())
     level.group()
     assert level.fallback_reason == "" and "control flow" in level.looped_layers["1"]
     inputs = [torch.randn(2, 4, 9, 9) for _ in range(3)]
@@ -267,7 +267,7 @@ def test_siblings_read_their_parents_feature_map_without_a_copy(monkeypatch):
     shapes, original = [], F.conv2d
     monkeypatch.setattr(layers, "_CONVOLUTIONS", {2: lambda x, *a: shapes.append(tuple(x.shape)) or original(x, *a)})
     block = block_of(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
-    level = Level(copies(block, [block.state_dict()] * 4))
+    level = Level.of_copies(block, 4, lambda _: block.state_dict())
     level.group()
     level.executor = "grouped"
     level(Activations([torch.randn(1, 4, 8, 8) for _ in range(2)]), [0, 0, 1, 1])
