@@ -60,9 +60,7 @@ class GroupedForm:
         updates_statistics: whether a call in this mode updates running statistics.
     """
 
-    def __init__(
-        self, branches: Sequence[fx.GraphModule], known: Mapping[str, type], flat: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, branches: Sequence[nn.Module], known: Mapping[str, type], flat: Mapping[str, Tensor]) -> None:
         """Find the form.
 
         Args:

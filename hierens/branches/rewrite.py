@@ -238,8 +238,8 @@ class Rewriter:
         form = own[1 if first else 0]
         rule = layers.with_weights_of_channels if form is Form.CHANNELS else layers.with_weights
         values = [self.packed.value(arg, form) for arg, form in zip(args, own, strict=True)]
-        call = (op.removeprefix("i"), *values, self.packed.width, first)
-        self.packed.put(node, self.packed.graph.call_function(rule, call), form)
+        packed = self.packed
+        packed.put(node, packed.graph.call_function(rule, (op.removeprefix("i"), *values, packed.width, first)), form)
 
     def _stays_in_channels(self, node: fx.Node) -> bool:
         """Write an operation that treats each channel separately and alike; False for any other operation."""

@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
+from hierens.core.protocol import AdaptiveModel
+
 # Decorator of functions that create models: their tensors can be trained even if called in torch.inference_mode().
 ordinary_tensors = torch.inference_mode(False)
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module | AdaptiveModel, training: bool) -> Iterator[None]:
     """Set all modules to training or evaluation mode, and restore the mode of each at the end."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
@@ -24,7 +26,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = own
 
 
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+def evaluating(model: nn.Module | AdaptiveModel) -> AbstractContextManager[None]:
     """Set all modules to evaluation mode, and restore the mode of each at the end."""
     return in_mode(model, False)
 

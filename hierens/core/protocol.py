@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class AdaptiveModel(Protocol):
         pretrained_cfg: timm's description of the model and its preprocessing.
     """
 
-    unit: str
+    unit: ClassVar[str]
     training: bool
     num_classes: int
     pretrained_cfg: dict[str, Any]
@@ -81,6 +81,9 @@ class AdaptiveModel(Protocol):
         """Parameters that each depth reads."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """See `torch.nn.Module`."""
+
+    def train(self, mode: bool = True) -> Any:
         """See `torch.nn.Module`."""
 
     def modules(self) -> Iterator[nn.Module]:
