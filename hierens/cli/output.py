@@ -1,4 +1,4 @@
-"""What commands print: tables for people, one JSON object for machines, progress where a terminal is attached."""
+"""The output of commands: tables, one JSON object for scripts, and progress bars on terminals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _Item = TypeVar("_Item")
 
 @contextmanager
 def machine_readable(wanted: bool) -> Iterator[Callable[[Any], None]]:
-    """If wanted, all that is printed inside goes to stderr, but the one object that is handed to what this yields.
+    """If wanted, everything printed in this context goes to stderr; the yielded function prints a record to stdout.
 
-    Numbers that JSON does not have become null.
+    Numbers that JSON cannot represent become null.
     """
     stdout = sys.stdout
     with redirect_stdout(sys.stderr) if wanted else nullcontext():
@@ -24,7 +24,7 @@ def machine_readable(wanted: bool) -> Iterator[Callable[[Any], None]]:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table: drawn on a terminal, else in Markdown's form."""
+    """Print a table, as Markdown if the output is not a terminal."""
     from hierens.evaluation.profiling import table
 
     rows = list(rows)
@@ -44,7 +44,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def watched(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_Item]:
-    """The items, with a bar on stderr if that is a terminal."""
+    """The items, with a progress bar on stderr if it is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -55,7 +55,7 @@ def watched(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_I
 
 
 def complain(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(text, file=sys.stderr)
 
 

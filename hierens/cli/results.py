@@ -1,4 +1,4 @@
-"""`hierens eval` and `hierens report`: what models and runs gave."""
+"""`hierens eval` and `hierens report`: results of models and runs."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Which model, on which images; the defaults of the data are those that it was trained with, if they are known."""
+    """The model and the data; by default the data that it was trained with, if they are known."""
 
     model: tyro.conf.Positional[str]
-    """a folder of save_pretrained, or user/name on the Hub"""
+    """folder of a saved model, or user/name on the Hub"""
     data: DataConfig = field(default_factory=DataConfig)
-    """those of the validation split are used"""
+    """the data set, whose validation split is used"""
     batch_size: int = 256
-    """images at a time"""
+    """images per batch"""
     json: bool = False
     """print one JSON object instead of a table"""
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Print what every depth of a saved model gives on the validation split of a data set."""
+    """Print the metrics of every depth of a saved model on the validation split of a data set."""
     name, *flags = [*arguments] or [""]
     if name in ("-h", "--help", "--help-all"):
         EVAL.parse(arguments)
     if not name or name.startswith("-"):
-        raise UsageError("name the model first: hierens eval MODEL --dataset NAME --data-dir DIR.")
+        raise UsageError("give the model first: hierens eval MODEL --dataset NAME --data-dir DIR.")
     start = EvalSettings(name, _trained_on(Path(name)))
     settings = EVAL.parse(flags, start)
 
@@ -68,7 +68,7 @@ def _trained_on(model: Path) -> DataConfig:
 
 
 def results_table(model: Adaptive, record: Mapping[str, Any]) -> str:
-    """What every depth costs and gives."""
+    """The table of every depth's costs and metrics."""
     from hierens.evaluation.profiling import table
 
     return table(*results(model, record))
@@ -114,9 +114,9 @@ class ReportSettings:
     """Draw accuracy and diversity against MACs for finished runs, and accuracy network by network."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """output directories of runs; those that differ in their seed alone are averaged"""
+    """output directories of runs; runs that differ only in the seed are averaged"""
     names: tuple[str, ...] = ()
-    """what to call each run; by default the fields in which they differ"""
+    """names of the runs; by default the fields in which they differ"""
     output: str = "report"
     """folder for report.md, accuracy.png and leaves.png"""
     json: bool = False
@@ -124,10 +124,10 @@ class ReportSettings:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Write a page and the paper's pictures from what runs left."""
+    """Write a page with the paper's pictures for finished runs."""
     settings = REPORT.parse(arguments)
     if not settings.runs:
-        raise UsageError("name the output directories of finished runs: hierens report RUN...")
+        raise UsageError("give the output directories of finished runs: hierens report RUN...")
 
     from hierens.evaluation.reporting import comparison, read_runs, write_report
 
