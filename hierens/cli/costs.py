@@ -11,7 +11,7 @@ import tyro
 
 from hierens.cli.command import Command, UsageError
 from hierens.cli.methods import check_made, check_method
-from hierens.cli.output import complain, machine_readable, print_table, watched
+from hierens.cli.output import json_output, print_table, print_to_stderr, with_progress
 from hierens.core.errors import did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def profile(arguments: Sequence[str]) -> None:
     check_method(given, settings.method)
     if _is_saved(settings.model):
         check_made(given, settings.model, _OF_TIMM_MODELS)
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model = _model(settings, given)
         try:
             found = model.profile(settings.size, settings.batch_size)
@@ -61,7 +61,7 @@ def profile(arguments: Sequence[str]) -> None:
                 f"{settings.model} takes no images of size {settings.size}: {first_line(error)}."
             ) from error
         if settings.json:
-            give({"model": settings.model, **found.to_dict()})
+            write_json({"model": settings.model, **found.to_dict()})
         else:
             print_table(*found.cells())
 
@@ -136,16 +136,18 @@ def zoo(arguments: Sequence[str]) -> None:
         chosen = [name for name in known if name in matching]
     if not chosen:
         raise ValueError(f"timm has no model {settings.pattern!r}{did_you_mean(settings.pattern, known)}.")
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         if not settings.pattern:
-            give({"models": chosen}) if settings.json else print("\n".join(chosen))
-            complain(f"{len(chosen)} models; hierens zoo PATTERN cuts those that match.")
+            write_json({"models": chosen}) if settings.json else print("\n".join(chosen))
+            print_to_stderr(f"{len(chosen)} models; hierens zoo PATTERN cuts those that match.")
             return
-        found = [cut_report(n, settings.blocks, len(chosen) == 1) for n in watched(chosen, len(chosen), "cutting")]
+        found = [
+            cut_report(n, settings.blocks, len(chosen) == 1) for n in with_progress(chosen, len(chosen), "cutting")
+        ]
         if len(found) == 1 and "error" in found[0]:
             raise ValueError(f"{chosen[0]} cannot be cut into {settings.blocks} blocks: {found[0]['error']}")
         if settings.json:
-            give({"blocks": settings.blocks, "models": found})
+            write_json({"blocks": settings.blocks, "models": found})
         elif len(found) > 1:
             print_table(("model", "MACs", "shares of the blocks (%)", "cut before"), map(_line, found))
         else:

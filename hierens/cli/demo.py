@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hierens.cli.command import Command
-from hierens.cli.output import machine_readable, print_table
+from hierens.cli.output import json_output, print_table
 from hierens.cli.training import trained
 from hierens.training.config import Run
 from hierens.training.presets import preset
@@ -42,12 +42,12 @@ def demo(arguments: Sequence[str]) -> None:
     start = preset("demo")
     wanted = dataclasses.replace(start.train, output_dir=settings.output_dir, epochs=settings.epochs)
     run = dataclasses.replace(start, train=wanted)
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         record = trained(run, quiet=settings.json)
         if record is not None:
             compared = compare_with_labels_only(run)
             if settings.json:
-                give({**record, **compared})
+                write_json({**record, **compared})
 
 
 def compare_with_labels_only(run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ _Item = TypeVar("_Item")
 
 
 @contextmanager
-def machine_readable(wanted: bool) -> Iterator[Callable[[Any], None]]:
+def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
     """If wanted, everything printed in this context goes to stderr; the yielded function prints a record to stdout.
 
     Numbers that JSON cannot represent become null.
@@ -43,7 +43,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(drawn)
 
 
-def watched(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_Item]:
+def with_progress(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_Item]:
     """The items, with a progress bar on stderr if it is a terminal."""
     if not sys.stderr.isatty():
         yield from items
@@ -54,7 +54,7 @@ def watched(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_I
     yield from track(items, what, total, console=Console(stderr=True), transient=True)
 
 
-def complain(text: str) -> None:
+def print_to_stderr(text: str) -> None:
     """Print a line on stderr."""
     print(text, file=sys.stderr)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import complain, machine_readable, print_table, watched
+from hierens.cli.output import json_output, print_table, print_to_stderr, with_progress
 from hierens.core.errors import first_line
 
 if TYPE_CHECKING:
@@ -56,20 +56,20 @@ def predict(arguments: Sequence[str]) -> None:
 
     answers: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model, policy = _loaded(settings)
         names, data = label_names(model), data_config(model, settings.model)
         decode, transform = create_decoder(data), create_transform(data, training=False)
-        for file in watched(settings.images, len(settings.images), "predicting"):
+        for file in with_progress(settings.images, len(settings.images), "predicting"):
             try:
                 image = _read(file, decode, transform)
             except ValueError as error:
                 failed.append({"image": file, "error": str(error)})
-                complain(f"error: {file}: {error}")
+                print_to_stderr(f"error: {file}: {error}")
             else:
                 answers.append({"image": file, **_answer(model, policy, image, settings.top, names)})
         if settings.json:
-            give({"model": settings.model, "policy": policy.to_dict(), "answers": answers, "failed": failed})
+            write_json({"model": settings.model, "policy": policy.to_dict(), "answers": answers, "failed": failed})
         elif answers:
             print_table(("image", "class", "probability (%)", model.unit, "MACs"), _rows(answers))
     if failed:

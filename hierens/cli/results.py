@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import machine_readable, print_table, watched
+from hierens.cli.output import json_output, print_table, with_progress
 from hierens.training.config import DataConfig
 from hierens.training.presets import load_run
 
@@ -49,14 +49,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     from hierens.models.loading import from_pretrained
     from hierens.training.data.loaders import create_held_out
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model = from_pretrained(settings.model)
         images = create_held_out(settings.data, label_names(model) or model.num_classes)
         loader = DataLoader(images, settings.batch_size, num_workers=settings.data.workers)
         total = len(loader) if isinstance(images, Sized) else None
-        record = as_record(evaluate_model(model, watched(loader, total, "evaluating")))
+        record = as_record(evaluate_model(model, with_progress(loader, total, "evaluating")))
         if settings.json:
-            give(record)
+            write_json(record)
         else:
             print_table(*results(model, record))
 
@@ -131,12 +131,12 @@ def report(arguments: Sequence[str]) -> None:
 
     from hierens.evaluation.reporting import comparison, read_runs, write_report
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         groups = read_runs(settings.runs, settings.names)
         page = write_report(groups, settings.output)
         if settings.json:
             found = [{"name": g.name, "macs": g.macs, "seeds": len(g.records), "records": g.records} for g in groups]
-            give({"page": str(page), "runs": found})
+            write_json({"page": str(page), "runs": found})
         else:
             print(f"accuracy (%) by networks evaluated\n\n{comparison(groups)}\n")
             print(f"wrote {page}")

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import machine_readable
+from hierens.cli.output import json_output
 from hierens.core.errors import first_line
 
 
@@ -43,14 +43,14 @@ def export(arguments: Sequence[str]) -> None:
 
     from hierens.models.loading import from_pretrained
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model = from_pretrained(settings.model)
         model.export(
             settings.directory, format=settings.format, depths=depths, size=settings.size, check=settings.check
         )
         files = sorted(str(file) for file in Path(settings.directory).rglob("*") if file.is_file())
         if settings.json:
-            give({"directory": settings.directory, "format": settings.format, "files": files})
+            write_json({"directory": settings.directory, "format": settings.format, "files": files})
         else:
             print("\n".join(files))
 
@@ -91,7 +91,7 @@ def push(arguments: Sequence[str]) -> None:
 
     from hierens.models.loading import load_with_policy
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model, policy = load_with_policy(settings.model)
         beside = Path(settings.model).parent / "results.json"
         file = settings.results or (str(beside) if beside.is_file() else "")
@@ -104,7 +104,7 @@ def push(arguments: Sequence[str]) -> None:
                 f"{settings.repository} was not pushed: {first_line(error)} (`hf auth login` stores a token)"
             ) from error
         if settings.json:
-            give({"url": url})
+            write_json({"url": url})
         else:
             print(url)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hierens.cli.command import Command, Flag, UsageError
 from hierens.cli.methods import check_made, check_method
-from hierens.cli.output import machine_readable, print_table
+from hierens.cli.output import json_output, print_table
 from hierens.cli.results import results
 from hierens.training.config import ModelConfig, Run
 from hierens.training.presets import PRESETS, dump_run, load_run, preset
@@ -44,10 +44,10 @@ def train(arguments: Sequence[str], default: Run | None = None, description: str
     if chosen.print_config:
         print(dump_run(run), end="")
         return None
-    with machine_readable(chosen.json) as give:
+    with json_output(chosen.json) as write_json:
         record = trained(run, quiet=chosen.json)
         if record is not None and chosen.json:
-            give(record)
+            write_json(record)
     return None if record is None else run
 
 

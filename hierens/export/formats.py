@@ -44,14 +44,16 @@ class Format(ABC):
     """whether levels with token layers become a module per branch"""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._weights = folder, WeightFile()
 
     @abstractmethod
     def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
         """Write the graph of one depth."""
 
-    def finish(self) -> None:  # noqa: B027 (not all formats have shared files)
-        """Write the files that the graphs share."""
+    def finish(self) -> None:
+        """Write the weights, if the graphs share them."""
+        if self.weights is not None:
+            self._weights.write(self.folder / self.weights)
 
     @abstractmethod
     def runner(self, name: str) -> Run:
@@ -70,10 +72,6 @@ class Onnx(Format):
     writes_with = ("onnx", "onnxscript")
     runs_with = "onnxruntime"
     weights = WEIGHTS
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._weights = WeightFile()
 
     def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
         """Write the graph of one depth."""
@@ -105,10 +103,6 @@ class Onnx(Format):
             node.metadata_props.clear()  # debugging information of the exporter
         onnx_ir.save(model, self.folder / name)
 
-    def finish(self) -> None:
-        """Write the weights."""
-        self._weights.write(self.folder / WEIGHTS)
-
     def runner(self, name: str) -> Run:
         """A session on the CPU."""
         import onnxruntime
@@ -124,10 +118,6 @@ class OpenVino(Format):
     writes_with = ("openvino",)
     runs_with = "openvino"
     weights = WEIGHTS
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._weights = WeightFile()
 
     def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
         """Write the graph of one depth."""
@@ -145,10 +135,6 @@ class OpenVino(Format):
             offset, length = int(data.attrib["offset"]), int(data.attrib["size"])
             data.set("offset", str(self._weights.place(content[offset : offset + length])))
         tree.write(self.folder / name)
-
-    def finish(self) -> None:
-        """Write the weights."""
-        self._weights.write(self.folder / WEIGHTS)
 
     def runner(self, name: str) -> Run:
         """A session on the CPU."""

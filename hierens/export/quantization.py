@@ -17,11 +17,11 @@ _WEIGHTED = ["Conv", "Gemm", "MatMul"]
 _BETWEEN = ["Add", "Relu", "Clip"]  # quantised as well, so that a convnet needs no conversions between layers
 
 
-def quantized(made: Format, folder: Path, names: Sequence[str], calibration: Sequence[Tensor]) -> Onnx:
+def quantized(written: Format, folder: Path, names: Sequence[str], calibration: Sequence[Tensor]) -> Onnx:
     """The same graphs quantised, per channel; they share one file of weights as well.
 
     Args:
-        made: the written ONNX graphs.
+        written: the ONNX graphs.
         folder: an empty folder for the result.
         names: of the graphs, the deepest first.
         calibration: batches of images (N, C, H, W).
@@ -29,7 +29,7 @@ def quantized(made: Format, folder: Path, names: Sequence[str], calibration: Seq
     batches = [images.float().cpu().numpy() for images in calibration]
     result = Onnx(folder)
     for name in names:
-        result.share(_quantized(made.folder / name, batches), name)
+        result.share(_quantized(written.folder / name, batches), name)
     result.finish()
     return result
 

@@ -69,18 +69,6 @@ def save_pretrained(
             fail; or `pretrained_cfg` has an invalid value.
         ValueError: results or class names do not fit the model.
     """
-    return _save(model, directory, name, results, policy, picture, about)
-
-
-def _save(
-    model: AdaptiveBase,
-    directory: str | Path,
-    name: str,
-    results: Mapping[str, Sequence[float]] | None,
-    policy: Policy | None,
-    picture: bool,
-    about: About,
-) -> Path:
     _check_rebuildable(model)
     model_card(model, results, **about)  # raises before anything is written
     # safetensors stores contiguous tensors only, and the caller's model may be channels_last.
@@ -153,7 +141,7 @@ def push_to_hub(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
-        _save(model, directory, repo_id, results, policy, True, about)
+        save_pretrained(model, directory, results, policy, name=repo_id, picture=True, **about)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:

@@ -14,7 +14,7 @@ _SECONDS = 0.5  # to wait for processes that only check whether the folder is lo
 
 
 @contextlib.contextmanager
-def alone_in(output_dir: str | Path) -> Iterator[None]:
+def lock_folder(output_dir: str | Path) -> Iterator[None]:
     """Lock an output folder for a run; the operating system releases the lock if the process dies.
 
     If the file system has no locks, nothing is locked.
@@ -43,7 +43,7 @@ def alone_in(output_dir: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def check_free(output_dir: str | Path) -> None:
+def check_unlocked(output_dir: str | Path) -> None:
     """Check that a folder is not locked, before data and model are created, which can take minutes.
 
     Raises:
@@ -51,5 +51,5 @@ def check_free(output_dir: str | Path) -> None:
     """
     first = os.environ.get("RANK", "0") == "0"  # one process of a run checks for all
     if first and (Path(output_dir) / _LOCK).exists():
-        with alone_in(output_dir):
+        with lock_folder(output_dir):
             pass

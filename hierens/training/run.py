@@ -21,7 +21,7 @@ from hierens.models.multi_exit import multi_exit
 from hierens.models.tree_exits import tree_with_exits
 from hierens.training.config import Run, to_json
 from hierens.training.data.loaders import class_names, count_classes, create_loaders
-from hierens.training.lock import check_free
+from hierens.training.lock import check_unlocked
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
 
@@ -47,7 +47,7 @@ def train(
         ValueError: the configuration is wrong in any way; raised before the first step.
     """
     config, output = run.train, Path(run.train.output_dir)
-    check_free(output)
+    check_unlocked(output)
     micro_batch = config.batch_size // config.accumulation
     train_loader, val_loader = loaders or create_loaders(
         run.data, micro_batch, config.val_batch_size, config.seed, config.cpu

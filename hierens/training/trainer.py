@@ -35,7 +35,7 @@ from hierens.training.data.loaders import check_division, data_signature
 from hierens.training.data.unreadable import check_readable
 from hierens.training.divergence import FinitenessCheck
 from hierens.training.evaluation import evaluate
-from hierens.training.lock import alone_in
+from hierens.training.lock import lock_folder
 from hierens.training.log import RunLog
 from hierens.training.loss import TrainingLoss
 from hierens.training.mixup import Mixing
@@ -148,7 +148,7 @@ class Trainer:
             subsampled_convolutions(self.ensemble),
             contextlib.ExitStack() as held,
         ):
-            agreed(self.accelerator, lambda: held.enter_context(alone_in(config.output_dir)))
+            agreed(self.accelerator, lambda: held.enter_context(lock_folder(config.output_dir)))
             self._resume()
             if begun is not None and self.accelerator.is_main_process:
                 begun()
@@ -211,7 +211,7 @@ class Trainer:
             if self.state.step % self.config.log_steps == 0:
                 bar.set_postfix(self._log_step(epoch, *throughput.since_last()))
                 check_readable(self.train_loader, "training")
-            self._stop_if_asked()
+            self._stop_on_signal()
             if self.state.step % self.config.checkpoint_steps == 0 and self.state.batch < batches:
                 self._checkpoint()
         bar.close()
@@ -277,7 +277,7 @@ class Trainer:
         except CheckpointWriteError as error:
             self.accelerator.print(f"{error} Training continues; {self._newest()}, the next is written as scheduled.")
 
-    def _stop_if_asked(self) -> None:
+    def _stop_on_signal(self) -> None:
         """Stop, after a checkpoint, if any process received a signal: all of them stop at the same step."""
         several, on_cpu = self.accelerator.num_processes > 1, self.accelerator.device.type == "cpu"
         self._stop_checks += 1
@@ -304,9 +304,8 @@ class Trainer:
         record: dict[str, Any] = {"epoch": epoch + 1, "step": self.state.step}
         record |= self._evaluate(self.model)
         self._log.report_unreadable(self.val_loader, "validation", epoch + 1, self.state.step)
-        if self.ema is not None:
-            average = self._evaluate(self.ema.module)
-            record |= {f"ema_{name}": value for name, value in average.items()}
+        if self._average is not None:
+            record |= {f"ema_{name}": value for name, value in self._evaluate(self._average).items()}
         self.state.history.append(record)
         self.schedule.step(epoch + 1, score(record))
         self._log.append(record)
@@ -315,7 +314,7 @@ class Trainer:
 
     def _evaluate(self, model: nn.Module) -> dict[str, Any]:
         # Here processes may have different numbers of batches, so several of them agree to stop only between steps.
-        after_batch = self._stop_if_asked if self.accelerator.num_processes == 1 else None
+        after_batch = self._stop_on_signal if self.accelerator.num_processes == 1 else None
         return evaluate(self.accelerator, model, self.val_loader, self.config.channels_last, after_batch)
 
     def _log_step(self, epoch: int, rate: float, data_wait: float) -> dict[str, str]:

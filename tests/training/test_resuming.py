@@ -188,4 +188,4 @@ def test_a_manifest_that_says_something_else(tmp_path, text):
     checkpoint.mkdir(parents=True)
     (checkpoint / MANIFEST).write_text(text)
     assert "\n" not in damage(checkpoint)
-    assert choose_checkpoint(tmp_path, "auto", lambda said: None) is None
+    assert choose_checkpoint(tmp_path, "auto") is None

@@ -24,7 +24,7 @@ from hierens.core.fetching import LoadError
 from hierens.core.json_files import short
 from hierens.hub.saving import WEIGHTS, save_config
 from hierens.training.agreement import first_problem
-from hierens.training.checkpoints.files import PARTIAL, free_space, noting_write_errors, publish, remove, seal
+from hierens.training.checkpoints.files import PARTIAL, collect_write_errors, free_space, publish, remove, seal
 from hierens.training.checkpoints.resuming import check_config, check_data, check_sharding, check_states, check_weights
 from hierens.training.checkpoints.selection import apply_policy, checkpoint_folder
 from hierens.training.checkpoints.state import STATE, TrainState, read_state
@@ -67,7 +67,7 @@ def save_checkpoint(
         remove(partial)
     accelerator.wait_for_everyone()
     model = _model(accelerator)
-    with noting_write_errors() as problems, _plain_weights(accelerator):
+    with collect_write_errors() as problems, _plain_weights(accelerator):
         if is_sharded(model):
             partial.mkdir(parents=True, exist_ok=True)
             save_weights(model, partial / WEIGHTS, accelerator.is_main_process)
@@ -78,7 +78,7 @@ def save_checkpoint(
             accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not problems:
-        with noting_write_errors() as problems:
+        with collect_write_errors() as problems:
             content = {"state": asdict(state), "config": to_json(config), "data": dict(data or {})}
             (partial / STATE).write_text(json.dumps(content))
             save_config(model, partial)

@@ -53,13 +53,13 @@ def damage(folder: Path) -> str | None:
         if not (folder / MANIFEST).is_file():
             return f"it has no {MANIFEST}"
         sealed = read_json(folder / MANIFEST, "a manifest")["files"]
-        for name, said in sealed.items():
+        for name, expected in sealed.items():
             file = folder / name
             if not file.is_file():
                 return f"{short(name, plain=True)} is missing"
-            if file.stat().st_size != said["size"]:
-                return f"{short(name, plain=True)} has {file.stat().st_size:,} bytes, not {said['size']:,}"
-            if _digest(file) != said["sha256"]:
+            if file.stat().st_size != expected["size"]:
+                return f"{short(name, plain=True)} has {file.stat().st_size:,} bytes, not {expected['size']:,}"
+            if _digest(file) != expected["sha256"]:
                 return f"the contents of {name} have changed"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
@@ -97,7 +97,7 @@ def recover(parent: Path, pattern: str) -> None:
 
 
 @contextlib.contextmanager
-def noting_write_errors() -> Iterator[list[str]]:
+def collect_write_errors() -> Iterator[list[str]]:
     """Collect the errors of a full disk as text, so that the processes can agree on what to do."""
     problems: list[str] = []
     try:

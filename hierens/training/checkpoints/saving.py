@@ -18,7 +18,7 @@ from hierens.models.adaptive import Adaptive
 from hierens.models.loading import from_pretrained
 from hierens.training.agreement import first_problem
 from hierens.training.checkpoints.checkpoint import CheckpointWriteError
-from hierens.training.checkpoints.files import free_space, noting_write_errors, recover
+from hierens.training.checkpoints.files import collect_write_errors, free_space, recover
 from hierens.training.checkpoints.selection import newest_checkpoint
 from hierens.training.sharding import full_weights, is_sharded
 
@@ -68,7 +68,7 @@ def save_model(
     weights = full_weights(model) if is_sharded(model) else accelerator.get_state_dict(model) if sharded else {}
     problems: list[str] = []
     if accelerator.is_main_process:
-        with noting_write_errors() as problems:
+        with collect_write_errors() as problems:
             recover(directory.parent, directory.name)
             ensemble = accelerator.unwrap_model(model)
             save_pretrained(_gathered(ensemble, weights) if sharded else ensemble, directory, results)

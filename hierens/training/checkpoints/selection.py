@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -31,13 +30,12 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
     return next(reversed(_checkpoints(Path(output_dir) / "checkpoints")), None)
 
 
-def choose_checkpoint(output_dir: str | Path, resume: str, say: Callable[[str], None] = print) -> Path | None:
+def choose_checkpoint(output_dir: str | Path, resume: str) -> Path | None:
     """The checkpoint that `resume` selects, verified.
 
     Args:
         output_dir: of the run.
         resume: `auto`, the newest undamaged one (damaged ones are renamed); `never`; or a checkpoint's folder.
-        say: receives a message about every damaged checkpoint.
 
     Raises:
         ValueError: the given folder is not a checkpoint, or is damaged.
@@ -63,22 +61,21 @@ def choose_checkpoint(output_dir: str | Path, resume: str, say: Callable[[str], 
             if wrong is None:
                 chosen = candidate
                 break
-            say(f"the checkpoint {candidate} is damaged: {wrong}. {_set_aside(candidate, '.damaged')}")
+            print(f"the checkpoint {candidate} is damaged: {wrong}. {_set_aside(candidate, '.damaged')}")
     return chosen
 
 
-def start_from(output_dir: str | Path, chosen: Path | None, say: Callable[[str], None] = print) -> None:
+def start_from(output_dir: str | Path, chosen: Path | None) -> None:
     """Rename checkpoints that are newer than the one from which a run resumes, since the run will replace them.
 
     Args:
         output_dir: of the run.
         chosen: the checkpoint, None for a new start.
-        say: receives a message about every renamed checkpoint.
     """
     folder = Path(output_dir) / "checkpoints"
     newer = [other for other in _checkpoints(folder) if chosen is None or other.name > chosen.name]
     for other in newer:
-        say(f"the checkpoint {other} is newer than where this run starts. {_set_aside(other, '.superseded')}")
+        print(f"the checkpoint {other} is newer than where this run starts. {_set_aside(other, '.superseded')}")
     if not (folder / _BEST).exists():
         (folder / _BEST).unlink(missing_ok=True)  # it pointed to a renamed one
 
