@@ -1,8 +1,8 @@
-"""The program `hierens`: help, completion and complaints within a fraction of a second, since torch is not imported.
+"""The program `hierens`, which prints help, completion and usage errors without importing torch.
 
-It stands beside the package because a package's `__init__` runs before any module in it: `import hierens` must import
-timm, and with it torch, to register its models there. `hierens/__init__.py` looks whether this module was imported
-first, and leaves that to the commands then, each of which imports what it needs.
+It is beside the package because a package's `__init__` runs before any module in it, and `import hierens` must import
+timm, and with it torch, to register its models. `hierens/__init__.py` checks whether this module was imported first; if
+so, it leaves the imports to the commands.
 """
 
 from __future__ import annotations

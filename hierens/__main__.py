@@ -1,4 +1,4 @@
-"""`python -m hierens`: the program `hierens`, for where no script is installed."""
+"""`python -m hierens`: the program `hierens`, if its script is not installed."""
 
 from hierens.cli import main
 

@@ -521,7 +521,7 @@ def test_a_tree_of_more_networks_than_its_weights_is_refused_first(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["model_args"].update(branching=[1, 64, 64], leaves=4096)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LoadError, match="describes 4096 networks, and the weights beside it are of"):
+    with pytest.raises(LoadError, match="describes 4096 networks, and its weights can be those of"):
         hierens.from_pretrained(tmp_path)
 
 

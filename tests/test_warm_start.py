@@ -207,7 +207,7 @@ def test_a_size_that_could_not_be_loaded_again_is_refused_before_training():
 
 
 def test_pretrained_weights_are_not_thrown_away_in_silence():
-    with pytest.raises(ValueError, match="init='reinit' would throw the pretrained weights away"):
+    with pytest.raises(ValueError, match="init='reinit' would discard the pretrained weights"):
         ModelConfig(pretrained=True, init="reinit")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.pth"):
         ModelConfig(weights="nowhere.pth")

@@ -24,7 +24,7 @@ from gpu_steps.batches import DeviceImages, loader
 from gpu_steps.packing import Split
 from gpu_steps.records import Context, Record, read, write_whole
 from hierens.core.errors import first_line
-from hierens.training.checkpoints.checkpoint import newest_checkpoint
+from hierens.training.checkpoints.selection import newest_checkpoint
 from hierens.training.config import ModelConfig, Run, to_json
 from hierens.training.presets import preset
 from hierens.training.run import create_ensemble

@@ -1,7 +1,7 @@
-"""The command line. Nothing here imports torch before a command has read its flags, so help is there at once.
+"""The command line. No module imports torch before a command has read its flags, so help appears at once.
 
 `command.py` reads flags and prints help, `output.py` prints results; every other module is a group of commands. Exit
-codes: 0 done; 1 it could not be done; 2 the command line is wrong, and nothing was tried; 128 + n ended by signal n.
+codes: 0 success; 1 failure; 2 wrong usage, and nothing was done; 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BROUGHT_BY = {"matplotlib": "train", "torchmetrics": "train", "yaml": "train", 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; what goes wrong ends in one line on stderr and an exit code."""
+    """Run a command; an error becomes one line on stderr and an exit code."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if name in ("-h", "--help"):
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except UsageError as error:
         _fail(error, 2)
-    except BrokenPipeError:  # whoever read the output has left, as `head` does
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
@@ -77,8 +77,8 @@ def usage() -> str:
             *lines,
             "",
             "`hierens COMMAND --help` shows its flags, `hierens --version` the version. Commands that print",
-            "a result take --json: one JSON object on stdout, all else on stderr.",
-            "Exit codes: 0 done, 1 it could not be done, 2 wrong usage, 128 + n ended by signal n.",
+            "a result accept --json: one JSON object on stdout, everything else on stderr.",
+            "Exit codes: 0 success, 1 failure, 2 wrong usage, 128 + n ended by signal n.",
         ]
     )
 

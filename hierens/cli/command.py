@@ -1,4 +1,4 @@
-"""A command: a dataclass of settings whose fields are its flags, read by tyro, and help that fits a screen."""
+"""Commands: tyro reads flags from the fields of a dataclass of settings, and help fits on a screen."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import tyro
 from hierens.core.errors import did_you_mean
 
 _Settings = TypeVar("_Settings")
-_WIDTH, _FLAGS = 100, 30  # columns of help, and of them for flags
+_WIDTH, _FLAGS = 100, 30  # columns of help, and of its flags
 _HELP = ("-h", "--help", "--help-all")
 
 
 class UsageError(ValueError):
-    """The command line is wrong; nothing was tried yet."""
+    """The command line is wrong; nothing was done."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Flag:
     """One flag as help and completion show it.
 
     Attributes:
-        name: as typed, `--data-dir`; of a positional argument as written in usage, `MODEL`.
-        kind: what follows it, such as `INT`; empty for a switch.
+        name: as typed, `--data-dir`; for a positional argument as shown in usage, `MODEL`.
+        kind: type of its value, such as `INT`; empty for a switch.
         about: the field's docstring.
-        default: its value where none is given.
-        choices: the values that it takes, if they can be counted.
+        default: its default value.
+        choices: the allowed values, if they can be listed.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Command:
     Attributes:
         name: as typed.
         summary: one line.
-        settings: a dataclass: a flag per field, those of nested dataclasses too.
-        run: takes the arguments behind the name.
-        positional: what stands before the flags, as usage shows it.
-        extra: flags that are no fields of `settings`.
-        often: names of the fields that `--help` shows; all by default, and `--help-all` shows all.
+        settings: a dataclass with a flag per field, also of nested dataclasses.
+        run: a function of the arguments after the name.
+        positional: positional arguments, as shown in usage.
+        extra: flags that are not fields of `settings`.
+        often: names of the fields that `--help` shows, by default all; `--help-all` shows all.
         examples: lines below the flags.
     """
 
@@ -70,19 +70,19 @@ class Command:
     examples: tuple[str, ...] = ()
 
     def flags(self, default: Any = None) -> list[Flag]:
-        """All its flags, with the values of a default."""
+        """All flags, with default values from an instance of the settings if one is given."""
         return [*self.extra, *_flags(self.settings, default)]
 
     def parse(self, arguments: Sequence[str], default: Any = None, description: str = "") -> Any:
-        """The settings that arguments ask for; help, if they ask for that, ends the program.
+        """The settings from the arguments. If these ask for help, it is printed and the program ends.
 
         Args:
-            arguments: those behind the command's name.
-            default: an instance of the settings that flags change.
-            description: in place of the summary in help.
+            arguments: those after the command's name.
+            default: an instance of the settings with the default values.
+            description: replaces the summary in help.
 
         Raises:
-            UsageError: a flag that does not exist; for values that do not fit tyro ends the program, with exit code 2.
+            UsageError: a flag does not exist; if a value does not fit, tyro ends the program with exit code 2.
         """
         if "--help-all" not in arguments and set(_HELP) & set(arguments):
             print(self.help(default, description))
@@ -98,12 +98,12 @@ class Command:
         )
 
     def given(self, arguments: Sequence[str]) -> set[str]:
-        """The fields that are named among arguments."""
+        """The fields that are given as arguments."""
         names = {_flag_name(argument).removeprefix("--no-").removeprefix("--") for argument in arguments}
         return {_field(flag) for flag in self.flags() if flag.name.removeprefix("--") in names}
 
     def help(self, default: Any = None, description: str = "") -> str:
-        """Usage, the flags used most, examples."""
+        """Usage, the most common flags, examples."""
         flags = self.flags(default)
         shown = [flag for flag in flags if not self.often or flag in self.extra or _field(flag) in self.often]
         hidden = len(flags) - len(shown)
@@ -130,7 +130,7 @@ class Command:
 
 
 def _flags(settings: type, default: Any) -> Iterator[Flag]:
-    """The fields of a dataclass and of those nested in it."""
+    """The flags of a dataclass and of those nested in it."""
     kinds, docs = get_type_hints(settings, include_extras=True), _docs(settings)
     for field in dataclasses.fields(settings):
         kind, positional = kinds[field.name], False
@@ -153,7 +153,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 @cache
 def _docs(settings: type) -> dict[str, str]:
-    """The string below each field of a class."""
+    """The docstring of each field of a class."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
     assert isinstance(body, ast.ClassDef)
     return {
@@ -165,7 +165,7 @@ def _docs(settings: type) -> dict[str, str]:
 
 
 def _kind(kind: Any) -> str:
-    """A type in the words of help."""
+    """The name of a type in help."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "|".join(map(str, inner))
@@ -192,7 +192,7 @@ def _field(flag: Flag) -> str:
 
 
 def _lines(flag: Flag) -> list[str]:
-    """A flag in as many lines as it takes."""
+    """The lines of a flag in help."""
     empty = flag.default is None or flag.default is False or flag.default in ("", (), {})
     shown = " ".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
     about = textwrap.wrap(flag.about + ("" if empty else f" [{shown}]"), _WIDTH - _FLAGS) or [""]

@@ -1,4 +1,4 @@
-"""`hierens completion`: commands and flags on the Tab key, by shtab."""
+"""`hierens completion`: completion scripts for shells, by shtab."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FOLDERS = ("--data-dir", "--output-dir", "--output")
 
 @dataclass(frozen=True)
 class CompletionSettings:
-    """Which shell."""
+    """The shell."""
 
     shell: tyro.conf.Positional[Literal["bash", "zsh", "fish", "tcsh"]]
-    """whose script to print"""
+    """shell to print the script for"""
 
 
 def completion_of(commands: Mapping[str, Command]) -> Command:
-    """The command that prints completion scripts for all commands, itself included."""
+    """The command that prints completion scripts for all commands, including itself."""
 
     def completion(arguments: Sequence[str]) -> None:
         settings = command.parse(arguments)
@@ -50,16 +50,16 @@ def completion_of(commands: Mapping[str, Command]) -> Command:
 
 
 def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
-    """Commands and flags in the form that shtab reads; it parses nothing."""
-    whole = argparse.ArgumentParser("hierens")
-    whole.add_argument("--version", action="store_true", help="print the version")
-    subparsers = whole.add_subparsers()
+    """Commands and flags in the form that shtab reads; it is not used for parsing."""
+    top = argparse.ArgumentParser("hierens")
+    top.add_argument("--version", action="store_true", help="print the version")
+    subparsers = top.add_subparsers()
     for command in {command.name: command for command in commands}.values():
         own = subparsers.add_parser(command.name, help=_plain(command.summary))
         own.add_argument("--help-all", action="store_true", help="list all flags")
         for flag in command.flags():
             _add(own, flag)
-    return whole
+    return top
 
 
 def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
@@ -75,5 +75,5 @@ def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that no shell takes for code."""
+    """Text without characters that have a meaning in shells."""
     return text.replace("`", "").replace("%", "%%").replace("'", "").replace('"', "")

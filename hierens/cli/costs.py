@@ -1,4 +1,4 @@
-"""`hierens profile` and `hierens zoo`: what depths cost, and how backbones are cut."""
+"""`hierens profile` and `hierens zoo`: the costs of depths, and the cuts of backbones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 from hierens.cli.command import Command, UsageError
 from hierens.cli.methods import check_made, check_method
-from hierens.cli.output import complain, machine_readable, print_table, watched
+from hierens.cli.output import json_output, print_table, print_to_stderr, with_progress
 from hierens.core.errors import did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hierens.cutting.cut import Cutting
     from hierens.models.adaptive import Adaptive
 
-_OF_TIMM_MODELS = ("method", "blocks", "exits")  # flags of `profile` that saved models have no use for
+_OF_TIMM_MODELS = ("method", "blocks", "exits")  # flags of `profile` that have no meaning for saved models
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class ProfileSettings:
     """A saved model, or a backbone to convert."""
 
     model: tyro.conf.Positional[str]
-    """a folder of save_pretrained, user/name on the Hub, or a timm model, which is converted with random weights"""
+    """folder of a saved model, user/name on the Hub, or a timm model, which is converted with random weights"""
     method: Literal["hne", "multi_exit", "hne_exits"] = "hne"
-    """what a timm model becomes: a tree of networks, one network with exits, or a tree with exits"""
+    """convert a timm model to a tree of networks, one network with exits, or a tree with exits"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
     exits: int = 4
-    """exits of a multi-exit network, the last one counted"""
+    """exits of a multi-exit network, including the last"""
     size: tuple[int, int, int] | None = None
-    """channels, height and width of the images; by default those that the model was made for"""
+    """channels, height and width of the images; by default the model's"""
     batch_size: int = 1
     """images per forward pass, for the latency"""
     json: bool = False
@@ -52,8 +52,8 @@ def profile(arguments: Sequence[str]) -> None:
     check_method(given, settings.method)
     if _is_saved(settings.model):
         check_made(given, settings.model, _OF_TIMM_MODELS)
-    with machine_readable(settings.json) as give:
-        model = _made(settings, given)
+    with json_output(settings.json) as write_json:
+        model = _model(settings, given)
         try:
             found = model.profile(settings.size, settings.batch_size)
         except (RuntimeError, AssertionError) as error:
@@ -61,7 +61,7 @@ def profile(arguments: Sequence[str]) -> None:
                 f"{settings.model} takes no images of size {settings.size}: {first_line(error)}."
             ) from error
         if settings.json:
-            give({"model": settings.model, **found.to_dict()})
+            write_json({"model": settings.model, **found.to_dict()})
         else:
             print_table(*found.cells())
 
@@ -70,7 +70,7 @@ def _is_saved(name: str) -> bool:
     return Path(name).is_dir() or "/" in name
 
 
-def _made(settings: ProfileSettings, given: set[str]) -> Adaptive:
+def _model(settings: ProfileSettings, given: set[str]) -> Adaptive:
     import timm
 
     from hierens.models.adaptive import Adaptive
@@ -83,10 +83,10 @@ def _made(settings: ProfileSettings, given: set[str]) -> Adaptive:
     if _is_saved(name):
         return from_pretrained(name)
     if not timm.is_model(name):
-        raise ValueError(f"{name} is neither a folder here nor a timm model{did_you_mean(name, timm.list_models())}.")
+        raise ValueError(f"{name} is neither a folder nor a timm model{did_you_mean(name, timm.list_models())}.")
     channels = {"in_chans": settings.size[0]} if settings.size else {}
     backbone = timm.create_model(name, **channels).eval()
-    if isinstance(backbone, Adaptive):  # hne_...: a tree already
+    if isinstance(backbone, Adaptive):  # hne_...: already a tree
         check_made(given, name, _OF_TIMM_MODELS)
         return backbone
     if settings.method == "multi_exit":
@@ -110,21 +110,21 @@ PROFILE = Command(
 
 @dataclass(frozen=True)
 class ZooSettings:
-    """Which of timm's models."""
+    """The models of timm to cut."""
 
     pattern: tyro.conf.Positional[str] = ""
     """a name, or a pattern such as 'convnext*' (in quotes); without one, all names are listed and nothing is cut"""
     blocks: int = 4
-    """how many blocks"""
+    """number of blocks"""
     json: bool = False
     """print one JSON object instead of a table"""
 
 
 def zoo(arguments: Sequence[str]) -> None:
-    """Cut models that have shapes but no values, and print the blocks' shares of the MACs."""
+    """Cut models without weights, on the meta device, and print the blocks' shares of the MACs."""
     settings = ZOO.parse(arguments)
     if not settings.pattern and "blocks" in ZOO.given(arguments):
-        raise UsageError("--blocks says how to cut models: name one, or a pattern, as in hierens zoo 'convnext*'.")
+        raise UsageError("--blocks needs models to cut: give a name or a pattern, as in hierens zoo 'convnext*'.")
 
     import timm
     from timm.models import model_entrypoint
@@ -136,16 +136,18 @@ def zoo(arguments: Sequence[str]) -> None:
         chosen = [name for name in known if name in matching]
     if not chosen:
         raise ValueError(f"timm has no model {settings.pattern!r}{did_you_mean(settings.pattern, known)}.")
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         if not settings.pattern:
-            give({"models": chosen}) if settings.json else print("\n".join(chosen))
-            complain(f"{len(chosen)} models; hierens zoo PATTERN cuts those that match.")
+            write_json({"models": chosen}) if settings.json else print("\n".join(chosen))
+            print_to_stderr(f"{len(chosen)} models; hierens zoo PATTERN cuts those that match.")
             return
-        found = [cut_report(n, settings.blocks, len(chosen) == 1) for n in watched(chosen, len(chosen), "cutting")]
+        found = [
+            cut_report(n, settings.blocks, len(chosen) == 1) for n in with_progress(chosen, len(chosen), "cutting")
+        ]
         if len(found) == 1 and "error" in found[0]:
             raise ValueError(f"{chosen[0]} cannot be cut into {settings.blocks} blocks: {found[0]['error']}")
         if settings.json:
-            give({"blocks": settings.blocks, "models": found})
+            write_json({"blocks": settings.blocks, "models": found})
         elif len(found) > 1:
             print_table(("model", "MACs", "shares of the blocks (%)", "cut before"), map(_line, found))
         else:
@@ -153,12 +155,12 @@ def zoo(arguments: Sequence[str]) -> None:
 
 
 def cut_report(name: str, blocks: int, places: bool = False) -> dict[str, Any]:
-    """Where a timm model is cut and what share of its MACs each block has, or why it cannot be cut.
+    """Where a timm model is cut and each block's share of its MACs, or why it cannot be cut.
 
     Args:
-        name: of the model; it is made without weights.
-        blocks: how many.
-        places: name all places where it could be cut without opening its blocks as well.
+        name: of the model; it is created without weights.
+        blocks: number of blocks.
+        places: also list all places where it could be cut without opening its blocks.
     """
     import timm
     import torch
@@ -167,7 +169,7 @@ def cut_report(name: str, blocks: int, places: bool = False) -> dict[str, Any]:
 
     try:
         with torch.device("meta"):
-            # Those that only give features get a classifier; the others keep as many classes as they have.
+            # Models without a classifier get one; the others keep their number of classes.
             classes = {} if timm.create_model(name).num_classes else {"num_classes": 1000}
             backbone = timm.create_model(name, **classes).eval()
         cutting = cut(backbone, blocks)
@@ -183,13 +185,13 @@ def cut_report(name: str, blocks: int, places: bool = False) -> dict[str, Any]:
             record["places"] = [
                 {"name": p.name, "macs_before": round(p.macs_before, 4), "stage_end": p.stage_end} for p in points
             ]
-    except Exception as error:  # whatever a forward pass without values runs into
+    except Exception as error:  # a forward pass on the meta device raises all kinds of errors
         return {"name": name, "error": first_line(error)}
     return record
 
 
 def _macs(backbone: nn.Module, cutting: Cutting) -> list[int]:
-    """Of each block, of the head and of the classifier."""
+    """The MACs of each block, of the head and of the classifier."""
     from torch import nn
 
     from hierens.core.macs import count_macs

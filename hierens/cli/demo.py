@@ -1,4 +1,4 @@
-"""`hierens demo`: a tree on photographs, with co-distillation and by labels only, depth by depth."""
+"""`hierens demo`: compares a tree that is trained on photographs with and without co-distillation, per depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hierens.cli.command import Command
-from hierens.cli.output import machine_readable, print_table
+from hierens.cli.output import json_output, print_table
 from hierens.cli.training import trained
 from hierens.training.config import Run
 from hierens.training.presets import preset
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hierens.models.adaptive import Adaptive
 
 ARMS = {"with co-distillation": "independent+hierarchical_codistillation", "labels only": "independent"}
-"""what the demo compares: objectives by name"""
+"""the objectives that the demo compares, by name"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DemoSettings:
     """Photographs of clothes at 32x32 pixels, eight small networks."""
 
     output_dir: str = "runs/demo"
-    """where models, results and the picture land"""
+    """folder for models, results and the picture"""
     epochs: int = 20
     """passes over the 1,893 training images"""
     json: bool = False
@@ -36,27 +36,27 @@ class DemoSettings:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Train the preset `demo`, once more by labels only, and compare."""
+    """Train the preset `demo`, again with labels only, and compare the two."""
     settings = DEMO.parse(arguments)
 
     start = preset("demo")
     wanted = dataclasses.replace(start.train, output_dir=settings.output_dir, epochs=settings.epochs)
     run = dataclasses.replace(start, train=wanted)
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         record = trained(run, quiet=settings.json)
         if record is not None:
             compared = compare_with_labels_only(run)
             if settings.json:
-                give({**record, **compared})
+                write_json({**record, **compared})
 
 
 def compare_with_labels_only(run: Run) -> dict[str, Any]:
-    """Train a finished run again by labels only, and print what either gives at every depth, image by image."""
+    """Train a finished run again with labels only, and print the accuracies of both at every depth."""
     from hierens.evaluation.plotting import plot_accuracy
     from hierens.models.loading import from_pretrained
     from hierens.training.run import train as run_training
 
-    print("\nthe same again, by labels only")
+    print("\nthe same again, with labels only")
     directory = Path(run.train.output_dir) / "independent"
     train = dataclasses.replace(run.train, objective="independent", output_dir=str(directory))
     labels_only, record = run_training(dataclasses.replace(run, train=train))
@@ -86,7 +86,7 @@ def compare_with_labels_only(run: Run) -> dict[str, Any]:
 
 
 def _right_answers(model: Adaptive, run: Run) -> Tensor:
-    """Which test images each depth names rightly, (images, depths)."""
+    """Which test images each depth classifies correctly, (images, depths)."""
     from torch.utils.data import DataLoader
 
     from hierens.evaluation.metrics import right_answers
@@ -96,7 +96,7 @@ def _right_answers(model: Adaptive, run: Run) -> Tensor:
 
 
 def _compared(model: Adaptive, ours: Tensor, theirs: Tensor) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: what every depth costs, and gives in both runs."""
+    """Header and rows: the cost of every depth, and its accuracy in both runs."""
     from hierens.evaluation.metrics import PairedDifference
     from hierens.evaluation.profiling import millions
 
@@ -109,7 +109,7 @@ def _compared(model: Adaptive, ours: Tensor, theirs: Tensor) -> tuple[tuple[str,
 
 
 def _gained(ours: Tensor, theirs: Tensor) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: what more networks add to the first one, in both runs."""
+    """Header and rows: the gain of more networks over the first one, in both runs."""
     from hierens.evaluation.metrics import PairedDifference
 
     rows = [

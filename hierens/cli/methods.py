@@ -1,4 +1,4 @@
-"""Which flags make a network: those that its kind does not have would be passed over in silence."""
+"""Refuses flags that have no meaning for a kind of network, which would otherwise be ignored silently."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from hierens.cli.command import UsageError
 
-_OTHERS = {  # by method: a flag that it does not have, what it makes, and the flag that it has for that
+_OTHERS = {  # by method: a flag that it does not have, its result, and the flag to use instead
     "hne": ("exits", "a tree of networks", "blocks"),
     "hne_exits": ("exits", "a tree with an exit behind every block but the last", "blocks"),
     "multi_exit": ("blocks", "one network with exits", "exits"),
@@ -18,30 +18,30 @@ _OF_NEW_NETWORKS = (
 
 
 def check_method(given: Collection[str], method: str) -> None:
-    """Refuse the number of blocks for networks with exits, and that of exits for trees.
+    """Refuse `--blocks` for networks with exits, and `--exits` for trees.
 
     Args:
         given: names of the fields that were given as flags.
-        method: how the network is made.
+        method: the method of the network.
 
     Raises:
-        UsageError: one of them has no meaning for this method.
+        UsageError: a flag has no meaning for this method.
     """
     other, made, own = _OTHERS[method]
     if other in given:
-        raise UsageError(f"--{other} has no meaning for --method {method}, which makes {made}: give --{own}.")
+        raise UsageError(f"--{other} has no meaning for --method {method}, which creates {made}: use --{own}.")
 
 
 def check_made(given: Collection[str], name: str, without: Collection[str] = _OF_NEW_NETWORKS) -> None:
-    """Refuse flags of how a network is made, where it is made already.
+    """Refuse flags that configure a new network, for a network that exists already.
 
     Args:
         given: names of the fields that were given as flags.
         name: of the network.
-        without: names of the fields that have no meaning then.
+        without: names of the fields that have no meaning for it.
 
     Raises:
         UsageError: one of them was given.
     """
     if unused := [f"--{field.replace('_', '-')}" for field in without if field in given]:
-        raise UsageError(f"{name} is made already: leave {' and '.join(unused)} out.")
+        raise UsageError(f"{name} is already an ensemble: leave out {' and '.join(unused)}.")

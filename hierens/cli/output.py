@@ -1,4 +1,4 @@
-"""What commands print: tables for people, one JSON object for machines, progress where a terminal is attached."""
+"""The output of commands: tables, one JSON object for scripts, and progress bars on terminals."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Item = TypeVar("_Item")
 
 
 @contextmanager
-def machine_readable(wanted: bool) -> Iterator[Callable[[Any], None]]:
-    """If wanted, all that is printed inside goes to stderr, but the one object that is handed to what this yields.
+def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """If wanted, everything printed in this context goes to stderr; the yielded function prints a record to stdout.
 
-    Numbers that JSON does not have become null.
+    Numbers that JSON cannot represent become null.
     """
     stdout = sys.stdout
     with redirect_stdout(sys.stderr) if wanted else nullcontext():
@@ -24,7 +24,7 @@ def machine_readable(wanted: bool) -> Iterator[Callable[[Any], None]]:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table: drawn on a terminal, else in Markdown's form."""
+    """Print a table, as Markdown if the output is not a terminal."""
     from hierens.evaluation.profiling import table
 
     rows = list(rows)
@@ -43,8 +43,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(drawn)
 
 
-def watched(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_Item]:
-    """The items, with a bar on stderr if that is a terminal."""
+def with_progress(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_Item]:
+    """The items, with a progress bar on stderr if it is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -54,8 +54,8 @@ def watched(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_I
     yield from track(items, what, total, console=Console(stderr=True), transient=True)
 
 
-def complain(text: str) -> None:
-    """A line on stderr."""
+def print_to_stderr(text: str) -> None:
+    """Print a line on stderr."""
     print(text, file=sys.stderr)
 
 

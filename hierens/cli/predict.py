@@ -1,4 +1,4 @@
-"""`hierens predict`: what a saved model says of single images."""
+"""`hierens predict`: predictions of a saved model for single images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import complain, machine_readable, print_table, watched
+from hierens.cli.output import json_output, print_table, print_to_stderr, with_progress
 from hierens.core.errors import first_line
 
 if TYPE_CHECKING:
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """Which model, which images, and how much to compute."""
+    """The model, the images, and how much to compute."""
 
     model: tyro.conf.Positional[str]
-    """a folder of save_pretrained, or user/name on the Hub"""
+    """folder of a saved model, or user/name on the Hub"""
     images: tyro.conf.Positional[tuple[str, ...]]
-    """image files; for whole folders there is examples/batch_predict.py"""
+    """image files; for whole folders use examples/batch_predict.py"""
     depth: int | None = None
-    """the first 2^depth networks answer, whatever policy there is"""
+    """evaluate the first 2^depth networks, and ignore the policy"""
     policy: str = ""
-    """a policy.json, or its folder; by default the one beside the model, else all networks answer"""
+    """a policy.json, or its folder; by default the one beside the model, else all networks are evaluated"""
     top: int = 5
-    """how many classes to name"""
+    """number of classes to show"""
     json: bool = False
     """print one JSON object instead of a table"""
 
 
 def predict(arguments: Sequence[str]) -> None:
-    """Answer images one by one; those that cannot be read get a line on stderr, and exit code 1 in the end."""
+    """Classify images one by one; each unreadable one has a line on stderr, and the exit code is then 1."""
     settings = PREDICT.parse(arguments)
     if not settings.images:
-        raise UsageError("name at least one image: hierens predict MODEL IMAGE...")
+        raise UsageError("give at least one image: hierens predict MODEL IMAGE...")
     if settings.depth is not None and settings.policy:
         raise UsageError("give --depth or --policy, not both.")
     if settings.top < 1:
         raise UsageError(f"--top must be at least 1, got {settings.top}.")
     if folder := next((name for name in settings.images if Path(name).is_dir()), None):
-        raise UsageError(f"{folder} is a folder: name images, or predict all it holds with examples/batch_predict.py.")
+        raise UsageError(f"{folder} is a folder: give image files, or use examples/batch_predict.py for the folder.")
 
     from hierens.training.data.decoding import create_decoder
     from hierens.training.data.loaders import create_transform
@@ -56,20 +56,20 @@ def predict(arguments: Sequence[str]) -> None:
 
     answers: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model, policy = _loaded(settings)
         names, data = label_names(model), data_config(model, settings.model)
         decode, transform = create_decoder(data), create_transform(data, training=False)
-        for file in watched(settings.images, len(settings.images), "predicting"):
+        for file in with_progress(settings.images, len(settings.images), "predicting"):
             try:
                 image = _read(file, decode, transform)
             except ValueError as error:
                 failed.append({"image": file, "error": str(error)})
-                complain(f"error: {file}: {error}")
+                print_to_stderr(f"error: {file}: {error}")
             else:
                 answers.append({"image": file, **_answer(model, policy, image, settings.top, names)})
         if settings.json:
-            give({"model": settings.model, "policy": policy.to_dict(), "answers": answers, "failed": failed})
+            write_json({"model": settings.model, "policy": policy.to_dict(), "answers": answers, "failed": failed})
         elif answers:
             print_table(("image", "class", "probability (%)", model.unit, "MACs"), _rows(answers))
     if failed:
@@ -77,7 +77,7 @@ def predict(arguments: Sequence[str]) -> None:
 
 
 def _loaded(settings: PredictSettings) -> tuple[Adaptive, Policy]:
-    """The model, with the depth or the policy that was asked for, else the one beside it, else all networks."""
+    """The model, and the depth or policy of the flags, else the policy beside the model, else all networks."""
     from hierens.inference.policies import FixedDepth, load_policy
     from hierens.models.loading import from_pretrained, load_with_policy
 
@@ -92,7 +92,7 @@ def _loaded(settings: PredictSettings) -> tuple[Adaptive, Policy]:
 
 
 def _read(file: str, decode: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Tensor:
-    """An image as the model takes it, (1, C, H, W).
+    """An image as input of the model, (1, C, H, W).
 
     Raises:
         ValueError: it cannot be read.
@@ -103,7 +103,7 @@ def _read(file: str, decode: Callable[[str], Any], transform: Callable[[Any], Te
         return transform(decode(file))[None]
     except DecodingError as error:
         raise ValueError(f"{error}.") from error
-    except Exception as error:  # sizes that no transform can deal with
+    except Exception as error:  # transforms do not support every size
         raise ValueError(f"it cannot be prepared ({first_line(error)}).") from error
 
 
@@ -118,7 +118,7 @@ def _answer(model: Adaptive, policy: Policy, image: Tensor, top: int, names: lis
 
 
 def _rows(answers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row per class; image and cost stand in the first of them."""
+    """A row per class; the first row of an image has its name and cost."""
     from hierens.evaluation.profiling import millions
 
     rows: list[tuple[str, ...]] = []
@@ -132,7 +132,7 @@ def _rows(answers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 PREDICT = Command(
     "predict",
-    "what a saved model says of single images, how sure it is and what that took",
+    "classify single images with a saved model: classes, probabilities and costs",
     PredictSettings,
     predict,
     "MODEL IMAGE...",

@@ -1,4 +1,4 @@
-"""`hierens eval` and `hierens report`: what models and runs gave."""
+"""`hierens eval` and `hierens report`: results of models and runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import machine_readable, print_table, watched
+from hierens.cli.output import json_output, print_table, with_progress
 from hierens.training.config import DataConfig
 from hierens.training.presets import load_run
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Which model, on which images; the defaults of the data are those that it was trained with, if they are known."""
+    """The model and the data; by default the data that it was trained with, if they are known."""
 
     model: tyro.conf.Positional[str]
-    """a folder of save_pretrained, or user/name on the Hub"""
+    """folder of a saved model, or user/name on the Hub"""
     data: DataConfig = field(default_factory=DataConfig)
-    """those of the validation split are used"""
+    """the data set, whose validation split is used"""
     batch_size: int = 256
-    """images at a time"""
+    """images per batch"""
     json: bool = False
     """print one JSON object instead of a table"""
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Print what every depth of a saved model gives on the validation split of a data set."""
+    """Print the metrics of every depth of a saved model on the validation split of a data set."""
     name, *flags = [*arguments] or [""]
     if name in ("-h", "--help", "--help-all"):
         EVAL.parse(arguments)
     if not name or name.startswith("-"):
-        raise UsageError("name the model first: hierens eval MODEL --dataset NAME --data-dir DIR.")
+        raise UsageError("give the model first: hierens eval MODEL --dataset NAME --data-dir DIR.")
     start = EvalSettings(name, _trained_on(Path(name)))
     settings = EVAL.parse(flags, start)
 
@@ -49,14 +49,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     from hierens.models.loading import from_pretrained
     from hierens.training.data.loaders import create_held_out
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model = from_pretrained(settings.model)
         images = create_held_out(settings.data, label_names(model) or model.num_classes)
         loader = DataLoader(images, settings.batch_size, num_workers=settings.data.workers)
         total = len(loader) if isinstance(images, Sized) else None
-        record = as_record(evaluate_model(model, watched(loader, total, "evaluating")))
+        record = as_record(evaluate_model(model, with_progress(loader, total, "evaluating")))
         if settings.json:
-            give(record)
+            write_json(record)
         else:
             print_table(*results(model, record))
 
@@ -68,7 +68,7 @@ def _trained_on(model: Path) -> DataConfig:
 
 
 def results_table(model: Adaptive, record: Mapping[str, Any]) -> str:
-    """What every depth costs and gives."""
+    """The table of every depth's costs and metrics."""
     from hierens.evaluation.profiling import table
 
     return table(*results(model, record))
@@ -114,9 +114,9 @@ class ReportSettings:
     """Draw accuracy and diversity against MACs for finished runs, and accuracy network by network."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """output directories of runs; those that differ in their seed alone are averaged"""
+    """output directories of runs; runs that differ only in the seed are averaged"""
     names: tuple[str, ...] = ()
-    """what to call each run; by default the fields in which they differ"""
+    """names of the runs; by default the fields in which they differ"""
     output: str = "report"
     """folder for report.md, accuracy.png and leaves.png"""
     json: bool = False
@@ -124,19 +124,19 @@ class ReportSettings:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Write a page and the paper's pictures from what runs left."""
+    """Write a page with the paper's pictures for finished runs."""
     settings = REPORT.parse(arguments)
     if not settings.runs:
-        raise UsageError("name the output directories of finished runs: hierens report RUN...")
+        raise UsageError("give the output directories of finished runs: hierens report RUN...")
 
     from hierens.evaluation.reporting import comparison, read_runs, write_report
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         groups = read_runs(settings.runs, settings.names)
         page = write_report(groups, settings.output)
         if settings.json:
             found = [{"name": g.name, "macs": g.macs, "seeds": len(g.records), "records": g.records} for g in groups]
-            give({"page": str(page), "runs": found})
+            write_json({"page": str(page), "runs": found})
         else:
             print(f"accuracy (%) by networks evaluated\n\n{comparison(groups)}\n")
             print(f"wrote {page}")

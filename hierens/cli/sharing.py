@@ -1,4 +1,4 @@
-"""`hierens export` and `hierens push`: a saved model for other runtimes, and for others."""
+"""`hierens export` and `hierens push`: exporting and publishing saved models."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import machine_readable
+from hierens.cli.output import json_output
 from hierens.core.errors import first_line
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Which model, where to, in which form."""
+    """The model, and the folder and format of the files."""
 
     model: tyro.conf.Positional[str]
-    """a folder of save_pretrained, or user/name on the Hub"""
+    """folder of a saved model, or user/name on the Hub"""
     directory: tyro.conf.Positional[str]
-    """where the files go"""
+    """folder for the files"""
     format: str = "onnx"
-    """of the files: onnx, openvino, executorch or torch-export"""
+    """onnx, openvino, executorch or torch-export"""
     depths: tuple[str, ...] = ("all",)
-    """`all`, or some of them by number: a file each"""
+    """`all`, or some depths by number; there is a file per depth"""
     size: tuple[int, int, int] | None = None
-    """channels, height and width of the images; by default those that the model was made for"""
+    """channels, height and width of the images; by default the model's"""
     check: bool = True
-    """compare what the files answer with what the model does"""
+    """compare the outputs of the files with the model's"""
     json: bool = False
-    """print what was written as one JSON object"""
+    """print the names of the files as one JSON object"""
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Write a saved model in another format, a file per depth."""
+    """Write a saved model in another format, with a file per depth."""
     settings = EXPORT.parse(arguments)
     if settings.depths != ("all",) and not all(depth.isdecimal() for depth in settings.depths):
         raise UsageError(f"--depths takes `all` or numbers, got {' '.join(settings.depths)}.")
@@ -43,14 +43,14 @@ def export(arguments: Sequence[str]) -> None:
 
     from hierens.models.loading import from_pretrained
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model = from_pretrained(settings.model)
         model.export(
             settings.directory, format=settings.format, depths=depths, size=settings.size, check=settings.check
         )
         files = sorted(str(file) for file in Path(settings.directory).rglob("*") if file.is_file())
         if settings.json:
-            give({"directory": settings.directory, "format": settings.format, "files": files})
+            write_json({"directory": settings.directory, "format": settings.format, "files": files})
         else:
             print("\n".join(files))
 
@@ -67,31 +67,31 @@ EXPORT = Command(
 
 @dataclass(frozen=True)
 class PushSettings:
-    """Which model, and where to."""
+    """The model and the repository."""
 
     model: tyro.conf.Positional[str]
-    """a folder of save_pretrained; the policy.json in it goes along"""
+    """folder of a saved model; its policy.json is included"""
     repository: tyro.conf.Positional[str]
-    """user/name on the Hugging Face Hub; made if it is missing"""
+    """user/name on the Hugging Face Hub; created if missing"""
     private: bool = False
-    """make a new repository private; else it is what your account says"""
+    """make a new repository private; by default as in your account's settings"""
     revision: str | None = None
     """branch to push to"""
     results: str = ""
-    """a run's results.json, for the table in the model card; by default the one beside the model's folder"""
+    """results.json of a run, for the table in the model card; by default the one beside the model's folder"""
     json: bool = False
-    """print the commit's address as one JSON object"""
+    """print the commit's URL as one JSON object"""
 
 
 def push(arguments: Sequence[str]) -> None:
     """Publish a saved model with its card."""
     settings = PUSH.parse(arguments)
     if settings.repository.count("/") != 1:
-        raise UsageError(f"the repository should be user/name, got {settings.repository!r}.")
+        raise UsageError(f"the repository must be user/name, got {settings.repository!r}.")
 
     from hierens.models.loading import load_with_policy
 
-    with machine_readable(settings.json) as give:
+    with json_output(settings.json) as write_json:
         model, policy = load_with_policy(settings.model)
         beside = Path(settings.model).parent / "results.json"
         file = settings.results or (str(beside) if beside.is_file() else "")
@@ -99,12 +99,12 @@ def push(arguments: Sequence[str]) -> None:
         options: dict[str, Any] = {"private": settings.private or None, "revision": settings.revision}
         try:
             url = model.push_to_hub(settings.repository, results=results, policy=policy, **options)
-        except Exception as error:  # of the network, of the Hub, of the token
+        except Exception as error:  # errors of the network, the Hub or the token
             raise ValueError(
                 f"{settings.repository} was not pushed: {first_line(error)} (`hf auth login` stores a token)"
             ) from error
         if settings.json:
-            give({"url": url})
+            write_json({"url": url})
         else:
             print(url)
 
@@ -113,7 +113,7 @@ def card_results(file: str, depths: int) -> dict[str, list[float]]:
     """The columns for a model card from a run's results.json: accuracy, likelihood and calibration of every depth.
 
     Raises:
-        ValueError: no such file, or none with results of so many depths.
+        ValueError: there is no such file, or it has no results of so many depths.
     """
     from hierens.core.json_files import read_json
     from hierens.hub.cards import COLUMNS
@@ -127,9 +127,7 @@ def card_results(file: str, depths: int) -> dict[str, list[float]]:
     if not columns or any(
         len(column) != depths or not all(isinstance(v, (int, float)) for v in column) for column in columns.values()
     ):
-        raise ValueError(
-            f"{file} holds no results of {depths} depths: it should be the results.json that a run leaves."
-        )
+        raise ValueError(f"{file} holds no results of {depths} depths: give the results.json of a run.")
     return columns
 
 

@@ -9,25 +9,25 @@ from typing import Any
 
 from hierens.cli.command import Command, Flag, UsageError
 from hierens.cli.methods import check_made, check_method
-from hierens.cli.output import machine_readable, print_table
+from hierens.cli.output import json_output, print_table
 from hierens.cli.results import results
 from hierens.training.config import ModelConfig, Run
 from hierens.training.presets import PRESETS, dump_run, load_run, preset
 
 
 def train(arguments: Sequence[str], default: Run | None = None, description: str = "") -> Run | None:
-    """Train, and print what every depth costs and gives.
+    """Train, and print the costs and metrics of every depth.
 
     Args:
-        arguments: flags; those that are no field of the configs are `--preset`, `--config`, `--print-config`, `--json`.
-        default: the run that flags change, where no preset or file is named.
-        description: above the list of flags.
+        arguments: flags: those of the configs' fields, and `--preset`, `--config`, `--print-config`, `--json`.
+        default: the run that flags change, if no preset or file is given.
+        description: text above the list of flags.
 
     Returns:
-        The run, unless there was nothing to train or another process speaks for all.
+        The run; None if nothing was trained, and in processes other than the main one.
 
     Raises:
-        ValueError: flags or a configuration that do not work.
+        ValueError: flags or a configuration are wrong.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--preset")
@@ -44,33 +44,33 @@ def train(arguments: Sequence[str], default: Run | None = None, description: str
     if chosen.print_config:
         print(dump_run(run), end="")
         return None
-    with machine_readable(chosen.json) as give:
+    with json_output(chosen.json) as write_json:
         record = trained(run, quiet=chosen.json)
         if record is not None and chosen.json:
-            give(record)
+            write_json(record)
     return None if record is None else run
 
 
 def _check_model_flags(config: ModelConfig, given: set[str]) -> None:
-    """Refuse flags that the network asked for has no use for."""
+    """Refuse flags that have no meaning for the configured network."""
     if config.start:
         check_made(given, config.start)
     check_method(given, config.method)
-    if config.backbone.startswith("hne_"):  # an ensemble by itself
+    if config.backbone.startswith("hne_"):  # already an ensemble
         check_made(given, config.backbone, ("blocks", "branching", "exits"))
     if config.branching and "blocks" in given:
         branching = " ".join(map(str, config.branching))
-        raise UsageError(f"--branching {branching} says how many blocks there are: leave --blocks out.")
+        raise UsageError(f"--branching {branching} sets the number of blocks: leave out --blocks.")
 
 
 def _start(preset_name: str | None, file: str | None, default: Run) -> Run:
     if preset_name and file:
-        raise UsageError("give --preset or --config, not both: a file may name its preset itself, as `preset: NAME`.")
+        raise UsageError("give --preset or --config, not both: a file can contain its preset, as `preset: NAME`.")
     return load_run(file) if file else preset(preset_name) if preset_name else default
 
 
 def trained(run: Run, quiet: bool = False) -> dict[str, Any] | None:
-    """Train and print; the results, in the process that speaks for all."""
+    """Train and print the results; returns them in the main process, and None in others."""
     from accelerate import PartialState
 
     from hierens.training.run import train as run_training
@@ -95,12 +95,12 @@ def trained(run: Run, quiet: bool = False) -> dict[str, Any] | None:
 
 TRAIN = Command(
     "train",
-    "train an ensemble or a multi-exit network, by a recipe, a file and flags over it",
+    "train an ensemble or a multi-exit network, from a preset or a file, and flags",
     Run,
     train,
     extra=(
-        Flag("--preset", "NAME", f"a recipe to start from: {', '.join(PRESETS)}", choices=tuple(PRESETS)),
-        Flag("--config", "FILE", "a YAML or JSON file to start from, as --print-config prints it"),
+        Flag("--preset", "NAME", f"a configuration to start from: {', '.join(PRESETS)}", choices=tuple(PRESETS)),
+        Flag("--config", "FILE", "a YAML or JSON file to start from, in the format of --print-config"),
         Flag("--print-config", "", "print the configuration as YAML and do nothing else"),
         Flag("--json", "", "print the results as one JSON object"),
     ),

@@ -1,7 +1,7 @@
-"""Models for other runtimes: a graph per depth, their weights stored once, and a manifest that says what they are.
+"""Exports models to other runtimes: a graph per depth, weights that are stored once, and a manifest.
 
-A folder that `export` wrote holds `depth_0.onnx`, `depth_1.onnx`, ... (`.xml` for OpenVINO, `.pte` for ExecuTorch,
-`.pt2` for torch.export), with ONNX and OpenVINO `weights.bin`, which all of them read, and `export.json`.
+`export` writes a folder with `depth_0.onnx`, `depth_1.onnx`, ... (`.xml` for OpenVINO, `.pte` for ExecuTorch, `.pt2`
+for torch.export), the manifest `export.json` and, for ONNX and OpenVINO, `weights.bin`, which all graphs read.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from hierens.export.graphs import for_inference, graph
 MANIFEST = "export.json"
 _WRITTEN = (MANIFEST, "weights.bin", *(f"depth_*{kind.suffix}" for kind in FORMATS.values()))
 TOLERANCE = 1e-4  # of the largest logit
-_ROUGH = 0.5  # what whole numbers may be off by: beyond it something is wrong, not coarse
+_TOLERANCE_INT8 = 0.5  # of the largest logit: larger differences are errors, not caused by quantisation
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 _ELSEWHERE = {
     "plain": "'torch-export' writes plain PyTorch modules that load without hierens; a depth to train on is "
     "model.at_depth(b).save_pretrained(directory)",
-    "torchscript": "PyTorch has given it up: 'torch-export' is what came after it",
+    "torchscript": "PyTorch has deprecated it: its successor is 'torch-export'",
 }
 
 __all__ = ["ExportError", "export"]
 
 
 class ExportError(ValueError):
-    """A model cannot be exported as asked."""
+    """A model cannot be exported as requested."""
 
 
 def export(
@@ -56,30 +56,30 @@ def export(
     quantize: Literal["int8"] | None = None,
     calibration: Iterable[Any] | None = None,
 ) -> Path:
-    """Write a graph per depth for another runtime, from images (N, C, H, W) to logits (N, classes); N is free.
+    """Write a graph per depth for another runtime, from images (N, C, H, W) to logits (N, classes); N is dynamic.
 
-    The graphs compute in single precision, batch norms are folded, and no graph holds more than its depth needs. With
-    ONNX and OpenVINO all graphs read one file of weights, of the size of the largest depth's.
+    The graphs compute in single precision, batch norms are folded, and a graph contains only what its depth needs. With
+    ONNX and OpenVINO, all graphs read one file of weights, which has the size of the largest depth's.
 
     Args:
-        model: in either mode, on any device; it is left as it is.
-        directory: made if missing; what an earlier export left in it is removed.
+        model: in either mode, on any device; it is not changed.
+        directory: created if missing; files of an earlier export are removed from it.
         format: `onnx`, `openvino`, `torch-export` or `executorch` (at most 8 images at a time).
-        depths: which ones.
-        size: of an image, (C, H, W); `pretrained_cfg`'s by default. Height and width are fixed by it.
-        check: compare what every graph answers with what the model does, to 1e-4 of the largest logit. If the runtime
-            is not installed, a warning says so.
-        quantize: `int8` for 8-bit whole numbers, per channel (ONNX only); the answers are then close, not equal: on the
-            first batch of `calibration` they are compared, and the manifest says how close they are.
-        calibration: batches of images as the model takes them, alone or with labels, from which the ranges of
-            activations are taken; a few hundred images will do.
+        depths: the depths to export.
+        size: of an image, (C, H, W), by default that of `pretrained_cfg`. Height and width are fixed in the graphs.
+        check: compare the outputs of every graph with the model's, to 1e-4 of the largest logit. If the runtime is not
+            installed, a warning is issued instead.
+        quantize: `int8` for 8-bit integers, per channel (ONNX only). The outputs are then close, not equal: they are
+            compared on the first batch of `calibration`, and the manifest gives the difference.
+        calibration: batches of images as input of the model, alone or with labels, from which the ranges of activations
+            are measured; a few hundred images are enough.
 
     Returns:
         The directory.
 
     Raises:
-        ExportError: a format, depth or size that cannot be had, a package that is missing, a model that cannot be
-            written as a graph, or a graph that answers something else; the directory is then as it was.
+        ExportError: a format, depth or size is not possible, a package is missing, the model cannot be written as a
+            graph, or a graph's outputs differ from the model's; the directory is then unchanged.
 
     Examples:
         >>> import tempfile, timm, hierens
@@ -91,18 +91,18 @@ def export(
     kind = _format(format)
     chosen = _depths(model, depths)
     size = _size(model, size)
-    shown = _noise(size)
-    calibrating = [] if quantize is None else _calibrating(format, quantize, calibration)
-    # Of an earlier export no file may stay: its weights lie elsewhere.
+    noise = _noise(size)
+    batches = [] if quantize is None else _calibration(format, quantize, calibration)
+    # No file of an earlier export may remain: its weights have other offsets.
     with saving(directory, replaces=_WRITTEN) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
         first = partial if quantize is None else Path(scratch)
-        made = _written(model, kind, first, chosen, size, kind.apart or quantize is not None)
-        differences = _checked(model, made, chosen, shown, TOLERANCE) if check else {}
+        written = _write(model, kind, first, chosen, size, kind.separate or quantize is not None)
+        differences = _compare(model, written, chosen, noise, TOLERANCE) if check else {}
         if quantize is not None:
             from hierens.export.quantization import quantized
 
-            made = quantized(made, partial, [_name(kind, depth) for depth in reversed(chosen)], calibrating)
-            differences = _checked(model, made, chosen, calibrating[:1], _ROUGH) if check else {}
+            written = quantized(written, partial, [_name(kind, depth) for depth in reversed(chosen)], batches)
+            differences = _compare(model, written, chosen, batches[:1], _TOLERANCE_INT8) if check else {}
         manifest = _manifest(model, format, kind, chosen, size, differences, quantize)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return Path(directory)
@@ -111,8 +111,8 @@ def export(
 def _format(name: str) -> type[Format]:
     if name not in FORMATS:
         known = ", ".join(map(repr, FORMATS))
-        because = _ELSEWHERE.get(name, f"choose from {known}{did_you_mean(name, FORMATS)}")
-        raise ExportError(f"there is no format {name!r}: {because}.")
+        hint = _ELSEWHERE.get(name, f"choose from {known}{did_you_mean(name, FORMATS)}")
+        raise ExportError(f"there is no format {name!r}: {hint}.")
     if missing := FORMATS[name].missing():
         extra = name if name == "executorch" else "export"
         raise ExportError(f"exporting to {name} needs {' and '.join(missing)}: pip install 'hierens[{extra}]'.")
@@ -128,20 +128,20 @@ def _depths(model: AdaptiveBase, depths: Literal["all"] | Sequence[int]) -> list
 
 
 def _size(model: AdaptiveBase, size: tuple[int, ...] | None) -> tuple[int, int, int]:
-    """The size of an image, that the model can take."""
+    """The size of an image, checked by running the model."""
     found = tuple(size or model.pretrained_cfg["input_size"])
     if len(found) != 3 or found[0] != model.in_chans:
         raise ExportError(f"size must be ({model.in_chans}, H, W), the model's channels first, got {found}.")
     try:
         with torch.no_grad(), evaluating(model):
-            model(_taken(model, torch.zeros(2, *found)), depth=0)
+            model(_as_input(model, torch.zeros(2, *found)), depth=0)
     except Exception as error:
         raise ExportError(f"the model does not take images of size {found}: {first_line(error)}") from error
     return found
 
 
-def _calibrating(format: str, quantize: str, calibration: Iterable[Any] | None) -> list[Tensor]:
-    """The batches of images to take ranges from."""
+def _calibration(format: str, quantize: str, calibration: Iterable[Any] | None) -> list[Tensor]:
+    """The batches of images from which ranges are measured."""
     if quantize != "int8":
         raise ExportError(f"quantize must be 'int8' or None, got {quantize!r}.")
     if format != "onnx":
@@ -154,50 +154,50 @@ def _calibrating(format: str, quantize: str, calibration: Iterable[Any] | None) 
     return batches
 
 
-def _written(
-    model: AdaptiveBase, kind: type[Format], folder: Path, depths: list[int], size: tuple[int, ...], apart: bool
+def _write(
+    model: AdaptiveBase, kind: type[Format], folder: Path, depths: list[int], size: tuple[int, ...], separate: bool
 ) -> Format:
-    made = kind(folder)
+    written = kind(folder)
     plain = for_inference(model)
-    for depth in reversed(depths):  # the weights of a small depth are found in those of a larger one
+    for depth in reversed(depths):  # the weights of a small depth are part of those of a larger one
         try:
-            made.write(graph(plain, depth, size, apart, kind.largest_batch), _name(kind, depth), size)
+            written.write(graph(plain, depth, size, separate, kind.largest_batch), _name(kind, depth), size)
         except Exception as error:
             raise ExportError(f"depth {depth} cannot be written as a graph: {_reason(error)}") from error
-    made.finish()
-    return made
+    written.finish()
+    return written
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the error that is at the bottom of it."""
+    """The first line of the error's innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
 
 
-def _checked(
-    model: AdaptiveBase, made: Format, depths: list[int], batches: list[Tensor], tolerance: float
+def _compare(
+    model: AdaptiveBase, written: Format, depths: list[int], batches: list[Tensor], tolerance: float
 ) -> dict[int, float]:
-    """How far each graph is off on some images, relative to the largest logit.
+    """The difference of each graph's outputs from the model's on some images, relative to the largest logit.
 
     Raises:
-        ExportError: one of them by more than the tolerance.
+        ExportError: a difference is larger than the tolerance, or a graph does not run.
     """
-    if made.runs_with is not None and find_spec(made.runs_with) is None:
-        warnings.warn(f"{made.runs_with} is not installed: what was exported has not been compared.", stacklevel=3)
+    if written.runs_with is not None and find_spec(written.runs_with) is None:
+        warnings.warn(f"{written.runs_with} is not installed: the exported graphs were not compared.", stacklevel=3)
         return {}
     found = {}
     for depth in depths:
-        name = _name(type(made), depth)
+        name = _name(type(written), depth)
         try:
-            run = made.runner(name)
+            run = written.runner(name)
             found[depth] = max(_difference(model, run, depth, images) for images in batches)
         except Exception as error:
             raise ExportError(f"the graph of depth {depth} does not run: {first_line(error)}") from error
         if not found[depth] <= tolerance:
             raise ExportError(
-                f"the graph of depth {depth} is off by {found[depth]:.1e} of the largest logit, "
-                f"more than {tolerance:.0e}: what was exported does not answer as the model does."
+                f"the exported outputs of depth {depth} differ from the model's by {found[depth]:.1e} of the largest "
+                f"logit, more than {tolerance:.0e}: choose another format."
             )
     return found
 
@@ -205,7 +205,7 @@ def _checked(
 @torch.no_grad()
 def _difference(model: AdaptiveBase, run: Run, depth: int, images: Tensor) -> float:
     with evaluating(model):
-        own = model(_taken(model, images), depth=depth).float().cpu()
+        own = model(_as_input(model, images), depth=depth).float().cpu()
     theirs = torch.from_numpy(run(images.float().cpu().numpy()))
     if theirs.shape != own.shape:
         raise ValueError(f"it returns {tuple(theirs.shape)} where the model returns {tuple(own.shape)}.")
@@ -213,13 +213,13 @@ def _difference(model: AdaptiveBase, run: Run, depth: int, images: Tensor) -> fl
 
 
 def _noise(size: tuple[int, ...]) -> list[Tensor]:
-    """Images in batches of other sizes than the one that graphs are traced with."""
+    """Random images, in batches of other sizes than that with which graphs are traced."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(batch, *size, generator=generator) for batch in (3, 1)]
 
 
-def _taken(model: AdaptiveBase, images: Tensor) -> Tensor:
-    """Images as the model's weights are."""
+def _as_input(model: AdaptiveBase, images: Tensor) -> Tensor:
+    """Images with the device and type of the model's weights."""
     like = next(model.parameters())
     return images.to(like.device, like.dtype)
 

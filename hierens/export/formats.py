@@ -1,4 +1,4 @@
-"""How the graphs of a model's depths are written, and run, in each format."""
+"""Formats of exported graphs: each writes the graphs of a model's depths, and runs them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hierens.export.weight_file import WeightFile
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 WEIGHTS = "weights.bin"
 INPUT, OUTPUT = "images", "logits"
-_INLINE = 1024  # bytes up to which a graph keeps a tensor itself: shapes and the like
+_INLINE = 1024  # bytes up to which a tensor, such as a shape, is stored in the graph itself
 
 
 class Format(ABC):
@@ -33,33 +33,35 @@ class Format(ABC):
 
     suffix: ClassVar[str]
     writes_with: ClassVar[tuple[str, ...]] = ()
-    """packages that writing takes"""
+    """packages needed for writing"""
     runs_with: ClassVar[str | None] = None
-    """the package that `runner` takes"""
+    """package needed by `runner`"""
     weights: ClassVar[str | None] = None
-    """the file that all graphs read their weights from"""
+    """the file from which all graphs read their weights"""
     largest_batch: ClassVar[int | None] = None
-    """images at a time that graphs take, where they must know beforehand"""
-    apart: ClassVar[bool] = False
+    """largest batch, if it must be known at export"""
+    separate: ClassVar[bool] = False
     """whether levels with token layers become a module per branch"""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._weights = folder, WeightFile()
 
     @abstractmethod
     def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
         """Write the graph of one depth."""
 
-    def finish(self) -> None:  # noqa: B027 (not all of them share something)
-        """Write what the graphs share."""
+    def finish(self) -> None:
+        """Write the weights, if the graphs share them."""
+        if self.weights is not None:
+            self._weights.write(self.folder / self.weights)
 
     @abstractmethod
     def runner(self, name: str) -> Run:
-        """The runtime with a graph that was written: images to logits."""
+        """A function from images to logits that runs a written graph."""
 
     @classmethod
     def missing(cls) -> list[str]:
-        """Packages that writing takes and that are not installed."""
+        """Packages needed for writing that are not installed."""
         return [package for package in cls.writes_with if find_spec(package) is None]
 
 
@@ -71,10 +73,6 @@ class Onnx(Format):
     runs_with = "onnxruntime"
     weights = WEIGHTS
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._weights = WeightFile()
-
     def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
         """Write the graph of one depth."""
         with quiet():
@@ -85,7 +83,7 @@ class Onnx(Format):
         self.share(exported.model, name)
 
     def share(self, model: Any, name: str) -> None:
-        """Write a graph (`onnx_ir.Model`) whose weights lie in the common file."""
+        """Write a graph (`onnx_ir.Model`) whose weights are in the common file."""
         import onnx_ir
 
         for value in model.graph.initializers.values():
@@ -102,12 +100,8 @@ class Onnx(Format):
                     base_dir=self.folder,
                 )
         for node in model.graph:
-            node.metadata_props.clear()  # what the exporter notes for its own debugging
+            node.metadata_props.clear()  # debugging information of the exporter
         onnx_ir.save(model, self.folder / name)
-
-    def finish(self) -> None:
-        """Write the weights."""
-        self._weights.write(self.folder / WEIGHTS)
 
     def runner(self, name: str) -> Run:
         """A session on the CPU."""
@@ -124,10 +118,6 @@ class OpenVino(Format):
     writes_with = ("openvino",)
     runs_with = "openvino"
     weights = WEIGHTS
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._weights = WeightFile()
 
     def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
         """Write the graph of one depth."""
@@ -146,25 +136,21 @@ class OpenVino(Format):
             data.set("offset", str(self._weights.place(content[offset : offset + length])))
         tree.write(self.folder / name)
 
-    def finish(self) -> None:
-        """Write the weights."""
-        self._weights.write(self.folder / WEIGHTS)
-
     def runner(self, name: str) -> Run:
         """A session on the CPU."""
         core = _openvino_core()
         model = core.read_model(self.folder / name, self.folder / WEIGHTS)
-        # By default it computes in bfloat16 where the processor can.
+        # By default it computes in bfloat16 if the processor supports this.
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return lambda images: compiled(images)[0]
 
 
 @functools.cache
 def _openvino_core() -> Any:
-    """OpenVINO, once for the process and to its end.
+    """OpenVINO's Core, created once per process and never freed.
 
-    Every Core gives the thread another stack for signals and unmaps it when it goes (OpenVINO 2026.4). Of two at a time
-    the thread keeps a stack that is gone, and the next signal, Ctrl-C too, ends the process.
+    Every Core replaces the thread's signal stack and unmaps it when it is freed (OpenVINO 2026.4). With two at a time,
+    the thread keeps an unmapped stack, and the next signal, also Ctrl-C, ends the process.
     """
     import openvino
 
@@ -194,8 +180,8 @@ class ExecuTorch(Format):
     suffix = ".pte"
     writes_with = ("executorch",)
     runs_with = "executorch"
-    apart = True  # it takes views of all branches' tokens where torch copies them
-    largest_batch = 8  # the runtime plans its memory for that many; 16 or more became 15 (ExecuTorch 1.5)
+    separate = True  # it uses views of all branches' tokens where torch copies them
+    largest_batch = 8  # the runtime plans its memory for this size; 16 or more became 15 (ExecuTorch 1.5)
 
     def write(self, program: ExportedProgram, name: str, size: tuple[int, ...]) -> None:
         """Write the graph of one depth."""
@@ -226,7 +212,7 @@ FORMATS: dict[str, type[Format]] = {
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters say of their own workings."""
+    """Suppress the exporters' own messages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

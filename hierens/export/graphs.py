@@ -1,4 +1,4 @@
-"""A model at one depth as a graph that other runtimes can take: no choice of executor in it, batch norms folded."""
+"""A model at one depth as a graph for other runtimes, with fixed executors and folded batch norms."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hierens.branches.any_level import AnyLevel
 from hierens.branches.fused_level import FusedLevel
 from hierens.core.adaptive import AdaptiveBase
 
-_TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
+_TRACED_BATCH = 2  # torch.export would treat a batch size of one as a constant
 
 
-class _Apart(nn.Module):
-    """A level whose branches are modules of their own: sliced weights would stay slices in the graph."""
+class _SeparateBranches(nn.Module):
+    """A level with a module per branch, since slices of packed weights would remain slices in the graph."""
 
     def __init__(self, level: FusedLevel) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Apart(nn.Module):
 
 
 class _Inputs(nn.Module):
-    """A model that takes images only, under a name that every runtime shows."""
+    """A model whose only input is `images`, a name that every runtime shows."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -51,41 +51,42 @@ def for_inference(model: AdaptiveBase) -> AdaptiveBase:
 
 
 def graph(
-    model: AdaptiveBase, depth: int, size: tuple[int, ...], apart: bool = False, largest_batch: int | None = None
+    model: AdaptiveBase, depth: int, size: tuple[int, ...], separate: bool = False, largest_batch: int | None = None
 ) -> ExportedProgram:
-    """The graph of one depth, from `images` (N, C, H, W) to logits (N, classes); N is free.
+    """The graph of one depth, from `images` (N, C, H, W) to logits (N, classes); N is dynamic.
 
     Args:
-        model: what `for_inference` made.
+        model: from `for_inference`.
         depth: the depth.
         size: of an image, (C, H, W).
-        apart: whether levels with token layers become a module per branch, since one product of all branches' matrices
-            is nothing that quantisation knows.
-        largest_batch: the most images at a time, for runtimes that must know; they want plain layouts, too.
+        separate: whether levels with token layers become a module per branch, since quantisation does not support one
+            batched product of all branches' matrices.
+        largest_batch: for runtimes that need it; they need contiguous layouts as well.
     """
     part: Any = model.at_depth(depth)
     for name, level in list(part.named_modules()):
         if isinstance(level, AnyLevel):
             level.executor = "grouped"
             last = name.rpartition(".")[2] in ("head", "classifier")
-            part.set_submodule(name, _taken_apart(level, apart and not last))
+            part.set_submodule(name, _separated(level, separate and not last))
     if largest_batch is not None:
         part = part.to(memory_format=torch.contiguous_format)
     images = torch.zeros(_TRACED_BATCH, *size)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about its own workings
+        warnings.simplefilter("ignore")  # torch warns about its internals
         shapes = {"images": {0: Dim("batch", max=largest_batch)}}
         program = torch.export.export(_Inputs(part), (images,), dynamic_shapes=shapes, strict=False)
     for node in list(program.graph.nodes):
-        node.meta.pop("stack_trace", None)  # which names files of the machine that exports
+        node.meta.pop("stack_trace", None)  # it names files of this machine
         if largest_batch is not None and node.target is torch.ops.aten.contiguous.default:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
     return program
 
 
-def _taken_apart(level: AnyLevel, tokens: bool) -> nn.Module:
-    """A level that runs all its branches in one call, or as one module each if it cannot (or `tokens`: should not)."""
+def _separated(level: AnyLevel, separate_tokens: bool) -> nn.Module:
+    """A level that runs all branches in one call, or, if this is impossible or unwanted, as a module per branch."""
     level.plan = {}
-    together = level.grouped and (level.channelwise or not tokens)
-    return _Apart(level) if isinstance(level, FusedLevel) and level.branches > 1 and not together else level
+    one_call = level.grouped and (level.channelwise or not separate_tokens)
+    separate = isinstance(level, FusedLevel) and level.branches > 1 and not one_call
+    return _SeparateBranches(level) if separate else level

@@ -1,4 +1,4 @@
-"""Exported ONNX graphs in 8-bit whole numbers, by ONNX Runtime's static quantisation."""
+"""Quantises exported ONNX graphs to 8-bit integers, with ONNX Runtime's static quantisation."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch import Tensor
 from hierens.export.formats import INPUT, Format, Onnx, quiet
 
 _WEIGHTED = ["Conv", "Gemm", "MatMul"]
-_BETWEEN = ["Add", "Relu", "Clip"]  # in whole numbers too, so that a convnet need not leave them
+_BETWEEN = ["Add", "Relu", "Clip"]  # quantised as well, so that a convnet needs no conversions between layers
 
 
-def quantized(made: Format, folder: Path, names: Sequence[str], calibration: Sequence[Tensor]) -> Onnx:
-    """The same graphs in whole numbers, weights per channel, which share one file as well.
+def quantized(written: Format, folder: Path, names: Sequence[str], calibration: Sequence[Tensor]) -> Onnx:
+    """The same graphs quantised, per channel; they share one file of weights as well.
 
     Args:
-        made: ONNX graphs that were written.
-        folder: an empty one for the result.
+        written: the ONNX graphs.
+        folder: an empty folder for the result.
         names: of the graphs, the deepest first.
         calibration: batches of images (N, C, H, W).
     """
     batches = [images.float().cpu().numpy() for images in calibration]
     result = Onnx(folder)
     for name in names:
-        result.share(_quantized(made.folder / name, batches), name)
+        result.share(_quantized(written.folder / name, batches), name)
     result.finish()
     return result
 
 
 def _quantized(file: Path, batches: list[NDArray[np.float32]]) -> Any:
-    """A graph (`onnx_ir.Model`) in whole numbers."""
+    """The quantised graph (`onnx_ir.Model`)."""
     import onnx
     import onnx_ir
     import onnxruntime
@@ -51,7 +51,7 @@ def _quantized(file: Path, batches: list[NDArray[np.float32]]) -> Any:
 
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         ready, done = Path(scratch) / "ready.onnx", Path(scratch) / "done.onnx"
-        options = onnxruntime.SessionOptions()  # which folds the batch norms that are left
+        options = onnxruntime.SessionOptions()  # folds the remaining batch norms
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(ready)
         onnxruntime.InferenceSession(onnx.load(file).SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -72,11 +72,11 @@ def _quantized(file: Path, batches: list[NDArray[np.float32]]) -> Any:
 
 
 def _has_tokens(graph: Any) -> bool:
-    """Whether it is a transformer, whose sums and attention have too wide a range for 8 bits."""
+    """Whether the graph is a transformer, whose sums and attention have too large a range for 8 bits."""
     return any(node.op_type == "LayerNormalization" for node in graph.graph.node)
 
 
 def _batched(graph: Any) -> list[str]:
-    """Matrix products with a stack of weights, one per branch: the runtime has no whole numbers for them."""
+    """Batched matrix products with a weight per branch, which the runtime cannot quantise."""
     stacks = {weight.name for weight in graph.graph.initializer if len(weight.dims) > 2}
     return [node.name for node in graph.graph.node if node.op_type == "MatMul" and stacks & set(node.input)]

@@ -1,22 +1,22 @@
 """One file of weights for several graphs.
 
-Exported models are fused: the weights of a sub-tree are the first rows of the whole tree's packed weights. So the graph
-of a small depth needs no weights of its own, only an offset and a length in the file of the largest: in ONNX's external
-data and in OpenVINO's XML a graph can say so.
+Exported models are fused: the weights of a sub-tree are the first rows of the whole tree's packed weights. The graph of
+a small depth therefore needs only offsets and lengths in the weights of the largest depth, which ONNX's external data
+and OpenVINO's XML support.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_ALIGNED = 64  # bytes: a cache line, which vector instructions like
-_KEY = 64  # bytes that candidates are looked up by
+_ALIGNED = 64  # bytes: a cache line, fast for vector instructions
+_KEY = 64  # bytes by which candidates are looked up
 
 
 class WeightFile:
-    """Bytes that are stored once: what begins as something that is there already becomes a place in it.
+    """Stores tensors once: bytes that are the beginning of a stored tensor are not stored again.
 
-    Give it the largest graph's weights first.
+    Add the largest graph's weights first.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class WeightFile:
         self._places: dict[bytes, list[tuple[int, int]]] = {}  # by their first bytes: offset and length
 
     def place(self, content: bytes) -> int:
-        """Where some bytes lie in the file, which takes them up if it does not hold them."""
+        """The offset of some bytes in the file; they are added if they are not there."""
         candidates = self._places.setdefault(content[:_KEY], [])
         for offset, length in candidates:
             if length >= len(content) and self._data[offset : offset + len(content)] == content:

@@ -1,1 +1,1 @@
-"""Saved models: writing, checking and publishing them."""
+"""Writing, checking and publishing saved models."""

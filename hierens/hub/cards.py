@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what each of its depths costs and gives, and how to use it."""
+"""Model cards: a model's description, costs and results per depth, and usage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hierens.evaluation.profiling import millions, table
 
 ACCURACY, PICTURE = "accuracy (%)", "accuracy.png"
 COLUMNS = {"accuracy": ACCURACY, "nll": "NLL", "ece": "ECE"}
-"""what a card's table shows of an evaluation, by its fields"""
+"""columns of a card's table, by the fields of an evaluation"""
 
-_KINDS = {  # titles of model cards, and how their first sentence begins
+_KINDS = {  # titles of model cards, and the beginnings of their first sentences
     "hne": (
         "Hierarchical neural ensemble",
         "A tree of {leaves} networks that share their first layers ([Ruiz & Verbeek](https://arxiv.org/abs/2003.01474)),",
@@ -35,12 +35,12 @@ _KINDS = {  # titles of model cards, and how their first sentence begins
 
 
 class About(TypedDict, total=False):
-    """What only its maker knows of a model.
+    """Information on a model that its author gives.
 
     Attributes:
         license: such as `apache-2.0`.
-        base_model: the repository whose weights training began from.
-        datasets: names on the Hub, the one that the results were measured on first.
+        base_model: the repository with the weights that training started from.
+        datasets: names on the Hub; the results were measured on the first.
         label_names: of the classes, in order; by default those of the model.
     """
 
@@ -61,21 +61,21 @@ def model_card(
 
     Args:
         model: the model.
-        results: further columns of the table, a value per depth; the Hub shows those called `accuracy (%)` beside the
-            card if `datasets` says what they were measured on.
-        name: how to load it: a repository or a folder.
-        picture: whether `accuracy.png` lies beside the card.
+        results: further columns of the table, a value per depth; the Hub shows the column `accuracy (%)` beside the
+            card if `datasets` is given.
+        name: the repository or folder to load it from.
+        picture: whether `accuracy.png` is beside the card.
         about: see `About`.
 
     Raises:
-        ValueError: results without a value per depth, or names of more or fewer classes than there are.
+        ValueError: results without a value per depth, or another number of class names than of classes.
     """
     args, size = model.arguments(), tuple(model.pretrained_cfg["input_size"])
     columns, labels = dict(results or {}), list(about.get("label_names") or label_names(model) or [])
     if wrong := [title for title, values in columns.items() if len(values) != model.depths]:
-        raise ValueError(f"results need a value per depth ({model.depths}): {', '.join(wrong)} have not.")
+        raise ValueError(f"results need a value per depth ({model.depths}): {', '.join(wrong)} do not have this.")
     if labels and len(labels) != model.num_classes:
-        raise ValueError(f"label_names has {len(labels)} names, and the model {model.num_classes} classes.")
+        raise ValueError(f"label_names has {len(labels)} names, and the model has {model.num_classes} classes.")
     costs = zip(model.sizes, model.macs(size), model.parameter_counts(), strict=True)
     rows = [
         (f"{depth}", f"{leaves}", millions(macs), millions(count), *(f"{v[depth]:.2f}" for v in columns.values()))
@@ -96,8 +96,8 @@ def model_card(
 # {title} of {args["backbone"]}
 
 {summary.format(leaves=model.leaves)}
-made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` says how many of
-the {model.unit} are run. {model.num_classes} classes; costs are for images of {channels} and
+made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` selects how many
+{model.unit} are evaluated. {model.num_classes} classes; costs are for images of {channels} and
 {height_width} pixels.
 
 {table(header, rows)}
@@ -107,14 +107,14 @@ import hierens
 
 model = hierens.from_pretrained("{name}")  # or a directory with this model's files
 logits = model(images, depth=1)  # images: (N, {size[0]}, {size[1]}, {size[2]})
-for step in model.anytime(images):  # or one after the other, for as long as there is time
+for step in model.anytime(images):  # or step by step, for as long as there is time
     print(step.leaves, step.macs, step.logits.argmax(-1))
 ```
 """
 
 
 def draw_accuracy(model: AdaptiveBase, results: Mapping[str, Sequence[float]], directory: Path) -> bool:
-    """Draw the accuracies of the depths beside a card, where there are any and matplotlib is there; whether it did."""
+    """Draw the accuracies of the depths beside a card, if there are any and matplotlib is installed; whether it did."""
     if ACCURACY not in results:
         return False
     title, _ = _KINDS[model.architecture]

@@ -1,9 +1,9 @@
-"""Whether a saved model can be trusted to be built: said before memory or time is spent on it.
+"""Checks a saved model from an untrusted source before memory or time is spent on building it.
 
-A config from a stranger is a short program: it names a network and its arguments. So its values are checked first, then
-the network is built without memory (on torch's meta device), where layers, work and the sizes of values are counted.
-Its parameters must be exactly those that the header of the weights lists. What is built for real then needs memory in
-proportion to the file, whose size its owner had to upload.
+A config names a network and its arguments, so it is a short program. First its values are checked. Then the network is
+built without memory, on torch's meta device, where layers, FLOPs and the sizes of values are counted and limited. Its
+parameters must be exactly those in the header of the weights. The memory of the real model is then proportional to the
+size of the file of weights.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ARGUMENTS = {
     "hne_exits": _SHARED | {"branching", "leaves", "looped", "head"},
     "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "kept"},
 }
-"""what a saved config may say to each entry point"""
+"""the arguments of each entry point that a saved config may contain"""
 TREES = ("hne", "hne_exits")
 
-# What timm's factory takes for itself: other weights, files on this machine, code to call, a bare list of features.
+# Arguments of timm's factory itself: other weights, local files, functions to call, models that return features.
 _FACTORY_ONLY = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
     *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "model_cfg"),
@@ -51,13 +51,13 @@ _FACTORY_ONLY = {
 }
 _MOST_LEAVES, _MOST_LEVELS, _MOST_EXITS = 4096, 64, 256
 _MOST_VALUES, _LARGEST, _LARGEST_SUM = 4096, 2**16, 2**20  # in a backbone's arguments
-_LARGEST_NAMED = {"window": 64, "size": 4096, "resolution": 4096}  # timm has loops over all pairs of a window's places
-_MOST_ELEMENTS = 2**28  # of one value while the example image goes through: 1 GiB in float32
-_MODULES = (1_000, 20)  # how many modules a backbone may have, and how many more per tensor of the file
-_FLOPS = (10**11, 2**16)  # what the example image may cost, and how much more per weight in the file
-_VALUES = (2**32, 2**9)  # elements of all values on the way, likewise
+_LARGEST_NAMED = {"window": 64, "size": 4096, "resolution": 4096}  # timm loops over all pairs of positions in a window
+_MOST_ELEMENTS = 2**28  # of one activation for the example image: 1 GiB in float32
+_MODULES = (1_000, 20)  # allowed modules of a backbone, and further ones per tensor in the file
+_FLOPS = (10**11, 2**16)  # allowed FLOPs for the example image, and further ones per weight in the file
+_VALUES = (2**32, 2**9)  # allowed elements of all activations, likewise
 _REAL = ("F32", "F16", "BF16", "F64")
-# By the type that the model has, those that its weights may be stored in. Others (float8, quantised) need scales.
+# The stored types allowed for each type in the model. Others (float8, quantised) need scales.
 _STORED_AS: dict[torch.dtype, tuple[str, ...]] = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), _REAL),
     torch.int64: ("I64",),
@@ -68,17 +68,17 @@ _STORED_AS: dict[torch.dtype, tuple[str, ...]] = {
 
 
 class Stored(NamedTuple):
-    """A tensor in a file of weights: its type in safetensors' words, and its shape."""
+    """The type, as safetensors names it, and the shape of a tensor in a file of weights."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A config whose values are of the right kinds and sizes.
+    """A config, with the types and ranges of its values checked.
 
     Raises:
-        LoadError: it is not.
+        LoadError: a value is missing, unknown or not allowed.
     """
     config = read_json(file, "the config of a hierens model")
     args = config.get("model_args") if isinstance(config, dict) else None
@@ -87,7 +87,7 @@ def read_config(file: Path) -> dict[str, Any]:
     kind = config.get("architecture")
     if not isinstance(kind, str) or kind not in ARGUMENTS:
         raise LoadError(f"{file} names the architecture {short(kind)}; hierens loads {', '.join(ARGUMENTS)} only.")
-    # timm writes the image size of a transformer beside the rest: the backbone takes it.
+    # timm writes the image size of a transformer here, as an argument of the backbone.
     if unknown := sorted(set(args) - {*ARGUMENTS[kind], "img_size"}):
         raise LoadError(f"{file} has model_args that hierens does not know: {short(', '.join(unknown), plain=True)}.")
     _check_backbone(args, file)
@@ -107,10 +107,10 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """What a file of weights holds, from its header: safetensors compares the sizes to that of the file.
+    """The contents of a file of weights, from its header, which safetensors checks against the file's size.
 
     Raises:
-        LoadError: no safetensors file, or a damaged one.
+        LoadError: the file is damaged or no safetensors file.
     """
     try:
         with safe_open(file, framework="pt") as weights:
@@ -122,9 +122,9 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def check_types(wanted: Mapping[str, Tensor], header: Mapping[str, Stored], file: Path) -> None:
-    """See that numbers are stored as such that become the model's own without loss of meaning.
+    """Check that the stored types can be converted to the model's.
 
-    Real numbers may be of another precision; whole numbers are those of indices and counts.
+    Floating-point numbers may have another precision; integers must have the same type.
 
     Raises:
         LoadError: a tensor is stored in another type.
@@ -141,18 +141,18 @@ def check_types(wanted: Mapping[str, Tensor], header: Mapping[str, Stored], file
 def check_fit(
     make: Callable[[], AdaptiveBase], header: Mapping[str, Stored], config_file: Path, weights_file: Path
 ) -> None:
-    """Build a model without memory, within bounds that the weights set, and compare its parameters to theirs.
+    """Build a model without memory, within limits that depend on the weights, and compare its parameters to them.
 
-    An image of the size that the config names goes through it, too, since whatever asks for its costs will do that.
+    An image of the config's size is passed through it as well, since this is done later to determine its costs.
 
     Args:
         make: builds the model that the config describes.
         header: of the weights.
         config_file: for messages.
-        weights_file: likewise.
+        weights_file: for messages.
 
     Raises:
-        LoadError: it cannot be built, takes too much, or has parameters of other names, shapes or types than the file.
+        LoadError: the model cannot be built, exceeds a limit, or has parameters of other names, shapes or types.
     """
     shapes = {name: stored.shape for name, stored in header.items()}
     try:
@@ -165,7 +165,7 @@ def check_fit(
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wrong := [name for name in (*wanted, *(shapes.keys() - wanted)) if wanted.get(name) != shapes.get(name)]:
         raise LoadError(
-            f"the weights in {weights_file} do not fit the config beside them: {short(wrong[0], plain=True)} is "
+            f"the weights in {weights_file} do not fit the config: {short(wrong[0], plain=True)} is "
             f"{_shape(shapes, wrong[0])} in the file and {_shape(wanted, wrong[0])} by the config"
             + (f", and {len(wrong) - 1} more differ." if len(wrong) > 1 else ".")
         )
@@ -173,30 +173,30 @@ def check_fit(
 
 
 def check_leaves(config: Mapping[str, Any], header: Mapping[str, Stored], file: Path) -> None:
-    """A tree has no more leaves than its weights have tensors, or rows of packed ones: each is built by itself.
+    """Check that a tree has no more leaves than its weights have tensors, or packed tensors have rows.
 
     Raises:
-        LoadError: it has.
+        LoadError: it has more.
     """
     rows = (stored.shape[0] for stored in header.values() if stored.shape)
     most = max(rows, default=0) if in_first_layout(header) else len(header)
     if (leaves := config["model_args"].get("leaves", 1)) > most:
-        raise LoadError(f"{file} describes {leaves} networks, and the weights beside it are of {most} at the most.")
+        raise LoadError(f"{file} describes {leaves} networks, and its weights can be those of {most} at most.")
 
 
 def unbuildable(file: Path, error: BaseException) -> LoadError:
-    """What to raise when building failed."""
+    """The error to raise when building failed."""
     return LoadError(f"{file} describes a model that cannot be built: {short(first_line(error), plain=True)}")
 
 
 def check_arguments(args: Mapping[str, Any]) -> None:
-    """The arguments of a backbone: plain, few, of sizes that networks have.
+    """Check that the arguments of a backbone are plain values, few, and not larger than networks need.
 
     Raises:
         ValueError: they are not.
     """
-    if taken := sorted(_FACTORY_ONLY & set(args)):
-        raise ValueError(f"{', '.join(taken)} is timm's to decide, not a config's")
+    if reserved := sorted(_FACTORY_ONLY & set(args)):
+        raise ValueError(f"a config must not set {', '.join(reserved)}")
     total, values = 0, 0
     pending: list[tuple[str, Any]] = [(str(key), value) for key, value in args.items()]
     while pending:
@@ -209,7 +209,7 @@ def check_arguments(args: Mapping[str, Any]) -> None:
         elif isinstance(value, (int, float)):
             largest = min((cap for part, cap in _LARGEST_NAMED.items() if part in name), default=_LARGEST)
             if not abs(value) <= largest:
-                raise ValueError(f"{short(name, plain=True)} is {short(value)}, and {largest} is the most")
+                raise ValueError(f"{short(name, plain=True)} is {short(value)}, and at most {largest} is allowed")
             total += int(abs(value))
         if values + len(pending) > _MOST_VALUES or total > _LARGEST_SUM:
             raise ValueError("there are more, or larger, values than a network needs")
@@ -237,7 +237,7 @@ def _check_tree(args: dict[str, Any], file: Path) -> None:
     whole = isinstance(branching, list) and all(is_whole(f, 1, _MOST_LEAVES) for f in branching)
     if not whole or not is_whole(leaves, 1, _MOST_LEAVES) or len(branching or []) > _MOST_LEVELS:
         raise LoadError(f"{file} has no usable branching and leaves (got {short(branching)} and {short(leaves)}).")
-    if not isinstance(looped, dict) or not all(isinstance(because, str) for because in looped.values()):
+    if not isinstance(looped, dict) or not all(isinstance(reason, str) for reason in looped.values()):
         raise LoadError(f"{file} has no usable reasons to loop levels, `looped` (got {short(looped)}).")
 
 
@@ -257,7 +257,7 @@ def _check_exits(args: dict[str, Any], file: Path) -> None:
 
 @contextmanager
 def _bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """While a model is built in this thread, let it grow, compute and hold no more than its weights give reason for."""
+    """While a model is built in this thread, limit its modules, parameters, FLOPs and activations by its weights."""
     weights, tensors, here = sum(map(math.prod, shapes.values())), len(shapes), threading.get_ident()
     counter = _Counter(_FLOPS[0] + _FLOPS[1] * weights, _VALUES[0] + _VALUES[1] * weights)
     most_modules, modules, parameters = _MODULES[0] + _MODULES[1] * tensors, 0, 0
@@ -271,7 +271,7 @@ def _bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
     def count_parameter(_: Any, name: str, parameter: Tensor | None) -> None:
         nonlocal parameters
         if parameter is not None and threading.get_ident() == here:
-            # Exits and copies of a layer come on top of the backbone's: what is exact is compared at the end.
+            # Only a bound: the exact names and shapes are compared when the model is built.
             parameters = max(parameters, parameter.numel())
             if not parameter.numel():
                 raise ValueError(f"its {name} has no elements")
@@ -291,7 +291,7 @@ def _bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
 
 
 class _Counter(TorchDispatchMode):
-    """Raises when what is computed under it is too much, or a value too large."""
+    """Counts FLOPs and elements of results, and raises if they exceed a limit or one result is too large."""
 
     def __init__(self, most_flops: int, most_values: int) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ class _Counter(TorchDispatchMode):
         sizes = [value.numel() for value in tree_leaves(out) if isinstance(value, Tensor)]
         self.values += sum(sizes)
         if self.flops > self.most_flops or self.values > self.most_values or max(sizes, default=0) > _MOST_ELEMENTS:
-            raise ValueError("it takes far more computing or memory than its weights give reason for")
+            raise ValueError("it needs far more computation or memory than its weights suggest")
         return out
 
 

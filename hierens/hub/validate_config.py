@@ -1,7 +1,7 @@
-"""What a stranger's config tells of images and classes: values of the right type, number and range, or one sentence.
+"""Checks the type, number and range of an untrusted config's values on images and classes.
 
-Nothing of it is needed to build the network, and all of it is used later: to size an example, to prepare images, to
-name answers. So it is looked at when the config is read, where the file can still be named.
+They are not needed to build the network, but to create an example input, to prepare images and to name classes. They
+are checked when the config is read, so that the error message can name the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CROPS = ("center", "squash", "border")
 
 
 class _Field(NamedTuple):
-    """What is allowed in a field of timm's description, tested and in words."""
+    """The values that are allowed in a field of timm's `pretrained_cfg`, as a function and as text."""
 
     fits: Callable[[Any, int], bool]
     """given a value and the number of channels"""
@@ -65,7 +65,7 @@ def _are_tags(value: Any, channels: int) -> bool:
 _SIZE = f"three whole numbers (C, H, W) with a product of at most {_MOST_ELEMENTS}"
 _SHARE = _Field(_is_share, "a number from 0.01 to 10")
 _TEXT = _Field(_is_text, f"a text of at most {_MOST_TEXT} characters")
-# What tells how images are prepared. The rest of timm's description can name files and addresses to load from.
+# Fields on the preparation of images. The other fields of timm's `pretrained_cfg` can name files and URLs to load from.
 _FIELDS = {
     "input_size": _Field(_is_own_size, f"{_SIZE}, C being in_chans"),
     "test_input_size": _Field(_is_size, _SIZE),
@@ -84,18 +84,18 @@ _FIELDS = {
 
 
 def description(found: Any, channels: int, file: Path) -> dict[str, Any]:
-    """The fields of timm's description that hierens takes from a config; what is null there is left to the backbone.
+    """The fields of a config's `pretrained_cfg` that hierens uses; those that are null keep the backbone's values.
 
     Args:
         found: the config's `pretrained_cfg`.
-        channels: that the model's images have.
+        channels: of the model's images.
         file: for messages.
 
     Raises:
-        LoadError: a field has a value that it cannot have.
+        LoadError: a field has a value that is not allowed.
     """
     if not isinstance(found, dict | None):
-        raise LoadError(f"{file} has no usable pretrained_cfg (got {short(found)}): it should hold fields by name.")
+        raise LoadError(f"{file} has no usable pretrained_cfg (got {short(found)}): it must hold fields by name.")
     kept = {key: value for key, value in (found or {}).items() if key in _FIELDS and value is not None}
     for key, value in kept.items():
         if wrong := unusable(key, value, channels):
@@ -104,22 +104,24 @@ def description(found: Any, channels: int, file: Path) -> dict[str, Any]:
 
 
 def unusable(key: str, value: Any, channels: int) -> str:
-    """What a field of the description got in place of what is allowed; empty if that is allowed."""
+    """A description of a field's value and of the allowed ones; empty if the value is allowed."""
     field = _FIELDS[key]
     return "" if field.fits(value, channels) else f"got {short(value)}, allowed is {field.allowed}"
 
 
 def check_labels(config: Mapping[str, Any], num_classes: int, file: Path) -> None:
-    """See that a config's names of classes, if there are any, are names.
+    """Check that a config's class names, if there are any, are text.
 
     Raises:
-        LoadError: they are something else.
+        LoadError: they are not.
     """
     names = config.get("label_names")
     if isinstance(names, dict):
         wrong = next((key for key in names if not _is_index(key, num_classes)), None)
         if wrong is not None:
-            raise LoadError(f"{file} has no usable label_names: {short(wrong)} is no index of {num_classes} classes.")
+            raise LoadError(
+                f"{file} has no usable label_names: {short(wrong)} is not an index of {num_classes} classes."
+            )
     described = config.get("label_descriptions")
     for key, texts in (("label_names", names), ("label_descriptions", described)):
         for text in texts.values() if isinstance(texts, dict) else texts or ():

@@ -1,7 +1,7 @@
-"""Batch norm over the batch of all processes, on any device and however a level is run.
+"""Batch norm over the batch of all processes, on any device and with any executor.
 
-torch's SyncBatchNorm replaces modules and needs a GPU. Here the function that every batch norm ends in is intercepted
-instead, so that modules, state dict and grouped execution stay as they are.
+torch's SyncBatchNorm replaces modules and needs a GPU. This module intercepts the function that every batch norm calls,
+so modules, state dict and grouped execution do not change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class SyncedBatchNorm(TorchFunctionMode):
-    """Inside this context, batch statistics are those of the global batch. Every process must run the same layers."""
+    """In this context, batch statistics are those of the global batch. Every process must run the same layers."""
 
     def __torch_function__(
         self,
@@ -27,7 +27,7 @@ class SyncedBatchNorm(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Replace `F.batch_norm` where it would use batch statistics; pass everything else on."""
+        """Replace `F.batch_norm` where it would use batch statistics; call everything else unchanged."""
         kwargs = dict(kwargs or {})
         if func is not F.batch_norm:
             return func(*args, **kwargs)
@@ -40,7 +40,7 @@ class SyncedBatchNorm(TorchFunctionMode):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; its gradient is the sum of theirs."""
+    """The sum over processes; its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def synced_batch_norm(
     eps: float,
     training: bool = True,
 ) -> Tensor:
-    """`F.batch_norm` in training, with mean and variance over all processes. (N, C, ...) -> (N, C, ...)."""
+    """`F.batch_norm` for training, with mean and variance over all processes. (N, C, ...) -> (N, C, ...)."""
     if input.is_cuda:
         group, size = dist.group.WORLD, dist.get_world_size()
         return _FusedSyncBatchNorm.apply(input, weight, bias, running_mean, running_var, eps, momentum, group, size)

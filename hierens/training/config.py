@@ -1,4 +1,4 @@
-"""What a training run is made of: frozen dataclasses that turn into JSON as they are."""
+"""The configuration of a training run: frozen dataclasses that can be written as JSON."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they become tensors."""
+    """The images and their preprocessing."""
 
     dataset: str = ""
     """`clothing`, `digits`, `fashion_mnist`; timm's `torch/..`, `hfds/..`, `hfids/..`, `wds/..`; empty for a folder"""
     data_dir: str = ""
-    """where the data set lies; `clothing` and `digits` need none"""
+    """folder of the data set; not needed for `clothing` and `digits`"""
     train_split: str = "train"
     """name of the training split (a sub-folder, for image folders; empty for data_dir itself)"""
     val_split: str = "validation"
     """name of the validation split"""
     input_size: tuple[int, int, int] = (3, 224, 224)
-    """channels, height and width that the model sees; one channel reads the images as greyscale"""
+    """channels, height and width of the model's input; with one channel, images are read as greyscale"""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """per channel, of pixels in [0, 1]; a single value serves every channel"""
+    """mean of pixels in [0, 1], per channel or one value for all"""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """per channel, of pixels in [0, 1]; a single value serves every channel"""
+    """standard deviation of pixels in [0, 1], per channel or one value for all"""
     augment: Literal["none", "crop_flip", "imagenet"] = "imagenet"
     """none: resize only; crop_flip: zero-pad, random crop and flip (CIFAR); imagenet: random resized crop and flip"""
     pad: int = 4
@@ -40,17 +40,17 @@ class DataConfig:
     random_erasing: float = 0.0
     """probability of timm's random erasing"""
     crop_pct: float = 0.875
-    """centre crop at validation, as a share of the resized image"""
+    """centre crop at validation, as a fraction of the resized image"""
     interpolation: str = "bilinear"
-    """how images are resized"""
+    """interpolation when images are resized"""
     workers: int = 4
     """loader processes per training process"""
     num_samples: int | None = None
-    """samples per epoch of a stream (`wds/`, `hfids/`) that does not say how many it has"""
+    """samples per epoch of a stream (`wds/`, `hfids/`) that does not state its length"""
     max_unreadable: float = 0.1
-    """largest share of images that may be unreadable before the run stops; up to it they are skipped and reported"""
+    """fraction of unreadable images above which the run stops; up to it, they are skipped and reported"""
     max_pixels: int = 89_478_485
-    """height times width above which an image is unreadable, by its header; Pillow itself opens twice the default"""
+    """height times width above which an image counts as unreadable; Pillow's own limit is twice the default"""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
@@ -59,10 +59,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a hierarchical ensemble is trained. Defaults are the paper's CIFAR recipe (section 4.1)."""
+    """The training of a hierarchical ensemble. Defaults are the paper's CIFAR recipe (section 4.1)."""
 
     output_dir: str = "runs/hierens"
-    """checkpoints, log.jsonl and the final model land here"""
+    """folder for checkpoints, log.jsonl and the final model"""
     epochs: int = 200
     """passes over the training set"""
     batch_size: int = 128
@@ -74,55 +74,55 @@ class TrainConfig:
     objective: str = "independent+hierarchical_codistillation"
     """the loss: see `hierens.objectives.Objective`"""
     alpha: float = 0.5
-    """weight of the distillation term against the labels' (HNE: 0.5 on CIFAR, 0.75 on ImageNet; one_for_all: 0.9)"""
+    """weight of the distillation term, from 0 to 1 (HNE: 0.5 on CIFAR, 0.75 on ImageNet; one_for_all: 0.9)"""
     temperature: float = 2.0
-    """softens the full ensemble's prediction into the teacher's"""
+    """temperature of the teacher's softmax in co-distillation"""
     temper_students: bool = False
-    """temper the students of co-distillation as well, as Hinton et al. do; the paper does not"""
+    """use the temperature for the students of co-distillation as well, as Hinton et al. do; the paper does not"""
     standardize_logits: bool = False
-    """standardise the logits of teacher and students before they are tempered (arXiv 2403.01427)"""
+    """standardise the logits of teacher and students before the temperature is applied (arXiv 2403.01427)"""
     depth_weights: tuple[float, ...] = ()
-    """what each depth's ensemble counts in the hierarchical terms; all the same by default"""
+    """weight of each depth in the hierarchical terms; equal by default"""
     alpha_warmup_epochs: int = 0
-    """epochs over which alpha rises linearly from 0, while the ensemble has little to teach"""
+    """epochs over which alpha rises linearly from 0"""
     final_temperature: float | None = None
-    """reached linearly from `temperature` at the end of training; None keeps it"""
+    """temperature at the end of training, reached linearly; None keeps `temperature`"""
     ema_teacher: bool = False
-    """co-distil from the average of the weights (`ema_decay`) in place of the weights themselves"""
+    """use the averaged weights (`ema_decay`) as the teacher of co-distillation"""
     gradient_equilibrium: bool = False
-    """every branch (or block) gets the mean, not the sum, of the gradients of the leaves (or exits) behind it"""
+    """average the gradients of the leaves (or exits) in the branches (or blocks) that they share, instead of adding"""
     mixup: float = 0.0
-    """timm's mixup alpha; 0 mixes nothing. docs/explanation/method.md says what the losses mean then"""
+    """timm's mixup alpha; 0 turns mixup off. docs/explanation/method.md describes the losses with mixed images"""
     cutmix: float = 0.0
-    """timm's cutmix alpha; with `mixup` as well, one of the two is drawn for each batch"""
+    """timm's cutmix alpha; if `mixup` is on as well, one of the two is drawn for each batch"""
     mix_probability: float = 1.0
-    """share of batches that are mixed"""
+    """fraction of batches that are mixed"""
     mix_switch_probability: float = 0.5
-    """share of mixed batches that get cutmix, if both are on"""
+    """fraction of mixed batches that use cutmix, if both are on"""
     mix_mode: Literal["batch", "pair", "elem"] = "batch"
-    """whether one amount is drawn for a batch, for each pair or for each image"""
+    """draw the mixing ratio per batch, per pair or per image"""
     mix_off_epoch: int = 0
-    """mix nothing from this epoch on; 0 mixes to the end"""
+    """epoch from which nothing is mixed; 0: mix to the end"""
     label_smoothing: float = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread over all classes"""
     optimizer: str = "sgd"
-    """any optimiser name of timm's"""
+    """name of any timm optimiser"""
     lr: float = 0.1
     """the schedule's highest learning rate"""
     momentum: float = 0.9
     """momentum, or the first beta of Adam-like optimisers"""
     weight_decay: float = 5e-4
-    """on weights; biases and norms are spared, as timm does"""
+    """weight decay; none on biases and norms, as in timm"""
     layer_decay: float | None = None
-    """factor of the learning rate per level, counted from the last one; None uses one rate for all"""
+    """factor of the learning rate per level, counted from the last; None: the same rate for all"""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
-    """further arguments of the optimiser, as `{"betas": [0.9, 0.95]}`"""
+    """further arguments of the optimiser, such as `{"betas": [0.9, 0.95]}`"""
     schedule: str = "cosine"
-    """any scheduler name of timm's, or `cyclic_step` (ESPNetv2's, as the paper's ImageNet run uses)"""
+    """name of any timm scheduler, or `cyclic_step` (ESPNetv2's, used in the paper's ImageNet run)"""
     schedule_args: dict[str, Any] = field(default_factory=dict)
-    """further arguments of `timm.scheduler.create_scheduler_v2`, as `{"cycle_limit": 3}`"""
+    """further arguments of `timm.scheduler.create_scheduler_v2`, such as `{"cycle_limit": 3}`"""
     min_lr: float = 0.0
-    """where the schedule ends"""
+    """learning rate at the end of the schedule"""
     warmup_epochs: int = 0
     """epochs of linear warm-up"""
     decay_epochs: tuple[int, ...] = ()
@@ -132,15 +132,15 @@ class TrainConfig:
     cycle_epochs: int = 5
     """length of one cycle of `cyclic_step`"""
     clip_grad: float | None = None
-    """largest gradient norm, value or ratio, by `clip_mode`; None clips nothing"""
+    """largest gradient norm, value or ratio, by `clip_mode`; None: no clipping"""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """norm: of all gradients together; value: of each number; agc: adaptive, per unit, relative to its weights"""
     freeze_levels: int = 0
-    """levels of the tree, from the root, whose weights and statistics stay as they are"""
+    """levels of the tree, from the root, whose weights and statistics are frozen"""
     unfreeze_epoch: int | None = None
-    """epoch from which frozen levels are trained after all; None: never"""
+    """epoch from which frozen levels are trained; None: never"""
     ema_decay: float | None = None
-    """decay of an exponential moving average of the weights, evaluated and saved beside them; None keeps none"""
+    """decay of an exponential moving average of the weights, which is evaluated and saved too; None: no average"""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Accelerate's mixed precision"""
     compile: bool = False
@@ -150,27 +150,27 @@ class TrainConfig:
     channels_last: bool = True
     """memory format of images and convolutions"""
     sync_batchnorm: bool = True
-    """batch norm sees the global batch when several processes train, so that their number does not change the result"""
+    """use the batch statistics of all processes, so that their number does not change the result"""
     symmetry_noise: float = 0.01
-    """relative weight noise that tells copy-initialised branches apart when training starts; 0 adds none"""
+    """relative noise on the weights of branches that are copies of each other when training starts; 0: none"""
     seed: int = 0
-    """of everything random: data order, augmentation, dropout"""
+    """seed of all random numbers: data order, augmentation, dropout"""
     checkpoint_steps: int = 500
     """optimiser steps between checkpoints; one is also written after every epoch"""
     keep_checkpoints: int = 2
-    """how many of the newest checkpoints stay"""
+    """number of newest checkpoints to keep"""
     keep_best: bool = True
-    """the checkpoint whose full ensemble validated best stays too, however old; `checkpoints/best` points to it"""
+    """also keep the checkpoint with the best accuracy of the full ensemble; `checkpoints/best` points to it"""
     resume: str = "auto"
-    """`auto`: from output_dir's newest checkpoint if there is one; `never`; or a checkpoint's folder"""
+    """`auto`: from the newest checkpoint in output_dir, if any; `never`; or a checkpoint's folder"""
     val_epochs: int = 1
     """epochs between validations; the last epoch is always validated"""
     log_steps: int = 20
     """optimiser steps between lines in log.jsonl and the trackers"""
     trackers: tuple[str, ...] = ()
-    """experiment trackers by Accelerate's names: `tensorboard`, `wandb`, ..."""
+    """experiment trackers that Accelerate supports: `tensorboard`, `wandb`, ..."""
     cpu: bool = False
-    """train on the CPU even where an accelerator is to hand"""
+    """train on the CPU even if an accelerator is available"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "val_batch_size", "accumulation", "checkpoint_steps", "keep_checkpoints"):
@@ -178,12 +178,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"batch_size counts all accumulation steps: {self.batch_size} does not divide by {self.accumulation}."
+                f"batch_size counts all accumulation steps: {self.batch_size} is not divisible by {self.accumulation}."
             )
         if self.ema_teacher and self.ema_decay is None:
-            raise ValueError("ema_teacher needs an average of the weights: give ema_decay, such as 0.999.")
+            raise ValueError("ema_teacher needs averaged weights: give ema_decay, such as 0.999.")
         if self.standardize_logits and not self.temper_students:
-            raise ValueError("standardize_logits tempers teacher and students alike: set temper_students as well.")
+            raise ValueError("standardize_logits needs the temperature for students as well: set temper_students.")
         for name in ("mixup", "cutmix", "label_smoothing", "freeze_levels", "alpha_warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -191,18 +191,18 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Another model to learn from, beside co-distillation."""
+    """Distillation from another model, in addition to co-distillation."""
 
     teacher: str = ""
     """a timm model name, or the folder or Hub name of a saved model; empty for none"""
     teacher_weights: str = ""
-    """a file of the teacher's weights (.safetensors or .pth); without one they are timm's pretrained ones"""
+    """file of the teacher's weights (.safetensors or .pth); by default timm's pretrained weights"""
     teacher_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of timm.create_model for the teacher"""
     teacher_share: float = 0.5
-    """the teacher's part of the loss; the rest is the objective's"""
+    """weight of the teacher in the loss, from 0 to 1; the objective has the rest"""
     teacher_temperature: float = 2.0
-    """softens teacher and students"""
+    """temperature of teacher and students"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.teacher_share <= 1:
@@ -213,43 +213,43 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which backbone becomes which tree, or which multi-exit network."""
+    """The network: a backbone and its conversion to a tree or a multi-exit network."""
 
     backbone: str = "mobilenetv2_075"
-    """any timm model name; one that is an ensemble by itself, such as `hne_mobilenetv2_075`, keeps its own blocks"""
+    """any timm model name; ensembles such as `hne_mobilenetv2_075` keep their own blocks"""
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of timm.create_model"""
     pretrained: bool = False
     """start from timm's pretrained weights, copied to every branch"""
     weights: str = ""
-    """a file of pretrained weights under timm's names (.safetensors or .pth), in place of timm's own"""
+    """file of pretrained weights with timm's names (.safetensors or .pth), instead of timm's own"""
     method: Literal["hne", "multi_exit", "hne_exits"] = "hne"
     """a tree of networks, one network with exits, or a tree with exits"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()
-    """children per branch and level in place of a binary tree, as `1 1 1 8`; sets `blocks`"""
+    """children per branch and level instead of a binary tree, such as `1 1 1 8`; sets `blocks`"""
     exits: int = 4
-    """exits of a multi-exit network, the last one counted"""
+    """exits of a multi-exit network, including the last"""
     head: Literal["pool", "conv"] = "pool"
     """heads of early exits: global pooling and a linear layer, or two convolutions before that"""
     collaborate: bool = False
-    """each exit also sees an embedding of the logits of the one before"""
+    """each exit also receives an embedding of the previous exit's logits"""
     exit_weights: str = ""
-    """weights of an ensemble of the exits so far: `uniform`, `linear_rising`, `linear_falling`, `geometric_rising`,
-    `geometric_falling`; empty: each exit answers alone"""
+    """weights of an ensemble of exits: `uniform`, `linear_rising`, `linear_falling`, `geometric_rising`,
+    `geometric_falling`; empty: each exit predicts alone"""
     learn_weights: bool = False
-    """train the weights of the exits, beginning with `exit_weights`"""
+    """train the weights of the exits, starting from `exit_weights`"""
     start: str = ""
-    """a saved model (a folder, or a name on the Hub) to go on from, in place of a backbone"""
+    """a saved model (a folder, or a name on the Hub) to start from instead of a backbone"""
     drop_path: float | None = None
     """largest drop-path rate of the backbone's residual branches"""
     dropout: float | None = None
     """dropout rate before the classifier"""
     init: Literal["copy", "reinit"] | None = None
-    """copy: every branch starts as the backbone; reinit: every branch is drawn anew; by default copy if pretrained"""
+    """copy: branches are copies of the backbone; reinit: they are initialised anew; by default copy if pretrained"""
     num_classes: int | None = None
-    """classes to tell apart; by default as many as the data set names"""
+    """number of classes; by default that of the data set"""
 
     def __post_init__(self) -> None:
         if self.weights and not Path(self.weights).is_file():
@@ -262,17 +262,17 @@ class ModelConfig:
         if given:
             raise ValueError(f"method {self.method!r} has no {' and no '.join(given)}: leave it out, or change method.")
         if self.warm and self.init == "reinit":
-            raise ValueError("init='reinit' would throw the pretrained weights away: leave it out, or say 'copy'.")
+            raise ValueError("init='reinit' would discard the pretrained weights: leave it out, or use 'copy'.")
 
     @property
     def warm(self) -> bool:
-        """Whether the backbone comes with weights worth copying."""
+        """Whether the backbone has pretrained weights."""
         return self.pretrained or bool(self.weights)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that makes a run."""
+    """The whole configuration of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -281,7 +281,7 @@ class Run:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Any of the configs above as plain JSON values.
+    """One of the configs above as plain JSON values.
 
     Examples:
         >>> to_json(ModelConfig(backbone="resnet18"))["backbone"]

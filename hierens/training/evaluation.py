@@ -1,4 +1,4 @@
-"""Validation over however many processes there are, each image counted once."""
+"""Validation over any number of processes; each image is counted once."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def evaluate(
     channels_last: bool = False,
     after_batch: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
-    """What every depth and every leaf gives, from one pass over all leaves.
+    """Metrics of every depth and every leaf, from one pass over all leaves.
 
     Args:
         accelerator: gathers over processes.
         model: the ensemble, wrapped or not.
-        loader: prepared by the accelerator; targets of -1 belong to no class and do not count.
+        loader: prepared by the accelerator; images with the target -1 have no class and are not counted.
         channels_last: memory format of the images.
-        after_batch: called after every batch.
+        after_batch: is called after every batch.
 
     Returns:
         `val_loss`, the mean cross-entropy of the full ensemble in nats, and the fields of
         `hierens.evaluation.metrics.LeafEvaluation`.
     """
-    # Processes may have different numbers of batches, so they meet only at the end, and call no wrapper that would.
+    # Processes may have different numbers of batches, so they communicate only before and after the loop.
     module = accelerator.unwrap_model(model)
     gather(module)
-    broadcast(list(module.buffers()))  # running statistics may differ, and the main process's are those saved
+    broadcast(list(module.buffers()))  # running statistics may differ; those of the main process are saved
     metrics = LeafMetrics(module.prediction_weights.cpu())
     with evaluating(module):
         for images, targets in loader:

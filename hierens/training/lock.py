@@ -1,4 +1,4 @@
-"""One run at a time in an output folder: the second one is told, instead of both writing over each other."""
+"""Locks an output folder, so that two runs cannot overwrite each other's files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _LOCK = ".lock"
-_SECONDS = 0.5  # to wait for those who only look whether a run is there
+_SECONDS = 0.5  # to wait for processes that only check whether the folder is locked
 
 
 @contextlib.contextmanager
-def alone_in(output_dir: str | Path) -> Iterator[None]:
-    """Hold an output folder for a run; the system gives it free if the process dies.
+def lock_folder(output_dir: str | Path) -> Iterator[None]:
+    """Lock an output folder for a run; the operating system releases the lock if the process dies.
 
-    Where the file system knows no locks, nothing is held and nobody is refused.
+    If the file system has no locks, nothing is locked.
 
     Args:
-        output_dir: of the run; made if missing.
+        output_dir: of the run; created if missing.
 
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run has locked it.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,13 +43,13 @@ def alone_in(output_dir: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def check_free(output_dir: str | Path) -> None:
-    """Refuse a folder that another run holds before data and model are made, which can take minutes.
+def check_unlocked(output_dir: str | Path) -> None:
+    """Check that a folder is not locked, before data and model are created, which can take minutes.
 
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run has locked it.
     """
-    first = os.environ.get("RANK", "0") == "0"  # of the processes of this run, of which one speaks for all
+    first = os.environ.get("RANK", "0") == "0"  # one process of a run checks for all
     if first and (Path(output_dir) / _LOCK).exists():
-        with alone_in(output_dir):
+        with lock_folder(output_dir):
             pass

@@ -1,4 +1,4 @@
-"""What a training step minimises: the objective at this point of the run, and what other models have to say."""
+"""The loss of a training step: the objective with its schedules, and distillation from other models."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Precision = Callable[[], AbstractContextManager[Any]]  # such as `accelerator.au
 
 
 class TrainingLoss:
-    """The objective, scheduled, with its teachers.
+    """The objective with its schedules and teachers.
 
     Args:
         config: objective, alpha, temperature and their schedules.
         total_steps: optimiser steps of the whole run.
         steps_per_epoch: of one epoch.
-        average: the model with averaged weights, if it is to teach in place of the ensemble itself.
-        teacher: another model, with as many classes.
-        teacher_config: its share and temperature.
+        average: the model with averaged weights, if it is the teacher of co-distillation.
+        teacher: another model, with the same number of classes.
+        teacher_config: its weight and temperature.
     """
 
     def __init__(
@@ -75,21 +75,21 @@ class TrainingLoss:
 
         Args:
             leaf_logits: (N, leaves, classes).
-            images: (N, C, H, W) that they answer, mixed or not: teachers see the same.
+            images: (N, C, H, W), mixed or not; teachers get the same images.
             targets: (N,) or (N, classes).
             step: optimiser steps done.
-            precision: a context that other models are run in, as `accelerator.autocast`.
-            prediction_weights: the model's own; by default a tree's.
+            precision: a context in which other models run, such as `accelerator.autocast`.
+            prediction_weights: those of the model; by default a tree's.
         """
-        loss = self.at(step)(leaf_logits, targets, self._answer(self.average, images, precision), prediction_weights)
-        answer = self._answer(self.teacher, images, precision)
-        if answer is None:
+        loss = self.at(step)(leaf_logits, targets, self._logits(self.average, images, precision), prediction_weights)
+        logits = self._logits(self.teacher, images, precision)
+        if logits is None:
             return loss
         share = self.teacher_config.teacher_share
-        return (1 - share) * loss + share * distillation(leaf_logits, answer, self.teacher_config.teacher_temperature)
+        return (1 - share) * loss + share * distillation(leaf_logits, logits, self.teacher_config.teacher_temperature)
 
     @staticmethod
-    def _answer(model: nn.Module | None, images: Tensor, precision: Precision) -> Tensor | None:
+    def _logits(model: nn.Module | None, images: Tensor, precision: Precision) -> Tensor | None:
         if model is None:
             return None
         with torch.no_grad(), precision():

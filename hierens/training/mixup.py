@@ -1,4 +1,4 @@
-"""Mixup, cutmix and label smoothing: timm's, drawing the same for a step however the run came to it."""
+"""timm's mixup, cutmix and label smoothing, with random numbers that depend on the step alone."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from timm.data import Mixup
 from torch import Tensor
 
 from hierens.training.config import TrainConfig
-from hierens.training.randomness import random_numbers_of
+from hierens.training.randomness import seeded
 
 
 class Mixing:
-    """Turns a batch and its labels into what the objective takes.
+    """Mixes a batch and its labels.
 
-    Mixed images belong to two classes, so their targets are probabilities. The supervised terms take those; the
-    distilled terms never see them: their teacher is what the full ensemble says of the very image that was mixed, so
-    that small ensembles learn its answer there, not a mixture of its answers elsewhere.
+    Mixed images belong to two classes, so their targets are probabilities, which the supervised terms use. Distillation
+    terms do not: their target is the full ensemble's prediction for the mixed image, not a mixture of its predictions
+    for the original images.
 
     Args:
         config: `mixup`, `cutmix`, `mix_...` and `label_smoothing`.
-        num_classes: that targets are spread over.
+        num_classes: of the targets.
 
     Raises:
-        ValueError: a micro-batch of an odd number of images that are mixed in pairs, found when the first one comes.
+        ValueError: a micro-batch to be mixed in pairs has an odd number of images (raised at the first batch).
     """
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
@@ -44,19 +44,19 @@ class Mixing:
         """Mix a batch.
 
         Args:
-            images: (N, C, H, W); not changed.
+            images: (N, C, H, W); unchanged.
             targets: class indices (N,).
             epoch: from 0.
-            seed: of what is drawn.
+            seed: of the random numbers.
 
         Returns:
-            Images, and targets as probabilities (N, classes); both as they came if there is nothing to do.
+            Images, and targets as probabilities (N, classes); both unchanged if nothing is mixed or smoothed.
         """
         if self.mixup is None or (self.off_epoch and epoch >= self.off_epoch):
             return images, self._smoothed(targets) if self.smoothing else targets
         if len(images) % 2:
             raise ValueError(f"mixup and cutmix pair the images of a micro-batch: {len(images)} is odd.")
-        with random_numbers_of(seed):
+        with seeded(seed):
             mixed, soft = self.mixup(images.clone(), targets)
         return mixed, soft
 

@@ -1,8 +1,8 @@
-"""A kernel of oneDNN that corrupts memory, and the convolutions that must not reach it.
+"""Avoids a kernel of oneDNN that corrupts memory.
 
 On CPUs with AVX2 and no AVX-512, the weight gradient of a 1x1 convolution with stride above 1, channels last and 2 to 7
-input channels reads and writes outside its buffers (docs/explanation/onednn.md). A strided 1x1 convolution is one with
-stride 1 on every stride-th pixel, which runs another kernel and gives the same values.
+input channels reads and writes outside its buffers (docs/explanation/onednn.md). A 1x1 convolution with stride 1 on
+every stride-th pixel gives the same values and uses another kernel.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_CHANNELS_IN_A_BLOCK = 8  # oneDNN's block of channels with AVX2: with fewer than one block the kernel runs astray
+_CHANNELS_IN_A_BLOCK = 8  # oneDNN's block of channels with AVX2: the kernel fails with fewer than one block
 
 
 class SubsampledConvolutions(TorchFunctionMode):
-    """Inside this context, narrow strided 1x1 convolutions on a CPU are computed on subsampled images.
+    """In this context, strided 1x1 convolutions with few channels are computed on subsampled images on a CPU.
 
-    It intercepts the function that every two-dimensional convolution ends in, so that looped and grouped levels are
-    served alike and no module is changed.
+    It intercepts the function that every two-dimensional convolution calls, so it works for looped and grouped levels
+    and changes no module.
     """
 
     def __torch_function__(
@@ -32,7 +32,7 @@ class SubsampledConvolutions(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Replace `F.conv2d` where it would run the kernel; pass everything else on."""
+        """Replace `F.conv2d` where it would run the kernel; call everything else unchanged."""
         kwargs = dict(kwargs or {})
         if func is not F.conv2d:
             return func(*args, **kwargs)
@@ -43,7 +43,7 @@ class SubsampledConvolutions(TorchFunctionMode):
         if x.device.type != "cpu" or not _narrow(given["weight"], stride):
             return func(*args, **kwargs)
         if isinstance(given["padding"], str):
-            given["padding"] = 0  # of a kernel of one pixel, `same` and `valid` both are none
+            given["padding"] = 0  # for a kernel of one pixel, `same` and `valid` mean no padding
         if any(padding := _pair(given["padding"])):
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         x = x[..., :: stride[0], :: stride[1]]
@@ -51,7 +51,7 @@ class SubsampledConvolutions(TorchFunctionMode):
 
 
 def subsampled_convolutions(*models: nn.Module | None) -> AbstractContextManager[Any]:
-    """`SubsampledConvolutions` if any of the models has such a layer, else a context that does nothing.
+    """`SubsampledConvolutions` if one of the models has such a layer, else a context that does nothing.
 
     Examples:
         >>> type(subsampled_convolutions(nn.Conv2d(4, 8, 1, stride=2))).__name__

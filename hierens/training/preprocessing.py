@@ -1,4 +1,4 @@
-"""How a saved model wants its images, for whatever runs it outside training."""
+"""The preprocessing of a saved model's images, for use outside training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["data_config", "label_names"]
 
 
 def data_config(model: Any, name: str | Path) -> DataConfig:
-    """Data settings with the preprocessing that a saved model was trained for; its data set is left open.
+    """Data settings with the preprocessing that a saved model was trained with, and no data set.
 
-    Those of the run, if its `run.json` lies beside the model's folder, for they alone say whether images were padded;
-    else timm's evaluation transform with the sizes and statistics that the model's config names.
+    They are those of the run, if its `run.json` is beside the model's folder, because only they say whether images were
+    padded. Otherwise they are timm's evaluation transform with the sizes and statistics in the model's config.
 
     Args:
-        model: what `hierens.from_pretrained` returned.
-        name: what it was given.
+        model: the result of `hierens.from_pretrained`.
+        name: its argument.
     """
     cfg = model.pretrained_cfg
     size = tuple(cfg["input_size"])
@@ -28,7 +28,7 @@ def data_config(model: Any, name: str | Path) -> DataConfig:
         from hierens.training.presets import load_run  # needs PyYAML
 
         run = load_run(trained)
-        if run.data.input_size == size:  # else it belongs to another model
+        if run.data.input_size == size:  # otherwise run.json belongs to another model
             fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation", "max_pixels")
             return DataConfig(**{field: getattr(run.data, field) for field in fields})
     named = {field: cfg[field] for field in ("mean", "std", "crop_pct", "interpolation") if cfg.get(field) is not None}

@@ -1,4 +1,4 @@
-"""Recipes by name: whole runs to start from, every field of which a flag or a file may change."""
+"""Presets: named configurations of runs, whose fields flags and files can override."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hierens.core.json_files import read_json, short
 from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig, to_json
 
 _Config = TypeVar("_Config")
-_MOST_BYTES = 2**18  # of a YAML file: its parser is slow
+_MOST_BYTES = 2**18  # of a YAML file, because its parser is slow
 _SMALL_IMAGES: dict[str, Any] = {"mean": (0.5,), "std": (0.25,), "crop_pct": 1.0, "workers": 0}
 
 PRESETS: dict[str, Run] = {
@@ -70,7 +70,7 @@ PRESETS: dict[str, Run] = {
         ModelConfig(backbone="resnet8_cifar", blocks=3),
         TrainConfig(output_dir="runs/fashion_mnist", epochs=6, optimizer="adamw", lr=4e-3, weight_decay=0.02),
     ),
-    # No augmentation, so that single networks overfit and the ensemble has something to add.
+    # No augmentation, so that single networks overfit and the ensemble can improve on them.
     "demo": Run(
         DataConfig(dataset="clothing", input_size=(3, 32, 32), augment="none", **_SMALL_IMAGES),
         ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [8, 16, 32], "stem_stride": 2}, blocks=4),
@@ -91,7 +91,7 @@ PRESETS: dict[str, Run] = {
         ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [8, 16, 32]}, blocks=4),
         TrainConfig(output_dir="runs/digits", epochs=40, batch_size=64, lr=0.2, warmup_epochs=1, cpu=True),
     ),
-    # Li et al. (arXiv 1908.06294) on the digits: all three of their parts, trained jointly.
+    # Li et al. (arXiv 1908.06294) on the digits: all three of their techniques, trained jointly.
     "demo-exits": Run(
         DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, hflip=0.0, **_SMALL_IMAGES),
         ModelConfig(
@@ -120,10 +120,10 @@ PRESETS: dict[str, Run] = {
 
 
 def preset(name: str) -> Run:
-    """A recipe by name.
+    """A preset by name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}{did_you_mean(name, PRESETS)}: choose {', '.join(PRESETS)}.")
@@ -131,13 +131,12 @@ def preset(name: str) -> Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """A run from a YAML or JSON file: what `--print-config` prints, or the `run.json` that a run leaves.
+    """A run from a YAML or JSON file: the output of `--print-config`, or the `run.json` that a run writes.
 
-    A file may give some fields only, over those of the preset that it names as `preset`; without one they are the
-    configs' defaults.
+    Fields that the file does not give are those of the preset it names as `preset`, or else the defaults.
 
     Raises:
-        ValueError: no such file, no YAML, or a field that does not exist.
+        ValueError: the file is missing or no YAML, or has a field that does not exist.
     """
     try:
         if Path(path).suffix == ".json":
@@ -149,7 +148,7 @@ def load_run(path: str | Path) -> Run:
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a configuration: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no configuration: it should hold fields by name, grouped as data, model, train.")
+        raise ValueError(f"{path} is no configuration: it must hold fields by name, grouped as data, model, train.")
     base = preset(str(content.pop("preset"))) if "preset" in content else Run()
     return _replaced(base, content, str(path))
 
@@ -160,7 +159,7 @@ def dump_run(run: Run) -> str:
 
 
 def _replaced(config: _Config, values: Mapping[str, Any], where: str) -> _Config:
-    """The config with some fields replaced, tuples and nested configs in the types that they are declared with."""
+    """The config with some fields replaced; tuples and nested configs get their declared types."""
     known = get_type_hints(type(config))
     changed: dict[str, Any] = {}
     for name, value in values.items():
@@ -169,7 +168,7 @@ def _replaced(config: _Config, values: Mapping[str, Any], where: str) -> _Config
         current = getattr(config, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name} should hold fields by name, got {short(value)}.")
+                raise ValueError(f"{where}: {name} must hold fields by name, got {short(value)}.")
             changed[name] = _replaced(current, value, f"{where}: {name}")
         elif isinstance(current, tuple) and isinstance(value, list):
             kind = get_args(known[name])[0]
@@ -180,17 +179,17 @@ def _replaced(config: _Config, values: Mapping[str, Any], where: str) -> _Config
 
 
 def _value(value: Any, declared: Any, where: str) -> Any:
-    """A plain value, if it is of the declared type."""
+    """A plain value, if it has the declared type."""
     if "float" in str(declared) and _is_number(value):
         return float(value)
     if not _fits(value, declared):
         allowed = declared.__name__ if isinstance(declared, type) else str(declared).replace("typing.", "")
-        raise ValueError(f"{where} should be {allowed}, got {short(value)}.")
+        raise ValueError(f"{where} must be {allowed}, got {short(value)}.")
     return value
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number, be it in the form 1e-5, which YAML 1.1 takes for text."""
+    """Whether a value is a number, also in the form 1e-5, which is text in YAML 1.1."""
     try:
         float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Random numbers that depend on names and numbers, not on what was drawn before: what makes runs repeatable."""
+"""Random numbers that depend only on given integers, not on earlier draws, so that runs can be repeated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of 64 bits out of several whole numbers: others, also negative ones, give another seed.
+    """A seed of 64 bits from several integers, which may be negative; other integers give another seed.
 
     Examples:
         >>> seed_of(0, 1) != seed_of(0, 1, 0), seed_of(-1) != seed_of(-2)
@@ -23,8 +23,8 @@ def seed_of(*numbers: int) -> int:
 def _sequence(numbers: tuple[int, ...]) -> np.random.SeedSequence:
     """Numpy's mixing of the numbers, the same on every machine.
 
-    It takes 32-bit words, none of them negative, and does not tell zeros at the end from nothing. So each number is
-    written as a sign, how many words follow, and those; and before all of them, how many they are.
+    It takes non-negative 32-bit words and ignores zeros at the end. So each number is written as its sign and number of
+    words, followed by the words, and the count of numbers comes first.
     """
     words = [len(numbers)]
     for number in numbers:
@@ -35,15 +35,15 @@ def _sequence(numbers: tuple[int, ...]) -> np.random.SeedSequence:
 
 
 @contextmanager
-def random_numbers_of(*numbers: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generator, which augmentations draw from: seeded inside, as they were after."""
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed the generators of Python, numpy and torch's CPU, used by augmentations; restore their states at the end."""
     python, torchs = random.getstate(), torch.get_rng_state()
     numpys = np.random.get_bit_generator()  # type: ignore[attr-defined]
     sequence = _sequence(numbers)
     seed = int(sequence.generate_state(1, np.uint64)[0])
     random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    # Another generator, since numpy takes 100 us to copy a state and bring it back.
+    # Another generator, since numpy takes 100 us to save and restore a state.
     np.random.set_bit_generator(np.random.MT19937(sequence))  # type: ignore[attr-defined]
     try:
         yield

@@ -1,4 +1,4 @@
-"""A training run from its configuration to a trained model: data, backbone, tree, teacher, trainer."""
+"""Runs a configuration: creates data, backbone, tree, teacher and trainer, and returns the trained model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hierens.models.multi_exit import multi_exit
 from hierens.models.tree_exits import tree_with_exits
 from hierens.training.config import Run, to_json
 from hierens.training.data.loaders import class_names, count_classes, create_loaders
-from hierens.training.lock import check_free
+from hierens.training.lock import check_unlocked
 from hierens.training.sharding import is_sharded
 from hierens.training.trainer import Trainer
 
@@ -35,19 +35,19 @@ def train(
 
     Args:
         run: the configuration.
-        loaders: of training and validation, in place of those that `run.data` describes; batches of
-            (images (N, C, H, W), targets (N,)), of the sizes that `run.train` says.
-        make_trainer: `Trainer`, a class derived from it, or what else takes its arguments and gives one.
+        loaders: for training and validation, instead of those of `run.data`; they yield (images (N, C, H, W), targets
+            (N,)) in batches of the sizes in `run.train`.
+        make_trainer: `Trainer`, a subclass, or another callable with its arguments that returns one.
 
     Returns:
-        The model, on the CPU, and the record of its last validation: `accuracy` per depth in percent, and the rest of
-        `hierens.evaluation.metrics.LeafEvaluation`.
+        The model, on the CPU, and the record of its last validation: `accuracy` per depth in percent, and the other
+        fields of `hierens.evaluation.metrics.LeafEvaluation`.
 
     Raises:
-        ValueError: anything in the configuration that does not work, before the first step.
+        ValueError: the configuration is wrong in any way; raised before the first step.
     """
     config, output = run.train, Path(run.train.output_dir)
-    check_free(output)
+    check_unlocked(output)
     micro_batch = config.batch_size // config.accumulation
     train_loader, val_loader = loaders or create_loaders(
         run.data, micro_batch, config.val_batch_size, config.seed, config.cpu
@@ -70,36 +70,36 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def create_ensemble(run: Run, num_classes: int, names: Sequence[str] | None = None) -> Adaptive:
-    """The tree or multi-exit network as configured: from a saved model, pretrained weights, or drawn anew.
+    """The configured tree or multi-exit network: a saved model, or a new one with pretrained or random weights.
 
     Args:
         run: the configuration.
-        num_classes: to tell apart.
+        num_classes: number of classes.
         names: of the classes, which are saved with the model.
 
     Raises:
-        ValueError: a backbone that timm cannot make, or that cannot be cut so; a saved model that does not fit; more
-            names than classes.
+        ValueError: timm cannot create the backbone; the backbone cannot be cut so; the saved model does not fit; there
+            are more names than classes.
     """
-    model = _loaded(run, num_classes) if run.model.start else _made(run, num_classes)
+    model = _load(run, num_classes) if run.model.start else _create(run, num_classes)
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
     model.pretrained_cfg.update({key: getattr(run.data, key) for key in preprocessing})
     if names:
         name_labels(model, names)
     if wrong := unusable("input_size", run.data.input_size, model.in_chans):
-        raise ValueError(f"a model of this input_size could not be loaded again: {wrong}.")
+        raise ValueError(f"a model with this input_size could not be loaded again: {wrong}.")
     return model
 
 
-def _loaded(run: Run, num_classes: int) -> Adaptive:
-    """The saved model to go on from, with new classifiers if the classes are others."""
+def _load(run: Run, num_classes: int) -> Adaptive:
+    """The saved model to start from, with new classifiers if the number of classes differs."""
     config = run.model
     torch.manual_seed(run.train.seed)
     model: Any = from_pretrained(config.start)
     if model.in_chans != run.data.input_size[0]:
-        raise ValueError(f"{config.start} takes {model.in_chans} channels, input_size says {run.data.input_size[0]}.")
+        raise ValueError(f"{config.start} takes {model.in_chans} channels, input_size has {run.data.input_size[0]}.")
     if model.architecture != config.method:
-        raise ValueError(f"{config.start} was made by the method {model.architecture!r}: say so by method.")
+        raise ValueError(f"{config.start} was made by another method: set method to {model.architecture!r}.")
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     if config.collaborate and not model.collaborate:
@@ -107,7 +107,7 @@ def _loaded(run: Run, num_classes: int) -> Adaptive:
     return model
 
 
-def _made(run: Run, num_classes: int) -> Adaptive:
+def _create(run: Run, num_classes: int) -> Adaptive:
     config = run.model
     source = {"pretrained_cfg_overlay": {"file": config.weights}} if config.weights else {}
     rates = {"drop_path_rate": config.drop_path, "drop_rate": config.dropout}
@@ -124,18 +124,18 @@ def _made(run: Run, num_classes: int) -> Adaptive:
         )
     except Exception as error:
         weights = f" with the weights in {config.weights}" if config.weights else ""
-        raise ValueError(f"timm cannot make {config.backbone}{weights}: {error}") from error
-    if isinstance(backbone, Adaptive):  # hne_...: a tree already
+        raise ValueError(f"timm cannot create {config.backbone}{weights}: {error}") from error
+    if isinstance(backbone, Adaptive):  # hne_...: already a tree
         if backbone.architecture != config.method:
-            raise ValueError(f"{config.backbone} is made by the method {backbone.architecture!r}: say so by method.")
+            raise ValueError(f"{config.backbone} has another method: set method to {backbone.architecture!r}.")
         return backbone
     if config.warm and backbone.num_classes != backbone.pretrained_cfg["num_classes"]:
-        # Some of timm's networks draw a classifier so wide, when made for few classes, that the first steps undo
-        # much of what the pretrained weights know: EfficientNet's for 10 classes is 11 times wider than this.
+        # With few classes, some timm networks initialise a classifier with such large weights that the first steps
+        # destroy much of the pretrained weights: EfficientNet's for 10 classes are 11 times larger than these.
         backbone.reset_classifier(backbone.num_classes)
     if config.method == "multi_exit":
-        weighing: dict[str, Any] = {"weights": config.exit_weights or None, "learn_weights": config.learn_weights}
-        return multi_exit(backbone, config.exits, head=config.head, collaborate=config.collaborate, **weighing)
+        exit_weights: dict[str, Any] = {"weights": config.exit_weights or None, "learn_weights": config.learn_weights}
+        return multi_exit(backbone, config.exits, head=config.head, collaborate=config.collaborate, **exit_weights)
     tree: dict[str, Any] = {
         "branching": config.branching or None,
         "init": config.init or ("copy" if config.warm else "reinit"),
@@ -147,10 +147,10 @@ def _made(run: Run, num_classes: int) -> Adaptive:
 
 
 def create_teacher(run: Run, num_classes: int) -> nn.Module | None:
-    """The external teacher, if one is named.
+    """The external teacher, if there is one.
 
     Raises:
-        ValueError: it cannot be loaded, or tells other classes apart.
+        ValueError: it cannot be loaded, or has another number of classes.
     """
     config = run.teacher
     if not config.teacher:
@@ -164,5 +164,5 @@ def create_teacher(run: Run, num_classes: int) -> nn.Module | None:
     except Exception as error:
         raise ValueError(f"the teacher {config.teacher} cannot be loaded: {error}") from error
     if teacher.num_classes != num_classes:
-        raise ValueError(f"the teacher tells {teacher.num_classes} classes apart, the data set has {num_classes}.")
+        raise ValueError(f"the teacher has {teacher.num_classes} classes, the data set has {num_classes}.")
     return teacher

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the number of updates: timm's schedules, and the one of the paper's ImageNet run."""
+"""Learning-rate schedules: timm's, and that of the paper's ImageNet run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SCHEDULES = (*TIMM_SCHEDULES, "cyclic_step")
 class CyclicStepScheduler(Scheduler):
     """ESPNetv2's cyclic schedule with warm restarts (Mehta et al., CVPR 2019, section 3.4), halved at milestones.
 
-    Within a cycle of T epochs the rate falls linearly, epoch by epoch, from its maximum: (1 - (t mod T) / T) times it.
-    The maximum is multiplied by `decay_rate` at every milestone. The HNE paper cites that schedule and gives the
-    milestones 60 90 110 125 135 145 of 150, the factor 2 and an initial rate of 0.1; T = 5 is ESPNetv2's.
+    Within a cycle of T epochs, the rate in epoch t is (1 - (t mod T) / T) times its maximum. The maximum is multiplied
+    by `decay_rate` at every milestone. The HNE paper cites this schedule and gives the milestones 60 90 110 125 135 145
+    of 150, the factor 2 and an initial rate of 0.1; T = 5 is ESPNetv2's.
 
     Args:
         optimizer: its groups' `lr` is the initial maximum.
         updates_per_epoch: optimiser steps per epoch.
         milestones: epochs.
-        decay_rate: factor of the maximum at each.
+        decay_rate: factor of the maximum at each milestone.
         cycle_epochs: T.
     """
 
@@ -49,12 +49,12 @@ class CyclicStepScheduler(Scheduler):
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> Scheduler:
-    """The schedule that a config names.
+    """The schedule of a config.
 
     Call `step_update(step)` after every optimiser step and `step(epochs, accuracy)` after every validation.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an argument that timm does not accept.
     """
     if config.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {config.schedule!r}: choose {', '.join(SCHEDULES)}.")
@@ -63,7 +63,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updat
             optimizer, updates_per_epoch, config.decay_epochs, config.decay_rate, config.cycle_epochs
         )
     decay: float | None = config.decay_epochs[0] if config.decay_epochs else None
-    if decay is None and config.schedule not in ("wsd", "rsqrt"):  # whose own default is a share of the epochs
+    if decay is None and config.schedule not in ("wsd", "rsqrt"):  # their default is a fraction of the epochs
         decay = config.epochs / 3
     try:
         scheduler, _ = create_scheduler_v2(
@@ -80,17 +80,17 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updat
             **config.schedule_args,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"timm cannot make the schedule {config.schedule!r}: {error}") from error
+        raise ValueError(f"timm cannot create the schedule {config.schedule!r}: {error}") from error
     return scheduler
 
 
-def bring_up_to(schedule: Scheduler, step: int, accuracies: Sequence[tuple[int, float]]) -> None:
-    """Bring a new schedule, and the rates it sets, to where a run stands.
+def advance(schedule: Scheduler, step: int, accuracies: Sequence[tuple[int, float]]) -> None:
+    """Advance a new schedule, and the rates it sets, to the state of a resumed run.
 
     Args:
-        schedule: of `create_schedule`.
+        schedule: from `create_schedule`.
         step: optimiser steps done.
-        accuracies: every validation so far: epochs done, and the accuracy that `plateau` watches.
+        accuracies: every validation so far: epochs done, and the accuracy that `plateau` uses.
     """
     schedule.update_groups(schedule.base_values)
     for epoch, accuracy in accuracies:

@@ -1,11 +1,11 @@
-"""Weights, gradients and optimiser state spread over processes, by torch's FSDP2.
+"""Weights, gradients and optimiser state sharded over processes by torch's FSDP2.
 
-The whole tree is one unit: each process keeps its share, and for a step all weights are put together. So this saves the
-memory of optimiser state and gradients, not that of the weights in use. Put together, weights no longer lie branch by
-branch, so that levels are looped.
+The whole tree is one FSDP unit: each process keeps its shard, and all weights are gathered for a step. This saves the
+memory of optimiser state and gradients, not that of the weights in use. The branches' gathered weights are not adjacent
+in memory, so levels are looped.
 
-Asked for as everywhere: by `accelerate config`. Accelerate's own wrapping, which cuts models into units by its
-policies, and which does nothing on CPUs, is put aside.
+FSDP is requested by `accelerate config`, as usual. Accelerate's own wrapping, which divides models into units by its
+policies and does nothing on CPUs, is not used.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @contextmanager
-def taken_over(config: TrainConfig) -> Iterator[bool]:
-    """Whether FSDP was asked for; inside, Accelerate, which reads the same variable, does not know of it.
+def fsdp_requested(config: TrainConfig) -> Iterator[bool]:
+    """Whether FSDP is requested. The variable that requests it is hidden from Accelerate in this context.
 
     Raises:
-        ValueError: what the configuration asks for cannot be had with FSDP.
+        ValueError: the configuration cannot be combined with FSDP.
     """
     if not parse_flag_from_env(_REQUEST):
         yield False
         return
     if config.ema_decay is not None:
-        raise ValueError("FSDP keeps no average of the weights: leave ema_decay out, or train without FSDP.")
+        raise ValueError("weights cannot be averaged with FSDP: leave out ema_decay, or train without FSDP.")
     if config.precision == "fp16":
         raise ValueError("FSDP is supported in full precision and bf16, not in fp16: choose precision bf16.")
     if config.clip_mode == "agc":
-        raise ValueError("agc needs whole gradients, which FSDP spreads: choose clip_mode norm or value.")
-    asked, os.environ[_REQUEST] = os.environ[_REQUEST], "false"
+        raise ValueError("agc needs complete gradients, which FSDP shards: choose clip_mode norm or value.")
+    value, os.environ[_REQUEST] = os.environ[_REQUEST], "false"
     try:
         yield True
     finally:
-        os.environ[_REQUEST] = asked  # for the next run in this process
+        os.environ[_REQUEST] = value  # for the next run in this process
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Spread a model's parameters over all processes, in place. Parameters become new objects: optimisers come after.
+    """Shard a model's parameters over all processes, in place. Create optimisers afterwards: parameters are replaced.
 
     Raises:
         ValueError: there is a single process.
     """
     if not torch.distributed.is_initialized():
-        raise ValueError("FSDP spreads a model over several processes, and there is one: train without FSDP.")
+        raise ValueError("FSDP needs several processes, and there is only one: train without FSDP.")
     model.to(device)
     fully_shard(model)
 
@@ -76,38 +76,38 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gather(model: nn.Module) -> None:
-    """Put all weights together until the next step, so that processes need not run the model equally often."""
+    """Gather all weights until the next step, so that processes may run the model different numbers of times."""
     if isinstance(model, FSDPModule):
         model.unshard()
 
 
-def own_part(parameter: Tensor) -> Tensor:
-    """What this process keeps of a parameter."""
+def local_shard(parameter: Tensor) -> Tensor:
+    """This process's shard of a parameter, or the parameter itself if it is not sharded."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the CPU, for the main process; the others get none. Every process must call it."""
+    """All weights on the CPU for the main process, none for the others. Every process must call it."""
     weights: dict[str, Any] = get_model_state_dict(model, options=_GATHERED)
     return weights
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path, write: bool) -> None:
-    """Write the whole optimiser's state, by the process that is told to. Every process must call it."""
+    """Write the optimiser's complete state in the process that has `write` set. Every process must call it."""
     state = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
     if write:
         torch.save(state, file)
 
 
 def save_weights(model: nn.Module, file: Path, write: bool) -> None:
-    """Write all weights, by the process that is told to. Every process must call it."""
+    """Write all weights in the process that has `write` set. Every process must call it."""
     weights = full_weights(model)
     if write:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, weights: Path, state: Path) -> None:
-    """Put back what `save_weights` and `save_optimizer` wrote, whatever the number of processes was."""
+    """Load the files of `save_weights` and `save_optimizer`, which any number of processes may have written."""
     set_model_state_dict(model, load_file(weights), options=_GATHERED)
     restored = torch.load(state, map_location="cpu", weights_only=True)
     set_optimizer_state_dict(model, optimizer, restored, options=_GATHERED)

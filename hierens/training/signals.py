@@ -1,4 +1,4 @@
-"""Being told to stop: the first signal is noted, for the trainer to act on after its step; the second ends at once."""
+"""Signals that stop a run: the trainer acts on the first one after its step, the second one ends the process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Launchers hand a Ctrl-C on to processes that the terminal has told already: that is the same signal, not a second one.
+# Launchers forward a Ctrl-C that the terminal has also sent to their processes: this is not a second signal.
 _ECHO_SECONDS = 1.0
 
 
 class TrainingInterrupted(SystemExit):
-    """A signal ended the training, after a checkpoint. Its exit code is the conventional one, 128 + signal."""
+    """A signal ended the training, after a checkpoint. The exit code is 128 + signal, as usual."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -24,10 +24,10 @@ class TrainingInterrupted(SystemExit):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while inside, and gives the handlers back that were there before.
+    """Records SIGTERM and SIGINT in this context, and restores the previous handlers at its end.
 
-    A signal that its parent asked a process to ignore stays ignored. Outside the main thread, where Python handles no
-    signals, nothing is noted. A signal that nobody acted on takes its usual effect at the end.
+    A signal that the process ignores stays ignored. Outside the main thread, where Python cannot set handlers, nothing
+    is recorded. A recorded signal takes its usual effect at the end, unless an exception was raised.
 
     Attributes:
         received: the first signal's number, 0 if there was none.
@@ -62,7 +62,7 @@ class StopSignals:
 
 
 def interruption(number: int) -> BaseException:
-    """What to raise once everything is saved: in an interactive session, what Ctrl-C raises there anyway."""
+    """The exception to raise once everything is saved; a KeyboardInterrupt for Ctrl-C in an interactive session."""
     if number == signal.SIGINT and hasattr(sys, "ps1"):
         return KeyboardInterrupt()
     return TrainingInterrupted(number)

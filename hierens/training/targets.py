@@ -1,4 +1,4 @@
-"""The labels of training batches: one that is no class of the model's is named before it does harm."""
+"""Checks the labels of training batches."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hierens.core.labels import as_indices, out_of_range
 
 
 class TargetCheck:
-    """Lets labels through that are classes of the model.
+    """Checks that labels are classes of the model.
 
-    On a CPU a wrong one raises before the step. On an accelerator, looking at values would wait for the device at every
-    step: there wrong labels are clamped, since an index out of range would end the process without a word on the
-    sample, and `look`, called before anything is logged or saved, raises.
+    On a CPU, a wrong label raises before the step. On an accelerator, reading the labels would wait for the device at
+    every step. There, wrong labels are clamped, since an index out of range would end the process without naming the
+    sample, and `look`, which is called before anything is logged or saved, raises.
 
     Args:
         num_classes: of the model.
-        at_once: whether to look at every batch; by default on CPUs.
+        at_once: whether to check every batch at once; by default on CPUs.
     """
 
     def __init__(self, num_classes: int, at_once: bool | None = None) -> None:
@@ -25,17 +25,17 @@ class TargetCheck:
         self._unseen: list[tuple[str, Tensor]] = []
 
     def __call__(self, targets: Tensor, what: str) -> Tensor:
-        """Labels as the losses take them.
+        """Labels in the form that the losses take.
 
         Args:
-            targets: class indices (N,) of any type of whole numbers, or probabilities (N, classes).
+            targets: class indices (N,) of any integer type, or probabilities (N, classes).
             what: the batch, for the message.
 
         Returns:
-            Class indices as int64; probabilities as they are.
+            Class indices as int64; probabilities unchanged.
 
         Raises:
-            ValueError: a label that is no class, or labels of another type.
+            ValueError: a label is not a class, or labels have another type.
         """
         if targets.is_floating_point() and targets.shape[1:] == (self.num_classes,):
             return targets
@@ -51,10 +51,10 @@ class TargetCheck:
         return targets.clamp(0, self.num_classes - 1)
 
     def look(self) -> None:
-        """See that no label since the last look was wrong. Waits for the device.
+        """Check the labels since the last call. It waits for the device.
 
         Raises:
-            ValueError: one was.
+            ValueError: one of them is not a class.
         """
         if not self._unseen:
             return

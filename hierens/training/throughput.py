@@ -1,4 +1,4 @@
-"""How fast training goes, and how much of the time it waits for data: a starved accelerator shows here."""
+"""Measures the speed of training, and the fraction of the time in which it waits for data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-_BETWEEN_LOOKS = 10  # batches: on accelerators, where a look has to wait for the device
+_BETWEEN_LOOKS = 10  # batches between measurements on accelerators, where each one waits for the device
 
 
 class Throughput:
-    """Clocks a loader, from one look to the next.
+    """Measures the throughput of a loader.
 
     Args:
-        accelerator: says how many processes train alike, and on what.
+        accelerator: gives the number of processes and the device.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -25,12 +25,12 @@ class Throughput:
         self._start, self._waited, self._images, self._batches, self._looks = time.perf_counter(), 0.0, 0, 0, 0
 
     def watch(self, loader: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
-        """The loader's batches, clocked."""
+        """The loader's batches; the time until each is measured."""
         batches = iter(loader)
         while True:
             look = not self._asynchronous or self._batches % _BETWEEN_LOOKS == 0
             if look and self._asynchronous:
-                torch.accelerator.synchronize()  # what the device still has to do is not waiting for data
+                torch.accelerator.synchronize()  # the device's remaining work is not time spent waiting for data
             start = time.perf_counter()
             batch = next(batches, None)
             if look:
@@ -43,15 +43,14 @@ class Throughput:
             yield batch
 
     def since_last(self) -> tuple[float, float]:
-        """Since this was last asked.
+        """The throughput since the last call.
 
         Returns:
-            Images per second over all processes, and the share (0 to 1) of the time in which there was no batch to
-            work on.
+            Images per second over all processes, and the fraction (0 to 1) of the time spent waiting for a batch.
         """
         now = time.perf_counter()
         elapsed = now - self._start
         waited = self._waited * max(self._batches / max(self._looks, 1), 1)
-        rate, share = self._images / elapsed, min(waited / elapsed, 1.0)
+        rate, fraction = self._images / elapsed, min(waited / elapsed, 1.0)
         self._start, self._waited, self._images, self._batches, self._looks = now, 0.0, 0, 0, 0
-        return rate, share
+        return rate, fraction

@@ -17,14 +17,9 @@ from launcher import log, weights
 from test_trainer import fresh_accelerator, trainer  # noqa: F401
 
 import hierens
-from hierens.training.checkpoints.checkpoint import (
-    choose_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    start_from,
-)
+from hierens.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from hierens.training.checkpoints.files import MANIFEST, damage, publish, recover, remove, seal
+from hierens.training.checkpoints.selection import choose_checkpoint, newest_checkpoint, start_from
 
 SHORT = {"blocks": 2, "epochs": 4, "batch_size": 64, "checkpoint_steps": 4, "log_steps": 3}  # 21 steps an epoch
 
@@ -284,7 +279,7 @@ def test_training_outlives_checkpoints_that_cannot_be_written(tmp_path, capsys, 
         run.fit()
     shown = capsys.readouterr().out
     for step in (1, 2):
-        line = rf"step-00000000{step} cannot be written \(.*\): [\d,.]+ MB free in .*/checkpoints. Training goes on;"
+        line = rf"step-00000000{step} cannot be written \(.*\): [\d,.]+ MB free in .*/checkpoints. Training continues;"
         assert re.search(line, shown), shown
     assert "step-000000003 cannot" not in shown
     assert not list((tmp_path / "checkpoints").glob("*.partial"))

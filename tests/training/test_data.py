@@ -79,7 +79,7 @@ def test_photographs_of_clothes_come_with_the_package():
     assert (pixels.amax(0) - pixels.amin(0)).max() > 0.1, "in colours"
     seen = {image.tobytes() for image in train.images}
     assert len(seen) == 1893 and sum(image.tobytes() in seen for image in val.images) == 0
-    with pytest.warns(UserWarning, match="the images have colours, and input_size asks for 1 channel"):
+    with pytest.warns(UserWarning, match="the images have colours, and input_size has 1 channel"):
         assert create_datasets(dataclasses.replace(clothing, input_size=(1, 32, 32)))[0][0][0].shape == (1, 32, 32)
 
 
@@ -208,8 +208,8 @@ def shorten(file):
 @pytest.mark.parametrize(
     ("dataset", "prepare", "message"),
     [
-        ("", lambda d: None, "does not exist: give data_dir the folder that holds the images"),
-        ("", lambda d: d.mkdir(), "is empty: it should hold a folder per split or class"),
+        ("", lambda d: None, "does not exist: set data_dir to the folder that holds the images"),
+        ("", lambda d: d.mkdir(), "is empty: it must hold a folder per split or class"),
         ("", lambda d: (d / "train").mkdir(parents=True), "val_split asks for 'validation', and .* has no folder"),
         ("", lambda d: write_folders(d, images=0), "timm cannot read|holds no images"),
         ("torch/nonsense", lambda d: write_folders(d), "cannot read the data set 'torch/nonsense'"),

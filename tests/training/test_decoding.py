@@ -124,7 +124,10 @@ BAD = {
     "giant": (png_header(60_000, 60_000), "it has more than 89478485 pixels"),
     "text": (b"no image", "it is no image"),
     "nothing": (b"", "it is no image"),
-    "brightness": (saved(GREYS.astype(np.float32) * 0 + 1e6, "TIFF"), "its values reach 1e+06, and floats may reach 1"),
+    "brightness": (
+        saved(GREYS.astype(np.float32) * 0 + 1e6, "TIFF"),
+        "its largest value is 1e+06, and floats may have at most 65535",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 from test_trainer import fresh_accelerator, trainer  # noqa: F401
 
-from hierens.training.lock import alone_in, check_free
+from hierens.training.lock import check_unlocked, lock_folder
 from hierens.training.run import train as train_run
 
 SHORT = {"blocks": 2, "epochs": 2, "batch_size": 64, "checkpoint_steps": 5, "log_steps": 1}
@@ -44,7 +44,7 @@ def test_it_is_told_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr("hierens.training.run.create_loaders", lambda *args: pytest.fail("data were made"))
     from hierens.training.config import Run, TrainConfig
 
-    with alone_in(tmp_path / "out"), pytest.raises(ValueError) as refused:
+    with lock_folder(tmp_path / "out"), pytest.raises(ValueError) as refused:
         train_run(Run(train=TrainConfig(output_dir=str(tmp_path / "out"))))
     assert str(refused.value) == REFUSED.format(tmp_path / "out")
 
@@ -53,12 +53,12 @@ def test_the_trainer_itself_refuses_and_touches_nothing(tmp_path):
     trainer(tmp_path).fit()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     again = trainer(tmp_path, resume="never")
-    with alone_in(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
         again.fit()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert again.fit()
 
 
 def test_a_free_folder_is_not_made_by_looking(tmp_path):
-    check_free(tmp_path / "out")
+    check_unlocked(tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -48,4 +48,7 @@ def test_lines_that_are_no_records_are_put_aside_and_said(tmp_path, capsys):
     lines.restart(lambda record: record["step"] <= 2)
     assert [json.loads(line)["step"] for line in lines.path.read_text().splitlines()] == [1, 2]
     assert (tmp_path / "log.jsonl.foreign").read_text().split("\n") == [*foreign, ""]
-    assert "log.jsonl had 6 lines that are no records of a run, such as 'null': they are put" in capsys.readouterr().out
+    assert (
+        "log.jsonl had 6 lines that are not records of a run, such as 'null': they were moved"
+        in capsys.readouterr().out
+    )

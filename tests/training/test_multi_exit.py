@@ -110,13 +110,13 @@ def test_flags_alone_train_a_multi_exit_network(tmp_path):
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        ({"learn_weights": True}, {}, "no gradient reaches the exits' weights by 'one_for_all'"),
+        ({"learn_weights": True}, {}, "'one_for_all' gives the exits' weights no gradient"),
         ({}, {"objective": "independent+ensemble"}, "these exits are not combined in an ensemble"),
         ({"method": "hne", "collaborate": False, "blocks": 2}, {}, "a tree has no last exit"),
         ({**WITH_EXITS, "blocks": 2}, {}, "a tree has no last exit"),
         ({"start": "/nowhere"}, {}, "not a local directory"),
         ({}, {"freeze_levels": 4}, "freeze_levels is 4, but the model has 3 levels"),
-        ({"backbone": "hne_resnet50_cifar", "backbone_args": {}}, {}, "made by the method 'hne'"),
+        ({"backbone": "hne_resnet50_cifar", "backbone_args": {}}, {}, "set method to 'hne'"),
     ],
 )
 def test_what_does_not_combine_is_refused_before_training(tmp_path, model, settings, message):

@@ -87,8 +87,8 @@ def test_shared_out_weights_train_as_whole_ones(launcher, alone, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "spreads a model over several processes, and there is one"),
-        ({"ema_decay": 0.9}, "FSDP keeps no average of the weights"),
+        ({}, "needs several processes, and there is only one"),
+        ({"ema_decay": 0.9}, "weights cannot be averaged with FSDP"),
         ({"precision": "fp16"}, "not in fp16"),
     ],
 )

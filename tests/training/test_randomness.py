@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from hierens.training.randomness import random_numbers_of, seed_of
+from hierens.training.randomness import seed_of, seeded
 
 
 def draws():
@@ -17,7 +17,7 @@ def test_the_same_numbers_draw_the_same_and_others_do_not():
     found = []
     for numbers in ((1, 2, 3), (1, 2, 3), (1, 3, 2), (0, 2, 3)):
         draws()
-        with random_numbers_of(*numbers):
+        with seeded(*numbers):
             found.append(draws())
     assert found[0] == found[1]
     for first, second in ((0, 2), (0, 3), (2, 3)):
@@ -36,11 +36,11 @@ def after(between):
 
 def test_the_caller_draws_on_as_if_nothing_had_been():
     def other():
-        with random_numbers_of(7):
+        with seeded(7):
             draws()
 
     def nested():
-        with random_numbers_of(7):
+        with seeded(7):
             outer = draws()
             other()
             assert draws() != outer and draws() != draws()
@@ -64,7 +64,7 @@ def test_seeds_differ_wherever_a_number_does():
 def test_what_augmentations_draw_differs_where_the_seed_does():
     found = []
     for numbers in ((-1, 0, 5), (-2, 0, 5), (0, 0, 5), (2**61 - 1, 0, 5)):
-        with random_numbers_of(*numbers):
+        with seeded(*numbers):
             found.append(draws())
     for first, second in itertools.combinations(found, 2):
         assert all(a != b for a, b in zip(first, second, strict=True))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_trainer import trainer
 
 from hierens.core.fetching import LoadError
-from hierens.training.checkpoints.checkpoint import choose_checkpoint
 from hierens.training.checkpoints.files import MANIFEST, damage, seal
+from hierens.training.checkpoints.selection import choose_checkpoint
 
 
 @pytest.fixture(scope="module", params=["sgd", "adamw"])
@@ -64,15 +64,15 @@ def edited(**state):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"step": "3"}, "trainer.json: step should be a whole number, not negative, got '3'"),
-        ({"step": -1}, "step should be a whole number, not negative, got -1"),
-        ({"epoch": True}, "epoch should be a whole number, not negative, got True"),
-        ({"batch": 1.5}, "batch should be a whole number, not negative, got 1.5"),
-        ({"history": {}}, "history should be a list of records of validated epochs, got {}"),
-        ({"history": [{"epoch": 1}]}, "history should be a list of records of validated epochs, got {'epoch': 1}"),
-        ({"history": [{"epoch": 1, "step": 3, "accuracy": []}]}, "history should be a list of records"),
-        ({"unlogged": ["x"]}, "unlogged should be a list of losses, got 'x'"),
-        ({"surprise": 1}, "state of other fields, such as 'surprise'"),
+        ({"step": "3"}, "trainer.json: step must be a non-negative integer, got '3'"),
+        ({"step": -1}, "step must be a non-negative integer, got -1"),
+        ({"epoch": True}, "epoch must be a non-negative integer, got True"),
+        ({"batch": 1.5}, "batch must be a non-negative integer, got 1.5"),
+        ({"history": {}}, "history must be a list of records of validated epochs, got {}"),
+        ({"history": [{"epoch": 1}]}, "history must be a list of records of validated epochs, got {'epoch': 1}"),
+        ({"history": [{"epoch": 1, "step": 3, "accuracy": []}]}, "history must be a list of records"),
+        ({"unlogged": ["x"]}, "unlogged must be a list of losses, got 'x'"),
+        ({"surprise": 1}, "unknown or missing: 'surprise'"),
     ],
 )
 def test_fields_of_trainer_json(forge, state, message):
@@ -82,8 +82,8 @@ def test_fields_of_trainer_json(forge, state, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "holds no state, config and data"),
-        ('{"state": {}, "config": {}, "data": {}}', "state of other fields, such as 'batch'"),
+        ("{}", "has no state, config and data"),
+        ('{"state": {}, "config": {}, "data": {}}', "unknown or missing: 'batch'"),
         ("[" * 100_000, "nested too deeply"),
         ('{"state": ', "is not valid JSON"),
     ],
@@ -104,8 +104,10 @@ class Marks:
 def test_nothing_is_unpickled(forge, tmp_path, name):
     mark = tmp_path / "unpickled"
     error = forge(lambda checkpoint: torch.save({"state": Marks(mark)}, checkpoint / name))
-    assert re.search(rf"{name} holds something other than tensors and plain values: hierens does not unpickle", error)
-    assert "no file that torch.save wrote" in forge(
+    assert re.search(
+        rf"{name} holds objects other than tensors and plain values, which hierens does not unpickle", error
+    )
+    assert "was not written by torch.save" in forge(
         lambda checkpoint: (checkpoint / name).write_bytes(pickle.dumps(Marks(mark)))
     )
     assert not mark.exists()
@@ -113,7 +115,9 @@ def test_nothing_is_unpickled(forge, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
 def test_junk_in_torchs_files(forge, name):
-    assert f"{name} is damaged or no file" in forge(lambda checkpoint: (checkpoint / name).write_bytes(b"junk" * 99))
+    assert f"{name} is damaged or was not written" in forge(
+        lambda checkpoint: (checkpoint / name).write_bytes(b"junk" * 99)
+    )
     for value in (3, [], {}, {"state": 3}):
         assert f"{name} holds " in forge(lambda checkpoint, value=value: torch.save(value, checkpoint / name))
 
@@ -184,4 +188,4 @@ def test_a_manifest_that_says_something_else(tmp_path, text):
     checkpoint.mkdir(parents=True)
     (checkpoint / MANIFEST).write_text(text)
     assert "\n" not in damage(checkpoint)
-    assert choose_checkpoint(tmp_path, "auto", lambda said: None) is None
+    assert choose_checkpoint(tmp_path, "auto") is None

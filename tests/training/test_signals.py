@@ -14,7 +14,7 @@ from test_trainer import fresh_accelerator, made_up_data, trainer  # noqa: F401
 from torch.utils.data import TensorDataset
 
 from hierens.training import signals
-from hierens.training.checkpoints.checkpoint import newest_checkpoint
+from hierens.training.checkpoints.selection import newest_checkpoint
 from hierens.training.signals import StopSignals, TrainingInterrupted
 
 SHORT = {"blocks": 2, "epochs": 2, "batch_size": 64, "checkpoint_steps": 100, "log_steps": 3}  # 21 steps an epoch
@@ -55,7 +55,7 @@ def test_a_signal_that_ends_the_workers_as_well_is_clear(launcher, tmp_path):
     logged(tmp_path, 2)
     os.killpg(run.pid, signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM, run.output
-    assert re.search(r"SIGTERM: stopped (after|in the midst of) .* the newest checkpoint is ", run.output)
+    assert re.search(r"SIGTERM: stopped (after|within) .* the newest checkpoint is ", run.output)
 
 
 class Signalling(TensorDataset):

@@ -216,7 +216,7 @@ def test_links_in_circles_are_refused(tmp_path, target):
 def test_images_in_no_class_folder_are_refused(tmp_path):
     root = write_folders(tmp_path, {"train": {"cat": 4}, "validation": {"cat": 4}})
     (root / "train" / "stray.png").write_bytes((root / "train" / "cat" / "1.png").read_bytes())
-    assert refused(root).startswith(f"{root}/train/stray.png lies in no class folder")
+    assert refused(root).startswith(f"{root}/train/stray.png is in no class folder")
 
 
 def test_a_link_to_itself_is_an_image_that_cannot_be_read(tmp_path):
@@ -232,7 +232,7 @@ def test_lost_colours_are_said_once(tmp_path):
     root = write_folders(tmp_path, {"train": {"cat": 4}, "validation": {"cat": 4}})
     data = config(root, input_size=(1, 16, 16))
     for make in (create_datasets, create_held_out):
-        with pytest.warns(UserWarning, match="the images have colours, and input_size asks for 1 channel") as caught:
+        with pytest.warns(UserWarning, match="the images have colours, and input_size has 1 channel") as caught:
             make(data)
         assert len(caught) == 1
     with warnings.catch_warnings():
@@ -290,17 +290,15 @@ def test_evaluation_goes_by_the_models_classes(folder_run, tmp_path):
     unnamed.save_pretrained(tmp_path / "unnamed")
     flags = ["--input-size", 3, 16, 16, "--workers", 0, "--augment", "none", "--data-dir"]
     done = hierens("eval", tmp_path / "unnamed", *flags, root)
-    assert done.code == 1 and "has 2 classes and the model 3, which it does not name" in done.err
+    assert done.code == 1 and "has 2 classes and the model 3 without names" in done.err
     assert hierens("eval", tmp_path / "unnamed", *flags, folder_run / "data").code == 0
     (root / "validation" / "red").rename(root / "validation" / "pink")
     done = hierens("eval", model, "--data-dir", root)
-    assert (
-        done.code == 1 and "has classes that the model does not have: pink. There they are blue, green, red" in done.err
-    )
+    assert done.code == 1 and "has classes that the model does not have: pink. It has blue, green, red" in done.err
     for number, name in enumerate(sorted(COLOURS)):
         (folder := tmp_path / "wnids" / "validation" / f"n{number}").parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(folder_run / "data" / "validation" / name)
-    with pytest.warns(UserWarning, match="are not called as the model's classes"):
+    with pytest.warns(UserWarning, match="have other names than the model's classes"):
         done = hierens("eval", model, "--data-dir", tmp_path / "wnids", "--json")
     assert json.loads(done.out)["accuracy"] == expected
 

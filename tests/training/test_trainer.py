@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hierens
 from hierens.core.labels import label_names
-from hierens.training.checkpoints.checkpoint import choose_checkpoint, newest_checkpoint
 from hierens.training.checkpoints.files import MANIFEST, seal
+from hierens.training.checkpoints.selection import choose_checkpoint, newest_checkpoint
 from hierens.training.config import TeacherConfig, TrainConfig
-from hierens.training.trainer import Trainer, TrainingDivergedError
+from hierens.training.divergence import TrainingDivergedError
+from hierens.training.trainer import Trainer
 
 DEMO = Path(__file__).with_name("demo_run.py")
 
@@ -365,7 +366,7 @@ def test_no_run_goes_on_from_values_that_are_not_finite(tmp_path, capsys):
     ):
         trainer(tmp_path, resume=str(newest)).fit()
     trainer(tmp_path, checkpoint_steps=2).fit()
-    assert "running_var in model.safetensors is not finite. It is put aside as step-000000006.damaged" in (
+    assert "running_var in model.safetensors is not finite. It was renamed to step-000000006.damaged" in (
         shown := capsys.readouterr().out
     )
     assert re.search(r"resuming from .*step-00000000[45]", shown)
@@ -393,7 +394,7 @@ def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path):
         ({"optimizer": "nonsense"}, "optimiser 'nonsense'"),
         ({"schedule": "nonsense"}, "unknown schedule 'nonsense'"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"accumulation": 3}, "32 does not divide by 3"),
+        ({"accumulation": 3}, "32 is not divisible by 3"),
         ({"resume": "/nowhere"}, "/nowhere is no checkpoint"),
         ({"freeze_levels": 4}, "freeze_levels is 4, but the model has 3 levels"),
         ({"optimizer_args": {"nonsense": 1}}, "optimiser 'sgd'.*nonsense"),

@@ -1,6 +1,6 @@
-"""Folders that are whole or not there: written under another name, sealed with a manifest, renamed at last.
+"""Folders that exist completely or not at all: written under another name, sealed with a manifest, then renamed.
 
-Every function here that writes raises an OSError if the disk does not take it.
+Every function that writes raises an OSError if writing fails, for example on a full disk.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from hierens.core.json_files import read_json, short
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
-_TORCH_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error")  # in messages of plain RuntimeErrors
+_TORCH_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream error")  # in messages of RuntimeErrors
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest: size and digest of every file that is there."""
+    """Write the manifest: size and digest of every file in the folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     sealed = {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _digest(file)} for file in files
@@ -33,9 +33,9 @@ def seal(folder: Path) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Write everything in `partial` through to the disk and give the folder its name.
+    """Flush everything in `partial` to the disk and give the folder its final name.
 
-    At every moment of it the folder that had the name before or the new one is there: see `recover`.
+    At every moment, the previous folder of that name or the new one exists: see `recover`.
     """
     for path in (*partial.rglob("*"), partial):
         sync(path)
@@ -48,18 +48,18 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, or None if every file is as its manifest says."""
+    """The damage of a sealed folder, or None if every file matches the manifest."""
     try:
         if not (folder / MANIFEST).is_file():
             return f"it has no {MANIFEST}"
         sealed = read_json(folder / MANIFEST, "a manifest")["files"]
-        for name, said in sealed.items():
+        for name, expected in sealed.items():
             file = folder / name
             if not file.is_file():
                 return f"{short(name, plain=True)} is missing"
-            if file.stat().st_size != said["size"]:
-                return f"{short(name, plain=True)} has {file.stat().st_size:,} bytes, not {said['size']:,}"
-            if _digest(file) != said["sha256"]:
+            if file.stat().st_size != expected["size"]:
+                return f"{short(name, plain=True)} has {file.stat().st_size:,} bytes, not {expected['size']:,}"
+            if _digest(file) != expected["sha256"]:
                 return f"the contents of {name} have changed"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
@@ -69,7 +69,7 @@ def damage(folder: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder; one that is deleted by half never looks like a whole one."""
+    """Delete a folder; if this is interrupted, what remains does not look like a complete folder."""
     if not folder.exists():
         return
     if folder.suffix != PARTIAL:
@@ -80,10 +80,10 @@ def remove(folder: Path) -> None:
 
 
 def recover(parent: Path, pattern: str) -> None:
-    """Finish what a kill interrupted: half-written folders go, one that was about to be replaced comes back.
+    """Clean up after a kill: delete incomplete folders, and restore one that was being replaced.
 
     Args:
-        parent: where to look.
+        parent: the folder that contains them.
         pattern: of the folders' names.
     """
     for replaced in parent.glob(pattern + REPLACED):
@@ -97,8 +97,8 @@ def recover(parent: Path, pattern: str) -> None:
 
 
 @contextlib.contextmanager
-def noting_write_errors() -> Iterator[list[str]]:
-    """Catches what a full disk raises, so that the processes can agree on what to do about it."""
+def collect_write_errors() -> Iterator[list[str]]:
+    """Collect the errors of a full disk as text, so that the processes can agree on what to do."""
     problems: list[str] = []
     try:
         yield problems
@@ -107,11 +107,11 @@ def noting_write_errors() -> Iterator[list[str]]:
         if not isinstance(error, OSError | SafetensorError) and not any(name in str(error) for name in _TORCH_WRITERS):
             raise
         named = isinstance(error, OSError | SafetensorError)
-        problems.append(first_line(error) if named else "not all bytes were taken")
+        problems.append(first_line(error) if named else "not all bytes were written")
 
 
 def free_space(path: Path) -> str:
-    """What is left on the disk of a path, in words."""
+    """The free space on the disk of a path, as text."""
     while not path.exists():
         path = path.parent
     return f"{shutil.disk_usage(path).free / 1e6:,.1f} MB free in {path}"

@@ -1,1 +1,1 @@
-"""Data sets, their splits, and how images are read from them."""
+"""Data sets, their splits, and reading images."""

@@ -1,6 +1,6 @@
-"""Small data sets of real images, read without a download.
+"""Small data sets that are read without a download.
 
-They are photographs of clothes, which come with hierens, scikit-learn's digits, and Fashion-MNIST's idx files.
+They are the photographs of clothes in hierens, scikit-learn's digits, and Fashion-MNIST's idx files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from hierens.training.config import DataConfig
 
 CLOTHING = Path(__file__).with_name("clothing")
-"""the folder of the photographs, with where they are from; benchmarks/clothing_strips.py wrote it"""
+"""the folder of the photographs, with their sources; benchmarks/clothing_strips.py wrote it"""
 CLOTHING_SIDE = 32
 _DIGITS_HELD_OUT = 450
 _PHOTOGRAPHED = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
@@ -24,14 +24,14 @@ _CLOTHES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 CLASSES = {"clothing": _PHOTOGRAPHED, "digits": tuple(map(str, range(10))), "fashion_mnist": _CLOTHES}
-"""of each data set, by name"""
+"""class names of each data set"""
 
 
 def read_built_in(config: DataConfig, split: str) -> tuple[Any, Any]:
-    """Images (N, H, W), or (N, H, W, 3) in colour, in bytes and labels (N,) of a split.
+    """Images (N, H, W), or (N, H, W, 3) in colour, as bytes, and labels (N,) of a split.
 
     Raises:
-        ValueError: there is no such split, or data that are missing or damaged.
+        ValueError: there is no such split, or its data are missing or damaged.
     """
     read = {"clothing": clothing, "digits": digits, "fashion_mnist": fashion_mnist}[config.dataset]
     if split not in ("train", "validation"):
@@ -40,9 +40,9 @@ def read_built_in(config: DataConfig, split: str) -> tuple[Any, Any]:
 
 
 def clothing(config: DataConfig, training: bool) -> tuple[Any, Any]:
-    """3,781 photographs of clothes at 32x32 pixels: 1,893 to learn from and 1,888 held out, always the same.
+    """3,781 photographs of clothes at 32x32 pixels: 1,893 for training and 1,888 held out, always the same.
 
-    A class is a JPEG whose photographs stand one below the other.
+    Each class is a JPEG with its photographs one below the other.
     """
     folder = CLOTHING / ("train" if training else "validation")
     strips = []
@@ -58,7 +58,7 @@ def digits(config: DataConfig, training: bool) -> tuple[Any, Any]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ValueError("the digits come with scikit-learn: pip install 'hierens[demo]'.") from error
+        raise ValueError("the digits are part of scikit-learn: pip install 'hierens[demo]'.") from error
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     train_x, val_x, train_y, val_y = train_test_split(

@@ -1,4 +1,4 @@
-"""Whether images that are read as grey have colours that are lost."""
+"""Warns if images that are read as grey have colours."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import numpy as np
 import timm.data
 from PIL import Image
 
-_LOOKED_AT, _SIDE = 8, 64
-_DIFFERENCE = 24  # of the channels of a pixel, from 0 to 255; what JPEG leaves of a grey image stays below
+_CHECKED, _SIDE = 8, 64  # images, and pixels per side
+_DIFFERENCE = 24  # between a pixel's channels, from 0 to 255; in a grey image, JPEG causes smaller ones
 
 
 def warn_of_lost_colours(dataset: Any) -> None:
-    """Say so once if one of the first images of a map-style data set of timm's or torchvision's has colours."""
-    if any(_has_colours(dataset, index) for index in range(min(len(dataset), _LOOKED_AT))):
+    """Warn once if one of the first images of a map-style data set of timm or torchvision has colours."""
+    if any(_has_colours(dataset, index) for index in range(min(len(dataset), _CHECKED))):
         warnings.warn(
-            "the images have colours, and input_size asks for 1 channel: they are read as grey. For colours give "
-            "input_size 3 channels.",
+            "the images have colours, and input_size has 1 channel: they are read as grey. For colours use 3 channels.",
             stacklevel=2,
         )
 
@@ -30,9 +29,9 @@ def _has_colours(dataset: Any, index: int) -> bool:
         if isinstance(found, Image.Image):
             return _is_coloured(found)
         with open(found, "rb") if isinstance(found, Path) else found as file, Image.open(file) as image:
-            image.draft("RGB", (_SIDE, _SIDE))  # a JPEG is decoded in small
+            image.draft("RGB", (_SIDE, _SIDE))  # decode a JPEG at reduced size
             return _is_coloured(image)
-    except Exception:  # an image that cannot be read is counted when it is its turn
+    except Exception:  # an image that cannot be read is counted later
         return False
 
 

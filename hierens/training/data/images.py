@@ -1,7 +1,8 @@
-"""Images by index: whatever a sample's augmentation draws depends only on the seed, the epoch and the index.
+"""Map-style data sets of images.
 
-Not on the number of workers or processes, nor on where a run was resumed. An image that cannot be read is replaced in
-training by another, drawn by the same three numbers, and belongs to no class in validation.
+The random numbers of a sample's augmentation depend only on the seed, the epoch and the index, not on the number of
+workers or processes, nor on where a run was resumed. An image that cannot be read is replaced in training by another,
+drawn with the same seed, and has no class in validation.
 """
 
 from __future__ import annotations
@@ -19,14 +20,11 @@ from torch.utils.data import Dataset
 from hierens.core.labels import NO_CLASS
 from hierens.training.data.decoding import Source
 from hierens.training.data.unreadable import Unreadable, UnreadableImageError
-from hierens.training.randomness import random_numbers_of
+from hierens.training.randomness import seeded
 
 
 class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
-    """Images that fit into memory: an array (N, H, W) or (N, H, W, 3) of bytes and a label each.
-
-    `classes` names them, if known.
-    """
+    """Images in memory: an array (N, H, W) or (N, H, W, 3) of bytes, labels, and the classes' names if known."""
 
     def __init__(
         self,
@@ -48,16 +46,15 @@ class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
 
 
 class StoredImages(Dataset[tuple[torch.Tensor, int]]):
-    """Images of a map-style data set of timm's or torchvision's, transformed.
+    """Transformed images of a map-style data set of timm or torchvision.
 
-    timm's own class puts a neighbour in the place of an image that it cannot read, and says so only in a warning. This
-    one raises.
+    timm's own class replaces an image that it cannot read by a neighbour, with only a warning. This one raises.
 
     Args:
-        dataset: the data set; its own transform is put aside.
-        decode: a file or a PIL image -> a PIL image as the model sees it.
+        dataset: the data set; its own transform is removed.
+        decode: a file or a PIL image -> a PIL image as input of the model.
         transform: PIL image -> tensor (C, H, W).
-        classes: by name, if known.
+        classes: names of the classes, if known.
     """
 
     def __init__(
@@ -70,11 +67,11 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
         self.dataset, self.decode, self.transform, self.classes = dataset, decode, transform, classes
         self._numbers: Sequence[int] | None = None
         dataset.transform = None
-        if hasattr(dataset, "loader"):  # torchvision's own would lose bits and orientation
+        if hasattr(dataset, "loader"):  # torchvision's own ignores 16-bit values and orientation
             dataset.loader = Path
 
     def renumber(self, classes: Sequence[str], numbers: Sequence[int] | None) -> None:
-        """Give labels of other classes: `numbers` has one of `classes` for each label of the data set, None its own."""
+        """Map the labels to other classes: `numbers` has the new label for each of the data set's; None keeps them."""
         self.classes, self._numbers = classes, numbers
 
     def __len__(self) -> int:
@@ -83,7 +80,7 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         try:
             image, target = self._read(index)
-        except Exception as error:  # whatever data sets come up with where a file is gone
+        except Exception as error:  # data sets raise all kinds of errors for a missing file
             raise UnreadableImageError(f"{self._name(index)}: {error or type(error).__name__}") from error
         if target is None:
             return self.transform(image), NO_CLASS
@@ -102,27 +99,27 @@ class StoredImages(Dataset[tuple[torch.Tensor, int]]):
             if isinstance(self.dataset, timm.data.ImageDataset):
                 return str(self.dataset.filename(index, absolute=True))
             return str(self.dataset.samples[index][0])
-        except Exception:  # not every data set names its files
+        except Exception:  # not every data set has file names
             return f"image {index}"
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set whose samples draw their random numbers from (seed, epoch, index) alone.
+    """A data set whose samples' random numbers depend only on (seed, epoch, index).
 
-    A sample that raises `UnreadableImageError` is counted, and replaced by one that the same three numbers draw.
+    A sample that raises `UnreadableImageError` is counted, and replaced by a random one, drawn with the same seed.
 
     Args:
         dataset: a map-style data set.
         seed: of the run.
-        unreadable: counts.
+        unreadable: counts the samples.
     """
 
     def __init__(self, dataset: Any, seed: int, unreadable: Unreadable | None = None) -> None:
         self.dataset, self.seed, self.unreadable = dataset, seed, unreadable or Unreadable()
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see it change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see changes
 
     def set_epoch(self, epoch: int) -> None:
-        """Samples fetched from now on belong to this epoch."""
+        """Set the epoch of the samples that are read from now on."""
         self.epoch.fill_(epoch)
         self.unreadable.start()
 
@@ -130,7 +127,7 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        with random_numbers_of(self.seed, int(self.epoch), int(index)):
+        with seeded(self.seed, int(self.epoch), int(index)):
             while True:
                 try:
                     sample = self.dataset[index]
@@ -143,19 +140,19 @@ class SeededDataset(Dataset[Any]):
 
 
 class HeldOutDataset(Dataset[Any]):
-    """A data set to validate on, in which an image that cannot be read is blank and of no class.
+    """A data set for validation, in which an image that cannot be read is blank and has no class.
 
     Args:
         dataset: a map-style data set.
         input_size: (C, H, W) of the blank image.
-        unreadable: counts.
+        unreadable: counts the samples.
     """
 
     def __init__(self, dataset: Any, input_size: tuple[int, int, int], unreadable: Unreadable) -> None:
         self.dataset, self.input_size, self.unreadable = dataset, input_size, unreadable
 
     def set_epoch(self, epoch: int) -> None:
-        """A new pass begins. Accelerate calls this."""
+        """Start a new pass. Accelerate calls this."""
         self.unreadable.start()
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""From a data set's name to loaders, by timm's factories.
+"""Creates loaders from a data set's name, with timm's factories.
 
-Whatever a sample's augmentation draws at random depends only on the seed, the epoch and the sample: not on where a run
-was resumed, nor, unless samples come as a stream, on the number of workers or processes.
+The random numbers of a sample's augmentation depend only on the seed, the epoch and the sample: not on where a run was
+resumed, nor, except for streams, on the number of workers or processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hierens.training.data.unreadable import Unreadable
 
 BUILT_IN = tuple(CLASSES)
 _STREAMED = ("wds/", "hfids/")
-_HOSTED = ("hfds/", *_STREAMED)  # their readers find the data by themselves
+_HOSTED = ("hfds/", *_STREAMED)  # their readers find the data themselves
 
 
 def create_loaders(
@@ -45,20 +45,19 @@ def create_loaders(
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Loaders of (images (N, C, H, W), targets (N,)) for training, shuffled, and for validation.
 
-    Streams are divided over processes by their readers, so their loaders come prepared for Accelerate, which leaves
-    them as they are, and in training with as many batches for every process.
+    Streams are divided over processes by their readers. Their loaders are marked as prepared, so that Accelerate does
+    not change them, and in training every process gets the same number of batches.
 
     Args:
         config: the data.
         batch_size: images per training micro-batch, over all processes together.
         val_batch_size: images per validation step, over all processes together.
-        seed: of the augmentation and of a stream's order; else the order is drawn by the sampler that Accelerate puts
-            in.
-        cpu: whether training is on the CPU even where an accelerator is to hand; several processes that read a stream
-            are made known to each other here.
+        seed: of the augmentation and of a stream's order; in other data, Accelerate's sampler draws the order.
+        cpu: whether training uses the CPU even if an accelerator is available. For a stream, the process group is
+            created here.
 
     Raises:
-        ValueError: data that is missing, empty, damaged or smaller than a batch, or a stream with too few shards.
+        ValueError: data are missing, empty, damaged or fewer than a batch, or a stream has too few shards.
     """
     if config.dataset.startswith(_STREAMED):
         return _stream_loaders(config, batch_size, val_batch_size, seed, PartialState(cpu=cpu))
@@ -77,20 +76,20 @@ def create_loaders(
 
 
 def create_datasets(config: DataConfig) -> tuple[Any, Any]:
-    """Training and validation data with their transforms, before batching; of a stream, timm's data sets.
+    """Training and validation data with their transforms, before batching; for a stream, timm's data sets.
 
-    Classes have the numbers that they have in training. Warnings name classes without images, and lost colours.
+    Validation labels are numbered as in training. It warns about classes without images and about lost colours.
 
     Raises:
-        ValueError: data that is missing, empty or damaged, or an unknown name; the same images in both splits; classes
-            in validation that training lacks.
+        ValueError: data are missing, empty or damaged; an unknown name; the same images in both splits; classes in
+            validation that training lacks.
     """
-    places = _folder(config, "train_split"), _folder(config, "val_split")
-    if places[0] and places[1]:
-        check_folders(places[0], places[1])
-    train = _dataset(config, config.train_split, True, places[0])
-    val = _dataset(config, config.val_split, False, places[1])
-    _check_apart(config, train, val)
+    train_folder, val_folder = _folder(config, "train_split"), _folder(config, "val_split")
+    if train_folder and val_folder:
+        check_folders(train_folder, val_folder)
+    train = _dataset(config, config.train_split, True, train_folder)
+    val = _dataset(config, config.val_split, False, val_folder)
+    _check_disjoint(config, train, val)
     if isinstance(val, StoredImages) and val.classes and train.classes:
         val.renumber(train.classes, match_classes(val.classes, train.classes, config.val_split, "training"))
     _warn_of_lost_colours(config, train)
@@ -98,44 +97,44 @@ def create_datasets(config: DataConfig) -> tuple[Any, Any]:
 
 
 def create_held_out(config: DataConfig, classes: Sequence[str] | int | None = None) -> Any:
-    """The validation data alone, as `create_datasets` makes them, for a model that is there already.
+    """The validation data alone, as from `create_datasets`, for an existing model.
 
     Args:
         config: the data.
-        classes: of the model, by name: image folders get their numbers. Or how many, of a model that names none.
+        classes: the model's class names, by which the labels of image folders are numbered; or the number of classes,
+            if the model has no names.
 
     Raises:
-        ValueError: data that is missing, empty or damaged, or an unknown name; folders of other classes than the
-            model's.
+        ValueError: data are missing, empty or damaged; an unknown name; folders of other classes than the model's.
     """
-    place = _folder(config, "val_split")
-    if place:
-        check_folder(place)
-    dataset = _dataset(config, config.val_split, False, place)
-    if place and classes:
-        dataset.renumber(*match_model(dataset.classes, classes, place))
+    folder = _folder(config, "val_split")
+    if folder:
+        check_folder(folder)
+    dataset = _dataset(config, config.val_split, False, folder)
+    if folder and classes:
+        dataset.renumber(*match_model(dataset.classes, classes, folder))
     _warn_of_lost_colours(config, dataset)
     return dataset
 
 
 def data_signature(loader: Any) -> dict[str, int]:
-    """What the order of a loader's samples depends on beside seed and epoch: a resumed run must have the same.
+    """What the order of a loader's samples depends on besides seed and epoch; it must not change in a resumed run.
 
     Returns:
-        `processes` and `workers` for a stream; nothing for data by index, whose order depends on neither.
+        `processes` and `workers` for a stream; nothing for other data.
     """
     return dict(getattr(loader.dataset, "signature", {}))
 
 
 def check_division(batch_size: int, val_batch_size: int, processes: int) -> None:
-    """See that micro-batches divide over processes.
+    """Check that micro-batches can be divided over processes.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they cannot.
     """
     for name, size in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
         if size % processes:
-            raise ValueError(f"{name}: {size} images per micro-batch do not divide over {processes} processes.")
+            raise ValueError(f"{name}: {size} images per micro-batch cannot be divided over {processes} processes.")
 
 
 def create_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
@@ -166,7 +165,7 @@ def create_transform(config: DataConfig, training: bool) -> Callable[[Image.Imag
 
 
 def class_names(dataset: Any) -> list[str] | None:
-    """The classes of a data set of `create_datasets` or a loader's `dataset` by name, if it names them."""
+    """The class names of a data set of `create_datasets` or of a loader's `dataset`, if it has any."""
     if isinstance(dataset, SeededDataset | HeldOutDataset):
         return class_names(dataset.dataset)
     for owner in (getattr(dataset, "reader", None), dataset):
@@ -180,10 +179,10 @@ def class_names(dataset: Any) -> list[str] | None:
 
 
 def count_classes(dataset: Any) -> int:
-    """How many classes a data set of `create_datasets` or a loader's `dataset` has.
+    """The number of classes of a data set of `create_datasets` or of a loader's `dataset`.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: it is unknown.
     """
     if names := class_names(dataset):
         return len(names)
@@ -191,13 +190,13 @@ def count_classes(dataset: Any) -> int:
         return count_classes(dataset.dataset)
     if isinstance(dataset, ArrayImages):
         return int(dataset.labels.max()) + 1
-    raise ValueError("the data set does not say how many classes it has: give num_classes.")
+    raise ValueError("the data set's number of classes is unknown: give num_classes.")
 
 
 class _Fit:
-    """Bring an image to a size: by zero padding if it is just short of it, by resizing otherwise.
+    """Bring an image to a size: by zero padding if it is slightly smaller, otherwise by resizing.
 
-    28x28 Fashion-MNIST keeps its pixels in 32x32 this way, as is the custom.
+    28x28 Fashion-MNIST is thus padded to 32x32, as is common.
     """
 
     def __init__(self, size: tuple[int, int], margin: int, interpolation: T.InterpolationMode) -> None:
@@ -215,7 +214,7 @@ class _Fit:
 def _stream_loaders(
     config: DataConfig, batch_size: int, val_batch_size: int, seed: int, state: PartialState
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """As `create_loaders`; the process group must exist, since timm's readers ask it which shards are theirs."""
+    """As `create_loaders`; the process group must exist, since timm's readers select their shards by it."""
     processes = state.num_processes
     check_division(batch_size, val_batch_size, processes)
     train, val = create_datasets(config)
@@ -235,7 +234,7 @@ def _stream_loader(stream: Stream, batch_size: int, config: DataConfig, state: P
     prepared = prepare_data_loader(
         loader, state.device, num_processes=1, process_index=0, dispatch_batches=False, put_on_device=True
     )
-    prepared._is_accelerate_prepared = True  # or Accelerate would divide once more what has been divided
+    prepared._is_accelerate_prepared = True  # otherwise Accelerate would divide the batches again
     return prepared
 
 
@@ -249,7 +248,7 @@ def _check_size(images: int, batch_size: int) -> None:
 
 
 def _folder(config: DataConfig, field: str) -> str | None:
-    """Where a split lies, if the data set is an image folder."""
+    """The folder of a split, if the data set is an image folder."""
     if not _in_folders(config):
         return None
     _check_directory(config)
@@ -260,12 +259,12 @@ def _in_folders(config: DataConfig) -> bool:
     return config.dataset not in BUILT_IN and is_folder(config.dataset)
 
 
-def _check_apart(config: DataConfig, train: Any, val: Any) -> None:
-    """See that the splits of a data set by name are not of the same images; folders have been looked at by then."""
+def _check_disjoint(config: DataConfig, train: Any, val: Any) -> None:
+    """Check that the splits of a named data set do not share images; image folders are checked by `check_folders`."""
     splits = config.train_split, config.val_split
     if config.dataset.startswith("wds/"):
         same = not set(train.reader.split_info.filenames).isdisjoint(val.reader.split_info.filenames)
-    elif config.dataset.startswith("torch/"):  # all but the names of training mean the test set to timm
+    elif config.dataset.startswith("torch/"):  # for timm, any name that is not one of training means the test set
         parts = [getattr(data.dataset, "train", name) for data, name in zip((train, val), splits, strict=True)]
         same = parts[0] == parts[1]
     else:
@@ -286,15 +285,15 @@ def _warn_of_lost_colours(config: DataConfig, dataset: Any) -> None:
         warn_of_lost_colours([(Image.fromarray(image),) for image in dataset.images[:8]])
 
 
-def _dataset(config: DataConfig, split: str, training: bool, place: str | None) -> Any:
-    """A split with its transform: augmented and, if a stream, shuffled for training; `place` is an image folder's."""
+def _dataset(config: DataConfig, split: str, training: bool, folder: str | None) -> Any:
+    """A split with its transform; for training it is augmented and, if it is a stream, shuffled."""
     transform = create_transform(config, training)
     mode = "L" if config.input_size[0] == 1 else "RGB"
     if config.dataset in BUILT_IN:
         images, labels = read_built_in(config, split)
         names = CLASSES[config.dataset]
         return ArrayImages(images, labels, mode, transform, names if labels.max() < len(names) else None)
-    dataset = _timm_dataset(config, split, training, mode, place)
+    dataset = _timm_dataset(config, split, training, mode, folder)
     if config.dataset.startswith(_STREAMED):
         dataset.transform = transform
         return dataset
@@ -306,18 +305,18 @@ def _check_directory(config: DataConfig) -> None:
     if not config.data_dir:
         raise ValueError(f"data_dir is needed, the folder that holds {name or 'the images'}.")
     if not root.is_dir():
-        raise ValueError(f"the data directory {root} does not exist: give data_dir the folder that holds the images.")
+        raise ValueError(f"the data directory {root} does not exist: set data_dir to the folder that holds the images.")
     if not any(root.iterdir()):
-        raise ValueError(f"the data directory {root} is empty: it should hold a folder per split or class.")
+        raise ValueError(f"the data directory {root} is empty: it must hold a folder per split or class.")
 
 
-def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, place: str | None) -> Any:
-    name, root = config.dataset, place or config.data_dir
+def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, folder: str | None) -> Any:
+    name, root = config.dataset, folder or config.data_dir
     for prefix, package in (("wds/", "webdataset"), ("hfds/", "datasets"), ("hfids/", "datasets")):
         if name.startswith(prefix) and find_spec(package) is None:
-            raise ValueError(f"{name} is read by the package {package}: pip install 'hierens[data]'.")
+            raise ValueError(f"{name} needs the package {package}: pip install 'hierens[data]'.")
     if name.startswith("tfds/"):
-        raise ValueError(f"{name} cannot be resumed exactly, so it is not read here: use hfds/, hfids/ or wds/.")
+        raise ValueError(f"{name} cannot be resumed exactly, so it is not supported: use hfds/, hfids/ or wds/.")
     if not name.startswith(_HOSTED) or (name.startswith("wds/") and ":" not in config.data_dir):
         _check_directory(config)
     options: dict[str, Any] = {}
@@ -325,8 +324,8 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, pla
         options["num_samples"] = config.num_samples
     if name.startswith("wds/"):
         options["input_key"] = "jpg;jpeg;png;webp"
-    if place:
-        options["search_split"] = False  # timm would read the whole root where the split is missing
+    if folder:
+        options["search_split"] = False  # otherwise timm reads the whole root if the split is missing
     try:
         dataset = timm.data.create_dataset(
             name, root=root or None, split=split, is_training=training, input_img_mode=mode, **options
@@ -335,7 +334,7 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, pla
         raise ValueError(f"timm cannot read the data set {name!r} in {root} ({split} split): {error}") from error
     if isinstance(dataset, Sized) and not name.startswith(_STREAMED) and len(dataset) == 0:
         raise ValueError(
-            f"the data directory {root} holds no images in its {split} split: one folder per class is due."
+            f"the data directory {root} holds no images in its {split} split: it must hold a folder per class."
         )
     return dataset
 

@@ -1,7 +1,7 @@
-"""Image folders: which folder is which split, and whether the two go together.
+"""Image folders: finds the folder of each split, and checks that the two splits fit together.
 
-timm reads the whole root where a split's folder is missing, follows links in circles, and numbers the classes of every
-split anew. What comes of it is refused here, before the first step.
+timm reads the whole root if a split's folder is missing, follows links in cycles, and numbers the classes of every
+split separately. These cases are refused before the first step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hierens.core.errors import did_you_mean
 
 _SHOWN = 5  # names in a message
 _EXTENSIONS = get_img_extensions(as_set=True)
-_NAMED = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's prefixes; all else is a folder
+_NAMED = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's prefixes; every other name is a folder
 
 
 def is_folder(dataset: str) -> bool:
@@ -27,20 +27,18 @@ def is_folder(dataset: str) -> bool:
 
 
 def split_folder(root: str, split: str, field: str) -> str:
-    """The folder (or tar file) of a split: by its name, or by another that timm takes for the same.
+    """The folder (or tar file) of a split: that of its name, or of a name that timm uses as a synonym.
 
     Args:
         root: of the data set.
         split: its name; empty for the root itself.
-        field: of the configuration that named it, for the message.
+        field: the configuration's field with the name, for the message.
 
     Raises:
-        ValueError: it is not there, or it is a slice, which folders do not have.
+        ValueError: the folder does not exist, or the name is a slice, which folders do not have.
     """
     if "[" in split:
-        raise ValueError(
-            f"{field} {split!r} asks for a slice, and image folders are read whole: name a folder of {root}."
-        )
+        raise ValueError(f"{field} {split!r} is a slice, which image folders do not have: give a folder of {root}.")
     found = str(_search_split(root, split))
     if found != root or not split:
         return found
@@ -49,31 +47,31 @@ def split_folder(root: str, split: str, field: str) -> str:
     folders = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
     there = f"it holds {_some(folders)}" if folders else "it holds no folders"
     raise ValueError(
-        f"{field} asks for {split!r}, and {root} has no folder of that name{did_you_mean(split, folders)} (looked for "
-        f"{split}{tried}; {there}): give {field} the folder of the split."
+        f"{field} is {split!r}, and {root} has no folder of that name{did_you_mean(split, folders)} (looked for "
+        f"{split}{tried}; {there}): set {field} to the folder of the split."
     )
 
 
 def check_folders(train: str, val: str) -> None:
-    """See that no image is in both splits, that no link leads in circles and that every image is in a class folder.
+    """Check that no image is in both splits, that no link leads in a cycle and that every image is in a class folder.
 
-    This lists all folders of both splits once, and asks the file system for every image of validation (and for every
-    one of training, if some of validation have several names, as hard links give them), links besides. For 200,000
-    images that took 1.2 seconds on a local disk, where timm's own listing took 3.5.
+    This lists all folders of both splits once, and queries every image of validation (and, if some of them have several
+    hard links, every image of training) and every symbolic link. For 200,000 images that took 1.2 seconds on a local
+    disk, where timm's own listing took 3.5.
 
     Args:
         train: folder of the training split.
         val: of the validation split.
 
     Raises:
-        ValueError: they do not go together; names an example. Or a folder cannot be read.
+        ValueError: a check fails, the message has an example; or a folder cannot be read.
     """
     if os.path.samefile(train, val):
         raise ValueError(
             f"training and validation images are the same: train_split and val_split both mean {os.path.realpath(val)}."
         )
     if not os.path.isdir(train) or not os.path.isdir(val):
-        return  # timm reads tar files, too
+        return  # timm also reads tar files
     held_out: dict[str, str] = {}
     linked: dict[tuple[int, int], str] = {}
     for path, real in walk_split(val, []):
@@ -95,15 +93,15 @@ def check_folders(train: str, val: str) -> None:
     if both:
         raise ValueError(
             f"{len(both)} of the training images are validation images as well, such as {both[0][0]}, the same file as "
-            f"{both[0][1]}: leave them out of one of the two."
+            f"{both[0][1]}: remove them from one of the two."
         )
 
 
 def check_folder(folder: str) -> None:
-    """See that no link in a split leads in circles and that every image is in a class folder; lists all folders once.
+    """Check that no link in a split leads in a cycle and that every image is in a class folder.
 
     Raises:
-        ValueError: they do, or one is not; or a folder cannot be read.
+        ValueError: a check fails, or a folder cannot be read.
     """
     if os.path.isdir(folder):
         for _ in walk_split(folder, []):
@@ -115,10 +113,10 @@ def walk_split(folder: str, empty: list[str]) -> Iterator[tuple[str, str]]:
 
     Args:
         folder: of the split.
-        empty: takes the names of class folders that hold no images.
+        empty: receives the names of class folders without images.
 
     Raises:
-        ValueError: a link leads in circles, an image lies in no class folder, or a folder cannot be read.
+        ValueError: a link leads in a cycle, an image is in no class folder, or a folder cannot be read.
     """
     real = os.path.realpath(folder)
     try:
@@ -131,35 +129,31 @@ def walk_split(folder: str, empty: list[str]) -> Iterator[tuple[str, str]]:
                     if found is None and not entry.name.startswith("."):
                         empty.append(entry.name)
                 elif _is_image(entry):
-                    raise ValueError(
-                        f"{entry.path} lies in no class folder: there should be one per class in {folder}."
-                    )
+                    raise ValueError(f"{entry.path} is in no class folder: {folder} must have a folder per class.")
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def match_classes(own: Sequence[str], wanted: Sequence[str], where: str, of: str) -> list[int] | None:
-    """The numbers that a split's classes have elsewhere: in training, or in a model.
+    """The indices of a split's classes in training or in a model.
 
     Args:
-        own: classes of the split by name.
-        wanted: the classes by which its labels are to go.
+        own: class names of the split.
+        wanted: class names of training or of the model.
         where: the split, for messages.
-        of: who has `wanted`, for messages.
+        of: the owner of `wanted`, for messages.
 
     Returns:
-        A number in `wanted` per class of the split; None if the two are the same.
+        An index into `wanted` per class of the split; None if the two are the same.
 
     Raises:
-        ValueError: the split has classes that are not among `wanted`.
+        ValueError: the split has classes that are not in `wanted`.
     """
     if list(own) == list(wanted):
         return None
     numbers = {name: number for number, name in enumerate(wanted)}
     if unknown := [name for name in own if name not in numbers]:
-        raise ValueError(
-            f"{where} has classes that {of} does not have: {_some(unknown)}. There they are {_some(wanted)}."
-        )
+        raise ValueError(f"{where} has classes that {of} does not have: {_some(unknown)}. It has {_some(wanted)}.")
     there = set(own)
     if missing := [name for name in wanted if name not in there]:
         warnings.warn(f"{where} has no images of some classes of {of}: {_some(missing)}.", stacklevel=2)
@@ -167,30 +161,30 @@ def match_classes(own: Sequence[str], wanted: Sequence[str], where: str, of: str
 
 
 def match_model(own: Sequence[str], model: Sequence[str] | int, where: str) -> tuple[Sequence[str], list[int] | None]:
-    """The classes of a model, and the numbers that a split's classes have there.
+    """The classes of a model, and the indices of a split's classes in it.
 
-    Folders may be called otherwise than the model calls its classes. If no name is in common and there are as many,
-    they are taken in their order, with a warning.
+    The names of folders may differ from the model's. If no name is in common and the numbers are equal, the classes are
+    matched by their order, with a warning.
 
     Args:
-        own: classes of the split by name.
-        model: the model's by name, or how many.
+        own: class names of the split.
+        model: the model's class names, or their number.
         where: the split, for messages.
 
     Raises:
-        ValueError: the split has other classes, or fewer than a model that does not name its own.
+        ValueError: the split has other classes, or another number than a model without class names.
     """
     if isinstance(model, int):
         if len(own) != model:
             raise ValueError(
-                f"{where} has {len(own)} classes and the model {model}, which it does not name, so that nobody knows "
-                "which one a folder means: give its config.json label_names, or every class a folder with images."
+                f"{where} has {len(own)} classes and the model {model} without names, so the folders cannot be matched "
+                "to them: add label_names to the model's config.json, or a folder with images for every class."
             )
         return own, None
     if len(own) == len(model) and set(own).isdisjoint(model):
         warnings.warn(
-            f"the folders in {where} ({_some(own)}) are not called as the model's classes ({_some(model)}): they are "
-            "taken in their order.",
+            f"the folders in {where} ({_some(own)}) have other names than the model's classes ({_some(model)}): they "
+            "are matched by their order.",
             stacklevel=2,
         )
         return own, None
@@ -201,7 +195,7 @@ def _images(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     real = os.path.realpath(folder)
     if real in above:
         raise ValueError(
-            f"{folder} is a link to {real}, which holds it: images would be read again and again. Remove it."
+            f"{folder} is a link to {real}, which contains it: images would be read again and again. Remove it."
         )
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -214,7 +208,7 @@ def _images(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: whoever opens it will say so
+    except OSError:  # a link to itself raises when it is opened
         return False
 
 
@@ -225,7 +219,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 def _file_of_several_names(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)
-    except OSError:  # an image that cannot be read is counted when it is its turn
+    except OSError:  # an image that cannot be read is counted later
         return None
     return (status.st_dev, status.st_ino) if status.st_nlink > 1 else None
 

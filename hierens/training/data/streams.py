@@ -1,8 +1,7 @@
-"""Streams: samples that come one after the other, from WebDataset shards or the Hugging Face Hub.
+"""Streams of samples from WebDataset shards or the Hugging Face Hub.
 
-timm's readers say what there is and who reads which shards. What they leave to chance or to a warning is settled here:
-order and augmentation depend only on the seed, the epoch, the process and the worker; an image that cannot be read is
-skipped and counted.
+timm's readers list the shards and divide them over workers. In addition, order and augmentation depend here only on the
+seed, the epoch, the process and the worker, and images that cannot be read are skipped and counted.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hierens.training.data.decoding import DecodingError, Source
 from hierens.training.data.unreadable import Unreadable, UnreadableDataError
-from hierens.training.randomness import random_numbers_of, seed_of
+from hierens.training.randomness import seed_of, seeded
 
 _BLANK = b"P5 1 1 255\n\0"  # the smallest image
 
@@ -28,12 +27,12 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
     """One pass over the shards of this process, each sample once: for validation.
 
     Args:
-        reader: timm's `ReaderWds` or `ReaderHfids`, made once the process group exists.
-        decode: a file or its bytes -> a PIL image as the model sees it.
+        reader: timm's `ReaderWds` or `ReaderHfids`, created after the process group.
+        decode: a file or its bytes -> a PIL image as input of the model.
         transform: PIL image -> tensor (C, H, W).
         workers: loader processes.
         seed: of the run.
-        unreadable: counts.
+        unreadable: counts the samples.
     """
 
     def __init__(
@@ -50,15 +49,15 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
         self.workers, self.processes, self.process = max(workers, 1), reader.dist_num_replicas, reader.dist_rank
         self.epoch = 0
         reader.set_loader_cfg(num_workers=workers)
-        reader.common_seed = seed_of(seed)  # which is never negative, as its generators want it
+        reader.common_seed = seed_of(seed)  # never negative, as its generators require
 
     @property
     def signature(self) -> dict[str, int]:
-        """What the order of samples depends on beside seed and epoch."""
+        """What the order of samples depends on besides seed and epoch."""
         return {"processes": self.processes, "workers": self.workers}
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is this epoch's. Workers are started anew for it, so they need not be told."""
+        """Set the epoch of the next pass. Its workers are started afterwards, so they see it."""
         self.epoch = epoch
         self.unreadable.start()
 
@@ -67,14 +66,14 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
         worker = 0 if info is None else info.id
         for number, (image, target) in enumerate(self._samples(worker)):
             self.unreadable.count_read()
-            with random_numbers_of(self.seed, self.epoch, self.process, worker, number):
+            with seeded(self.seed, self.epoch, self.process, worker, number):
                 yield self.transform(image), target
 
     def _samples(self, worker: int) -> Iterator[tuple[Image.Image, int]]:
         return self._pass(worker, 0)
 
     def _pass(self, worker: int, number: int) -> Iterator[tuple[Image.Image, int]]:
-        """The shards of this worker once: shuffled, and anew for each `number`, if the reader is for training."""
+        """The shards of this worker once; for training they are shuffled, differently for each `number`."""
         read = _hugging_face if hasattr(self.reader, "builder") else _web_dataset
         mine, of = self.process * self.workers + worker, self.processes * self.workers
         for name, stored, target in read(self.reader, mine, of, (self.seed, self.epoch, number), self.unreadable):
@@ -87,9 +86,9 @@ class Stream(IterableDataset[tuple[torch.Tensor, int]]):
 
 
 class TrainStream(Stream):
-    """As many samples per epoch from every worker of every process, so that none waits for another in vain.
+    """A stream with the same number of samples per epoch for every worker of every process, for training.
 
-    Each gives its share of `num_samples`, rounded up to whole batches, and begins its shards again if they hold fewer.
+    Each worker yields its part of `num_samples`, rounded up to whole batches; it repeats its shards if they have fewer.
 
     Args:
         reader: as for `Stream`.
@@ -120,7 +119,7 @@ class TrainStream(Stream):
         if shards < self.workers * self.processes:
             raise ValueError(
                 f"the training split has {shards} shards for {self.processes} processes with {self.workers} workers "
-                "each, and a shard is read by one worker: lower workers, or write more shards."
+                "each, and a shard is read by one worker: use fewer workers, or more shards."
             )
 
     def __len__(self) -> int:
@@ -136,12 +135,12 @@ class TrainStream(Stream):
             samples = self._pass(worker, number)
             first = next(samples, None)
             if first is None:
-                raise UnreadableDataError(f"the shards of worker {worker} hold no image that can be read.")
+                raise UnreadableDataError(f"the shards of worker {worker} hold no readable image.")
             yield itertools.chain([first], samples)
 
 
 def hugging_face_bytes(stored: dict[str, Any]) -> bytes:
-    """The image of a row of a Hugging Face data set that is not to decode it, fetched from wherever it lies."""
+    """The encoded image in a row of a Hugging Face data set, read from its path or URL if it is not in the row."""
     from datasets.utils.file_utils import xopen
 
     if stored.get("bytes") is not None:
@@ -162,7 +161,7 @@ def _web_dataset(
 
     shards = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
     if reader.is_training:
-        random.Random(seed_of(*seeds[:2])).shuffle(shards)  # alike in all workers, so that their shares are disjoint
+        random.Random(seed_of(*seeds[:2])).shuffle(shards)  # the same in all workers, so that their parts are disjoint
     shards = shards[mine::of]
     if not shards:
         return
@@ -175,14 +174,14 @@ def _web_dataset(
         name = f"{sample['__url__']} {sample['__key__']}"
         try:
             stored = getfirst(sample, reader.input_key)
-            # timm says what the target is, but not without decoding an image, its own way.
+            # timm finds the target, but only together with an image that it decodes itself.
             found = _decode({**sample, "jpg": _BLANK}, "jpg", None, target_key, reader.split_info.alt_label)
-        except WdsTargetKeyError:  # the whole set lacks what was asked for
+        except WdsTargetKeyError:  # the whole data set lacks the key
             raise
-        except Exception as error:  # no image, or no number for a label
+        except Exception as error:  # no image, or a label that is no number
             unreadable.count_skipped(f"{name}: {error or type(error).__name__}")
             continue
-        if found is not None:  # a sample without a label is meant to be left out
+        if found is not None:  # samples without a label are left out on purpose
             yield name, stored, found["target"]
 
 
@@ -191,7 +190,7 @@ def _hugging_face(
 ) -> Iterator[tuple[str, bytes, int]]:
     from datasets import Image as ImageFeature
 
-    reader._lazy_init()  # anew for each pass; shards, shuffling and who reads what are timm's and datasets' own
+    reader._lazy_init()  # for each pass; timm and datasets choose the shards of each worker and shuffle
     samples = reader.ds.cast_column(reader.input_key, ImageFeature(decode=False))
     samples.set_epoch(seeds[1])
     for number, sample in enumerate(samples):
@@ -199,16 +198,16 @@ def _hugging_face(
         name = stored.get("path") or f"sample {number} of worker {mine} of {of}"
         try:
             content = hugging_face_bytes(stored)
-        except Exception as error:  # whatever stands between here and a file
+        except Exception as error:  # file systems and networks raise all kinds of errors
             unreadable.count_skipped(f"{name}: {error or type(error).__name__}")
             continue
         yield name, content, sample[reader.target_key]
 
 
 def _count_shards(reader: Any) -> int:
-    """How many shards there are to hand out to workers."""
+    """The number of shards that can be distributed to workers."""
     if hasattr(reader, "split_info"):
         return len(reader.split_info.filenames)
     shards = reader.builder.as_streaming_dataset(split=reader.split).num_shards
     whole = shards % reader.dist_num_replicas == 0
-    return shards if whole else shards * reader.dist_num_replicas  # each process then reads a part of every shard
+    return shards if whole else shards * reader.dist_num_replicas  # otherwise each process reads a part of every shard

@@ -1,6 +1,6 @@
-"""Images that cannot be read: counted where they are met, in loader workers, and reported where the run is led.
+"""Counts images that cannot be read, in loader workers, and reports them in the main process.
 
-One damaged file in a million must not end a run in its twentieth hour, and must not go unnoticed either.
+One damaged file must neither end a long run nor go unnoticed.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import get_worker_info
 
-_KEPT = 100  # names per worker and pass; the rest is only counted
+_KEPT = 100  # names per worker and pass; more are only counted
 _NAME_BYTES = 400
 _IN_A_ROW = 200
-_ENOUGH = 1000  # reads after which a share means something before a pass is over
+_ENOUGH = 1000  # reads after which the fraction is checked before a pass is over
 
 
 class UnreadableImageError(ValueError):
-    """One image cannot be read. It is skipped, and counted."""
+    """One image cannot be read. It is skipped and counted."""
 
 
 class UnreadableDataError(ValueError):
-    """So much of the data cannot be read that going on would hide a mistake."""
+    """Too much of the data cannot be read."""
 
 
 class Unreadable:
-    """How many samples one pass over the data read, and how many and which it could not read.
+    """Counts the samples that one pass over the data read, and those that it could not read, with their names.
 
-    Loader workers write and the main process reads: the counts lie in shared memory, a row per worker.
+    Loader workers write the counts and the main process reads them, in shared memory with a row per worker.
 
     Args:
         workers: loader processes; 0 reads in the main process.
-        limit: the largest share of unreadable samples that is put up with.
+        limit: the largest accepted fraction of unreadable samples.
     """
 
     def __init__(self, workers: int = 0, limit: float = 0.1) -> None:
@@ -45,24 +45,24 @@ class Unreadable:
         self._in_a_row = 0
 
     def start(self) -> None:
-        """Count from zero: a new pass begins."""
+        """Reset the counts for a new pass."""
         self._counts.zero_()
         self._in_a_row = 0
 
     def count_read(self) -> None:
-        """One more sample was read."""
+        """Count a sample that was read."""
         self._counts[_worker(), 0] += 1
         self._in_a_row = 0
 
     def count_skipped(self, reason: object) -> None:
-        """One more sample could not be read; `reason` names it.
+        """Count a sample that could not be read; `reason` names it.
 
         Raises:
-            UnreadableDataError: none could be read for so long that there may be none at all.
+            UnreadableDataError: too many in a row could not be read.
         """
         row, skipped = _worker(), int(self._counts[_worker(), 1])
         if skipped < _KEPT:
-            # Python's word for an open file says nothing, and differs from epoch to epoch.
+            # Python's representation of an open file is not informative, and differs in every epoch.
             name = " ".join(re.sub(r"<_io\.[^>]*>", "", str(reason)).split()).encode()[:_NAME_BYTES]
             self._names[row, skipped] = 0
             self._names[row, skipped, : len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
@@ -73,7 +73,7 @@ class Unreadable:
 
     @property
     def counts(self) -> tuple[int, int, list[str]]:
-        """In this process and its workers: samples read, samples that could not be read, the first of them by name."""
+        """Of this process and its workers: samples read, samples that could not be read, names of the first of them."""
         read, skipped = self._counts.sum(0).tolist()
         rows = zip(self._names, self._counts[:, 1].tolist(), strict=True)
         kept = [bytes(name.tolist()) for names, count in rows for name in names[: min(count, _KEPT)]]
@@ -84,12 +84,12 @@ def check_readable(loader: Any, part: str, over: bool = False) -> tuple[int, int
     """The counts of the current pass over a loader's data, summed over processes. Every process must call it.
 
     Args:
-        loader: its `dataset.unreadable` counts; one without has nothing to report.
-        part: what is read, for the message.
-        over: whether the pass is over, so that its share counts however few were read.
+        loader: its `dataset.unreadable` has the counts; without it, the result is empty.
+        part: the data's name, for the message.
+        over: whether the pass is over, so that the fraction is checked however few were read.
 
     Raises:
-        UnreadableDataError: a larger share than the limit cannot be read.
+        UnreadableDataError: a larger fraction than the limit cannot be read.
     """
     unreadable = getattr(loader.dataset, "unreadable", None)
     if unreadable is None:
@@ -105,20 +105,20 @@ def check_readable(loader: Any, part: str, over: bool = False) -> tuple[int, int
 
 
 def report_unreadable(accelerator: Accelerator, loader: Any, part: str, epoch: int, file: Path) -> dict[str, Any]:
-    """Say how many images the pass that is over skipped, and add their names to a file. Every process must call it.
+    """Print how many images a finished pass skipped, and add their names to a file. Every process must call it.
 
     Args:
-        accelerator: prints once.
-        loader: what the pass went over.
+        accelerator: prints in the main process.
+        loader: of the pass.
         part: `training` or `validation`.
-        epoch: from 1, for the report.
-        file: names the unreadable images with the reasons, a line each.
+        epoch: from 1, for the message.
+        file: for the names of unreadable images and the reasons, a line each.
 
     Returns:
-        What belongs into the log, nothing if all could be read.
+        Fields for the log, none if all images could be read.
 
     Raises:
-        UnreadableDataError: a larger share than the limit cannot be read.
+        UnreadableDataError: a larger fraction than the limit cannot be read.
     """
     read, skipped, names = check_readable(loader, part, over=True)
     if not skipped:
