@@ -11,8 +11,9 @@ from timm.optim import create_optimizer_v2
 import hierens
 from hierens.core.fetching import LoadError
 from hierens.evaluation.metrics import evaluate_model
+from hierens.evaluation.uncertainty import MEASURES
 from hierens.inference.calibration import calibrate, collect
-from hierens.inference.policies import MEASURES, Confidence, Deadline, FixedDepth, Load
+from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load
 
 BACKBONES = {
     "resnet10t": ("NCHW", {}),
