@@ -41,14 +41,14 @@ from hierens.evaluation.metrics import as_record, evaluate_model, ood_auroc
 from hierens.evaluation.profiling import millions, table
 from hierens.evaluation.uncertainty import MEASURES, Measure, mutual_information
 from hierens.inference.calibration import (
-    Answers,
+    CalibrationSet,
     calibrate,
     collect,
     exits,
-    fit_prediction_sets,
     fit_temperatures,
     mean_cost,
 )
+from hierens.inference.conformal import fit_prediction_sets
 from hierens.inference.policies import Deadline, FixedDepth, Prediction
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def test_loader(settings: Settings) -> DataLoader[Any]:
     return DataLoader(test_images(configured(DATA, "tree-labels", 0, settings.data_dir, ""), DATA), 500)
 
 
-def halves(answers: Answers) -> list[Answers]:
+def halves(answers: CalibrationSet) -> list[CalibrationSet]:
     """Every other image, and the others."""
     return [
         dataclasses.replace(
@@ -131,7 +131,7 @@ def curve(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _curve(answers: Answers) -> dict[str, Any]:
+def _curve(answers: CalibrationSet) -> dict[str, Any]:
     right = answers.logits.argmax(-1) == answers.labels[:, None]
     least, most = answers.macs[0], answers.macs[-1]
     of_run: dict[str, Any] = {"fixed": [answers.macs, (100 * right.double().mean(0)).tolist()], "off": []}
@@ -154,7 +154,7 @@ def _curve(answers: Answers) -> dict[str, Any]:
     return of_run
 
 
-def _same_for_all(answers: Answers, measure: Measure, budget: float) -> tuple[float, ...]:
+def _same_for_all(answers: CalibrationSet, measure: Measure, budget: float) -> tuple[float, ...]:
     """One threshold for all depths: the one of a grid that costs nearly the budget on held-out images."""
     sure = answers.certainties(measure)
     below = sure.shape[1] - 1
@@ -162,7 +162,7 @@ def _same_for_all(answers: Answers, measure: Measure, budget: float) -> tuple[fl
     return (min(grid, key=lambda value: abs(mean_cost(sure, [value] * below, answers.macs) - budget)),) * below
 
 
-def _judged(answers: Answers, measure: Measure, thresholds: tuple[float, ...]) -> tuple[float, float]:
+def _judged(answers: CalibrationSet, measure: Measure, thresholds: tuple[float, ...]) -> tuple[float, float]:
     """Mean MACs, and accuracy in percent."""
     sure = answers.certainties(measure)
     leave = exits(sure, thresholds)
@@ -204,7 +204,7 @@ def uncertainty(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _calibrated(held_out: Answers, judged: Answers) -> dict[str, list[float]]:
+def _calibrated(held_out: CalibrationSet, judged: CalibrationSet) -> dict[str, list[float]]:
     """Calibration error after a temperature per depth; how often and how large prediction sets are."""
     from torchmetrics.functional.classification import multiclass_calibration_error
 

@@ -15,23 +15,23 @@ if TYPE_CHECKING or "_hierens_cli" not in sys.modules:
     from hierens.cutting.cut import CutError, CutPoint, cut_points
     from hierens.inference.calibration import calibrate
     from hierens.models.adaptive import Adaptive
-    from hierens.models.conversion import hierensify
+    from hierens.models.conversion import hierensify, multi_exit, tree_with_exits
     from hierens.models.ensemble import FusedEnsemble, HierarchicalEnsemble
     from hierens.models.loading import from_pretrained
-    from hierens.models.multi_exit import MultiExit, multi_exit
-    from hierens.models.tree_exits import TreeWithExits, tree_with_exits
+    from hierens.models.multi_exit import MultiExit
+    from hierens.models.tree_exits import TreeWithExits
 else:
     _MODULES = {
         "core.protocol": ("Step",),
         "models.adaptive": ("Adaptive",),
         "inference.calibration": ("calibrate",),
         "cutting.cut": ("CutError", "CutPoint", "cut_points"),
-        "models.conversion": ("hierensify",),
+        "models.conversion": ("hierensify", "multi_exit", "tree_with_exits"),
         "models.ensemble": ("FusedEnsemble", "HierarchicalEnsemble"),
-        "models.multi_exit": ("MultiExit", "multi_exit"),
+        "models.multi_exit": ("MultiExit",),
         "models.loading": ("from_pretrained",),
         "core.tree": ("Tree",),
-        "models.tree_exits": ("TreeWithExits", "tree_with_exits"),
+        "models.tree_exits": ("TreeWithExits",),
     }
 
     def __getattr__(name: str) -> Any:

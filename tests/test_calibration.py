@@ -6,16 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import hierens
-from hierens.inference.calibration import (
-    Answers,
-    calibrate,
-    collect,
-    exits,
-    fit_prediction_sets,
-    fit_temperatures,
-    mean_cost,
-)
-from hierens.inference.policies import MEASURES
+from hierens.evaluation.uncertainty import MEASURES
+from hierens.inference.calibration import CalibrationSet, calibrate, collect, exits, fit_temperatures, mean_cost
+from hierens.inference.conformal import fit_prediction_sets
 
 MACS = (100, 140, 220, 380)
 
@@ -28,7 +21,7 @@ def made_up(images=4000, seed=0, classes=5):
     leaf = ease * F.one_hot(labels, classes)[:, None] + torch.randn(images, 8, classes, generator=generator)
     leaf = 2.5 * leaf
     nested = torch.stack([leaf[:, :n].mean(1) for n in (1, 2, 4, 8)], 1)
-    return Answers(nested, leaf.argmax(-1), labels, MACS)
+    return CalibrationSet(nested, leaf.argmax(-1), labels, MACS)
 
 
 @pytest.mark.parametrize("measure", MEASURES[:3])
@@ -66,7 +59,7 @@ def test_what_is_calibrated_is_what_the_policy_does():
 
 @pytest.mark.parametrize("budget", [99, 381])
 def test_a_budget_out_of_reach_is_refused(budget):
-    with pytest.raises(ValueError, match="the budget must lie from 100 to 380 MACs"):
+    with pytest.raises(ValueError, match="the budget must be from 100 to 380 MACs"):
         calibrate(None, made_up(100), budget)
 
 
@@ -78,7 +71,7 @@ def test_temperatures_lower_the_loss_and_leave_the_classes():
         p = fitted(test.logits[:, depth], depth)
         assert F.nll_loss(p.log(), test.labels) <= before + 1e-4
         assert torch.equal(p.argmax(-1), test.logits[:, depth].argmax(-1))
-    again = fit_temperatures(Answers(test.logits / 2, test.votes, test.labels, MACS))
+    again = fit_temperatures(CalibrationSet(test.logits / 2, test.votes, test.labels, MACS))
     twice = fit_temperatures(test)
     assert [2 * value for value in again.values] == pytest.approx(list(twice.values), rel=1e-3)
 
@@ -97,7 +90,7 @@ def test_prediction_sets_hold_the_class_as_often_as_promised(alpha):
 
 
 def test_too_few_images_cannot_promise_much():
-    with pytest.raises(ValueError, match=r"0.01 takes 99 images or more, got 50"):
+    with pytest.raises(ValueError, match=r"0.01 needs 99 images or more, got 50"):
         fit_prediction_sets(made_up(50), 0.01)
     with pytest.raises(ValueError, match="between 0 and 1, got 1"):
         fit_prediction_sets(made_up(50), 1)

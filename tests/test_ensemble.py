@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hierens
 from hierens.core.modes import quiet_dropout
 from hierens.core.tree import Tree
-from hierens.models.ensemble import _OWN
+from hierens.models.level_tree import BRANCH_PREFIX
 
 EXECUTORS = ("looped", "grouped")
 
@@ -149,7 +149,7 @@ def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
         with torch.no_grad():
             assert torch.allclose(small(images), model(images, depth=depth), atol=1e-5)
     ordinary = model.at_depth(0)
-    shapes = {_OWN.sub("", name): p.shape for name, p in ordinary.state_dict().items()}
+    shapes = {BRANCH_PREFIX.sub("", name): p.shape for name, p in ordinary.state_dict().items()}
     assert shapes == {name: p.shape for name, p in backbone.state_dict().items()}
     kept = {t.data_ptr() for t in model.state_dict().values()}
     assert all(t.data_ptr() not in kept for t in small.state_dict().values())
@@ -338,8 +338,8 @@ def test_half_precision_runs_both_ways(small_backbone, small_images):
         (lambda m, b, x: m(x[0]), r"expected images \(N, 1, H, W\)"),
         (lambda m, b, x: next(m.anytime(x[:, :0])), "expected images"),
         (lambda m, b, x: m.at_depth(4), "depth must be from 0 to 2"),
-        (lambda m, b, x: m.drop_leaves(4), "of 4 leaves from 0 to 3 can go, got 4"),
-        (lambda m, b, x: m.drop_leaves(-1), "of 4 leaves from 0 to 3 can go, got -1"),
+        (lambda m, b, x: m.drop_leaves(4), "from 0 to 3 leaves can be dropped, got 4"),
+        (lambda m, b, x: m.drop_leaves(-1), "from 0 to 3 leaves can be dropped, got -1"),
         (lambda m, b, x: m.set_executor("fast"), "executor must be .* got 'fast'"),
         (lambda m, b, x: hierens.hierensify(b, 0), "blocks must be at least 1, got 0"),
         (lambda m, b, x: hierens.hierensify(b, -2), "blocks must be at least 1, got -2"),

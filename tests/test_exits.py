@@ -11,8 +11,9 @@ from timm.optim import create_optimizer_v2
 import hierens
 from hierens.core.fetching import LoadError
 from hierens.evaluation.metrics import evaluate_model
+from hierens.evaluation.uncertainty import MEASURES
 from hierens.inference.calibration import calibrate, collect
-from hierens.inference.policies import MEASURES, Confidence, Deadline, FixedDepth, Load
+from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load
 
 BACKBONES = {
     "resnet10t": ("NCHW", {}),
@@ -70,7 +71,7 @@ def test_a_class_token_speaks_for_the_image_where_the_backbone_has_it_so():
     by_token = hierens.multi_exit(timm.create_model("vit_tiny_patch16_224", **args), 2).exits[0].layout
     averaged = timm.create_model("vit_tiny_patch16_224", global_pool="avg", **args)
     layout = hierens.multi_exit(averaged, 2).exits[0].layout
-    assert (by_token.by_token, by_token.prefix, layout.by_token, layout.prefix) == (True, 1, False, 1)
+    assert (by_token.class_token, by_token.prefix, layout.class_token, layout.prefix) == (True, 1, False, 1)
     tokens = torch.arange(10.0).view(1, 5, 2)
     assert by_token.pooled(tokens).tolist() == [[0.0, 1.0]] and layout.pooled(tokens).tolist() == [[5.0, 6.0]]
 
@@ -86,7 +87,7 @@ def test_sizes_and_tables_may_cross_beside_the_features(images):
     backbone = timm.create_model("xcit_nano_12_p16_224", num_classes=3, img_size=64).eval()
     model = hierens.multi_exit(backbone, 2)
     layout = model.exits[0].layout
-    assert layout.kind == "NLC" and layout.part is not None and layout.prefix == 0 and not layout.by_token
+    assert layout.kind == "NLC" and layout.part is not None and layout.prefix == 0 and not layout.class_token
     macs = model.macs((3, 64, 64))
     assert 0.35 < macs[0] / macs[1] < 0.65 and torch.equal(model(images), backbone(images))
     step = next(model.anytime(images))
@@ -249,7 +250,7 @@ def test_features_are_the_backbones(plain, model, small_backbone, small_images):
     assert torch.equal(plain.forward_head(features, pre_logits=True), pooled)
     first = plain.forward_features(small_images, depth=0)
     assert torch.equal(plain.exits[0](first), plain(small_images, depth=0))
-    with pytest.raises(ValueError, match="other exits have a say"):
+    with pytest.raises(ValueError, match="other exits contribute"):
         model.forward_head(features)
 
 
@@ -270,11 +271,11 @@ def test_timms_factories_take_it(model):
         (lambda b: hierens.multi_exit(b, 2, weights="linear_risng"), "did you mean 'linear_rising'"),
         (lambda b: hierens.multi_exit(b, 2, weights=[1, 0]), "2 positive numbers"),
         (lambda b: hierens.multi_exit(b, 2).keep_exits([2]), "exits must be some of 0 to 1"),
-        (lambda b: hierens.multi_exit(b, 2, collaborate=True).keep_exits([1]), "need all before them"),
-        (lambda b: hierens.multi_exit(b, 2, collaborate=True).with_collaboration(), "added once"),
+        (lambda b: hierens.multi_exit(b, 2, collaborate=True).keep_exits([1]), "need all exits before them"),
+        (lambda b: hierens.multi_exit(b, 2, collaborate=True).with_collaboration(), "can be added once"),
         (lambda b: hierens.multi_exit(b, 2)(torch.zeros(1, 1, 32, 32), depth=2), "depth must be from 0 to 1"),
         (lambda b: hierens.multi_exit(b, 2)(torch.zeros(1, 3, 32, 32)), r"expected images \(N, 1, H, W\)"),
-        (lambda b: hierens.multi_exit(b, 2).prune(), "answer alone"),
+        (lambda b: hierens.multi_exit(b, 2).prune(), "are not combined"),
     ],
 )
 def test_bad_requests_are_named(small_backbone, call, message):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from hierens.evaluation.metrics import LeafMetrics, PairedDifference, evaluate_model, ood_auroc, right_answers
+from hierens.evaluation.metrics import LeafMetrics, PairedDifference, correct_predictions, evaluate_model, ood_auroc
 from hierens.evaluation.uncertainty import mutual_information
 
 
@@ -104,7 +104,7 @@ def test_two_answers_are_compared_image_by_image():
     assert PairedDifference.of(first[:1], second[:1]).error == 0, "one image tells nothing"
 
 
-def test_right_answers_are_those_that_accuracy_counts():
+def test_correct_predictions_are_those_that_accuracy_counts():
     logits, targets = torch.randn(40, 4, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
     targets[7] = -1  # of no class
 
@@ -117,9 +117,9 @@ def test_right_answers_are_those_that_accuracy_counts():
             return logits[images.long()]
 
     batches = [(part, targets[part]) for part in torch.arange(40).split(16)]
-    right = right_answers(Model(), batches)
-    assert right.shape == (39, 3) and right.dtype == torch.bool
-    assert (100 * right.double().mean(0)).tolist() == pytest.approx(evaluate_model(Model(), batches).accuracy)
+    correct = correct_predictions(Model(), batches)
+    assert correct.shape == (39, 3) and correct.dtype == torch.bool
+    assert (100 * correct.double().mean(0)).tolist() == pytest.approx(evaluate_model(Model(), batches).accuracy)
 
 
 def test_strangers_are_told_apart_by_rank_alone():
@@ -133,7 +133,7 @@ def test_strangers_are_told_apart_by_rank_alone():
 
 def test_agreement_stays_on_the_device_of_its_predictions():
     """On a GPU, validation of a tree raised: the sums of one and of several networks lay on different devices."""
-    from hierens.evaluation.metrics import _agreeing
+    from hierens.evaluation.metrics import _agreement
 
     for networks in (1, 2):
-        assert _agreeing(torch.zeros(3, networks, dtype=torch.long, device="meta"), 5).device.type == "meta"
+        assert _agreement(torch.zeros(3, networks, dtype=torch.long, device="meta"), 5).device.type == "meta"

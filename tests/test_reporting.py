@@ -60,7 +60,7 @@ def test_a_report_is_a_page_with_pictures(runs, tmp_path):
 )
 def test_what_is_no_finished_run_is_named(runs, damage):
     damage(runs[0])
-    with pytest.raises(ValueError, match=f"{runs[0]} is no finished run"):
+    with pytest.raises(ValueError, match=f"{runs[0]} is not a finished run"):
         read_runs(runs)
 
 

@@ -69,11 +69,11 @@ def test_it_is_remembered_for_the_machine_the_model_and_the_size(model, images, 
     fused = model.fuse()
     found = fused.tune(images, batch_sizes=(1, 2), file=file)
     plans = [level.plan for level in fused.all_levels()]
-    monkeypatch.setattr(tuning, "_ways", lambda *args: pytest.fail("it was measured before"))
+    monkeypatch.setattr(tuning, "_times", lambda *args: pytest.fail("it was measured before"))
     again = model.fuse()
     assert again.tune(images, batch_sizes=(2,), file=file) == found
     assert [level.plan for level in again.all_levels()] == plans
-    monkeypatch.setattr(tuning, "_ways", lambda level, x, parents, branches: {1: 1.0, branches: 2.0})
+    monkeypatch.setattr(tuning, "_times", lambda level, x, parents, branches: {1: 1.0, branches: 2.0})
     model.tune(images, file=file)  # not fused: another model
     again.tune(images[..., :32, :32], file=file)
     again.bfloat16().tune(images.bfloat16(), file=file)
@@ -88,7 +88,7 @@ import sys, timm, torch, hierens
 from hierens.models import tuning
 
 torch.set_num_threads(1)
-tuning._ways = lambda level, x, parents, branches: {1: 1.0, branches: 2.0}
+tuning._times = lambda level, x, parents, branches: {1: 1.0, branches: 2.0}
 number, file = int(sys.argv[1]), sys.argv[2]
 model = hierens.hierensify(timm.create_model("resnet8_cifar", channels=(8, 8, 8)), 2, init="reinit", looped={})
 print("ready", flush=True)
@@ -130,7 +130,7 @@ def test_what_cannot_be_tuned_says_why(model, images, tmp_path):
         (lambda: fused.tune(images, depths=[7]), "depth must be from 0 to 2"),
         (lambda: fused.tune(images, batch_sizes=[0]), "batch sizes must be at least 1"),
         (lambda: fused.tune(images[:, :2]), r"expected images \(N, 3, H, W\)"),
-        (lambda: fused.tune(images, file=tmp_path / "config.json"), "does not hold what tune"),
+        (lambda: fused.tune(images, file=tmp_path / "config.json"), "is not a file that tune"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -151,13 +151,13 @@ def test_a_strangers_tuning_file_is_refused_in_a_line(model, images, quick, tmp_
         ({"milliseconds": {"999": 1.0}}, "999 branches cannot run together: there are"),
         ({"milliseconds": {"1": "fast"}}, "milliseconds must be finite and not negative, got 'fast'"),
         ({"milliseconds": {"1": -1}}, "milliseconds must be finite and not negative, got -1"),
-        ({"milliseconds": {}}, "milliseconds must tell of at least one way"),
+        ({"milliseconds": {}}, "milliseconds must hold at least one time"),
         ({"level": True}, "level must be a whole number from 0 to 1000000, got True"),
         ({"level": -1}, "level must be a whole number .*, got -1"),
         ({"batch_size": 10**30}, "batch_size must be a whole number"),
         ({"branches": "2"}, "branches must be a whole number .*, got '2'"),
-        ({"level": 99}, "what this model cannot run: .* in level 99, and the model has"),
-        ({"branches": 64}, "what this model cannot run: .* 64 branches were measured"),
+        ({"level": 99}, "cannot be used: .* in level 99, and the model has"),
+        ({"branches": 64}, "cannot be used: .* 64 branches were measured"),
     ):
         records = json.loads(json.dumps(good))
         extra = {**records[0]["measurements"][0], **change}
@@ -168,7 +168,7 @@ def test_a_strangers_tuning_file_is_refused_in_a_line(model, images, quick, tmp_
         assert str(refused.value).startswith(str(file)) and "\n" not in str(refused.value)
     for text, message in (
         ("[" * 100_000, "nested too deeply"),
-        ("[[]]", r"does not hold what tune\(\) writes \(tunings should be a list"),
+        ("[[]]", r"is not a file that tune\(\) wrote \(tunings should be a list"),
         (json.dumps([good[0] | {"measurements": 3}]), "measurements should be a list"),
         (json.dumps([good[0] | {"size": ["3"]}]), "size should be a list"),
         (json.dumps([{"machine": "x"}]), "it has no 'model'"),

@@ -25,7 +25,7 @@ from comparison.recipes import TEST_SPLITS, study
 from hierens.core.predictions import PredictionWeights
 from hierens.evaluation.metrics import LeafMetrics, as_record, evaluate_model
 from hierens.evaluation.reporting import Group
-from hierens.inference.calibration import Answers, calibrate, collect, exits
+from hierens.inference.calibration import CalibrationSet, calibrate, collect, exits
 from hierens.models.tuning import _processor
 from hierens.training.config import Run, to_json
 from hierens.training.data.loaders import create_datasets
@@ -84,7 +84,7 @@ def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path
     return write_json(record_file(data, row, run.train.seed), record)
 
 
-def thresholds(answers: Answers, held_out: Answers | None = None) -> dict[str, list[float]]:
+def thresholds(answers: CalibrationSet, held_out: CalibrationSet | None = None) -> dict[str, list[float]]:
     """Mean MACs and accuracy (%) on test images with thresholds that held-out images chose for budgets.
 
     Args:
@@ -184,7 +184,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _judged(held_out: Answers, judged: Answers, budget: float) -> tuple[float, float]:
+def _judged(held_out: CalibrationSet, judged: CalibrationSet, budget: float) -> tuple[float, float]:
     policy = calibrate(held_out, held_out, budget)
     leave = exits(judged.certainties(policy.measure), policy.thresholds)
     right = judged.logits[torch.arange(len(leave)), leave].argmax(-1) == judged.labels
@@ -192,10 +192,10 @@ def _judged(held_out: Answers, judged: Answers, budget: float) -> tuple[float, f
     return float(macs.mean()), 100 * float(right.double().mean())
 
 
-def _part(answers: Answers, start: int) -> Answers:
+def _part(answers: CalibrationSet, start: int) -> CalibrationSet:
     """Every other image."""
     rows = slice(start, None, 2)
-    return Answers(answers.logits[rows], answers.votes[rows], answers.labels[rows], answers.macs, answers.sizes)
+    return CalibrationSet(answers.logits[rows], answers.votes[rows], answers.labels[rows], answers.macs, answers.sizes)
 
 
 def _together(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -74,10 +74,8 @@ def _model(settings: ProfileSettings, given: set[str]) -> Adaptive:
     import timm
 
     from hierens.models.adaptive import Adaptive
-    from hierens.models.conversion import hierensify
+    from hierens.models.conversion import hierensify, multi_exit, tree_with_exits
     from hierens.models.loading import from_pretrained
-    from hierens.models.multi_exit import multi_exit
-    from hierens.models.tree_exits import tree_with_exits
 
     name = settings.model
     if _is_saved(name):

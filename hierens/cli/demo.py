@@ -89,10 +89,10 @@ def _right_answers(model: Adaptive, run: Run) -> Tensor:
     """Which test images each depth classifies correctly, (images, depths)."""
     from torch.utils.data import DataLoader
 
-    from hierens.evaluation.metrics import right_answers
+    from hierens.evaluation.metrics import correct_predictions
     from hierens.training.data.loaders import create_held_out
 
-    return right_answers(model, DataLoader(create_held_out(run.data), run.train.val_batch_size))
+    return correct_predictions(model, DataLoader(create_held_out(run.data), run.train.val_batch_size))
 
 
 def _compared(model: Adaptive, ours: Tensor, theirs: Tensor) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -1,1 +1,1 @@
-"""What a model costs and how well it answers: profiles, metrics, pictures and tables."""
+"""Costs and accuracy of models: profiles, metrics, plots and tables."""

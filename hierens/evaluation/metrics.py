@@ -1,4 +1,4 @@
-"""What an ensemble is judged by: accuracy, likelihood and calibration of every depth, and how its networks differ.
+"""Metrics of an ensemble: accuracy, likelihood and calibration of every depth, and the diversity of its networks.
 
 Needs torchmetrics (`pip install 'hierens[train]'`).
 """
@@ -19,26 +19,26 @@ from hierens.core.predictions import PredictionWeights
 from hierens.core.tree import nested_sizes
 from hierens.evaluation.uncertainty import mutual_information, risk_coverage, variance
 
-BINS = 15  # of the calibration error, as is the custom
+BINS = 15  # of the calibration error, the usual number
 
 
 @dataclass(frozen=True)
 class LeafEvaluation:
-    """How the nested ensembles and the single networks did; a value per depth unless it says otherwise.
+    """Metrics of the nested ensembles and of the single networks; one value per depth unless stated otherwise.
 
     Attributes:
-        count: images seen.
-        accuracy: of the first 2^b networks together, in percent.
+        count: number of images.
+        accuracy: of the nested ensembles, in percent.
         nll: their mean negative log-likelihood, in nats.
         brier: their Brier score, the squared distance between probabilities and the true class, from 0 to 2.
-        ece: their expected calibration error, from 0 to 1: top-1, 15 equal bins, weighted by absolute difference.
-        std: standard deviation of the evaluated networks' logits, mean over classes and images: the paper's measure of
-            diversity (arXiv 2003.01474, section 4.2); around their own mean, so 0 for a single network.
-        agreement: share of images on which two of the evaluated networks name the same class, mean over pairs, from 0
-            to 1; 1 for a single network.
+        ece: their expected calibration error, from 0 to 1: top-1, 15 equal bins, L1 norm.
+        std: standard deviation of the evaluated networks' logits around their mean, averaged over classes and images:
+            the paper's measure of diversity (arXiv 2003.01474, section 4.2); 0 for a single network.
+        agreement: share of images for which two of the evaluated networks predict the same class, mean over pairs, from
+            0 to 1; 1 for a single network.
         mutual_information: between class and network, mean over images, in nats: see `hierens.evaluation.uncertainty`.
         variance: of the evaluated networks' probabilities, mean over classes and images.
-        aurc: area under the risk-coverage curve when the surest answers are given first, from 0 to 1.
+        aurc: area under the risk-coverage curve, from 0 to 1.
         leaf_accuracy: of every network alone, in percent, in the order of the leaves.
     """
 
@@ -56,10 +56,10 @@ class LeafEvaluation:
 
 
 class LeafMetrics:
-    """Gathers a `LeafEvaluation` batch by batch.
+    """Computes a `LeafEvaluation` batch by batch.
 
     Args:
-        prediction_weights: the model's own, `model.prediction_weights`; by default a tree's.
+        prediction_weights: `model.prediction_weights`; by default those of a tree.
 
     Examples:
         >>> metrics = LeafMetrics()
@@ -77,14 +77,14 @@ class LeafMetrics:
 
     @torch.no_grad()
     def update(self, leaf_logits: Tensor, targets: Tensor) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
             leaf_logits: (N, leaves, classes), of any floating-point type.
-            targets: class indices (N,); images with -1, which are of no class, are passed over.
+            targets: class indices (N,); images with -1, which have no class, are skipped.
 
         Raises:
-            ValueError: another label that is no class.
+            ValueError: another target that is not a class index.
         """
         targets = as_indices(targets, "a batch")
         classes = leaf_logits.shape[-1]
@@ -98,25 +98,25 @@ class LeafMetrics:
         nested = weights(leaf_logits)  # (N, depths, classes)
         log_p = F.log_softmax(nested, dim=-1)
         p = log_p.exp()
-        confidence, chosen = p.max(-1)
-        correct = chosen == targets[:, None]
+        confidence, predicted = p.max(-1)
+        correct = predicted == targets[:, None]
         self._confidence.append(confidence.cpu())
         self._correct.append(correct.cpu())
-        of_leaf = leaf_logits.argmax(-1)  # (N, leaves)
+        votes = leaf_logits.argmax(-1)  # (N, leaves)
         self._add("nll", -log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).sum((0, 2)))
         truth = F.one_hot(targets, p.shape[-1])[:, None]
         self._add("brier", (p - truth).square().sum(-1).sum(0))
-        self._add("leaf", (of_leaf == targets[:, None]).sum(0))
+        self._add("leaf", (votes == targets[:, None]).sum(0))
         sizes = [_compared(size, weights.num_exits) for size in weights.sizes]
         logits = leaf_logits.float()
         self._add("std", torch.stack([logits[:, n].std(1, correction=0).mean(-1).sum() for n in sizes]))
         self._add("information", torch.stack([mutual_information(logits[:, n]).sum() for n in sizes]))
         self._add("variance", torch.stack([variance(logits[:, n]).sum() for n in sizes]))
-        self._add("same", torch.stack([_agreeing(of_leaf[:, n], leaf_logits.shape[2]).sum() for n in sizes]))
+        self._add("same", torch.stack([_agreement(votes[:, n], leaf_logits.shape[2]).sum() for n in sizes]))
 
     @classmethod
     def merged(cls, parts: Sequence[LeafMetrics]) -> LeafMetrics:
-        """All batches that several processes took in."""
+        """The metrics of all batches of several processes."""
         merged = cls()
         for part in parts:
             for name, values in part._sums.items():
@@ -126,13 +126,13 @@ class LeafMetrics:
         return merged
 
     def compute(self) -> LeafEvaluation:
-        """The result so far.
+        """The metrics of all batches so far.
 
         Raises:
-            ValueError: no image was seen, or torchmetrics is not installed.
+            ValueError: there were no labelled images, or torchmetrics is not installed.
         """
         if not self._correct:
-            raise ValueError("there is nothing to evaluate: no image with a label was seen.")
+            raise ValueError("there is nothing to evaluate: no image has a label.")
         confidence, correct = torch.cat(self._confidence), torch.cat(self._correct)
         count, depths = correct.shape
         confidence, correct = confidence.T.contiguous(), correct.T.int().contiguous()
@@ -152,8 +152,8 @@ class LeafMetrics:
             leaf_accuracy=[100 * share for share in mean["leaf"]],
         )
 
-    def right(self) -> Tensor:
-        """Whether each depth named the class of each image so far, (images, depths)."""
+    def correct(self) -> Tensor:
+        """Whether the prediction of each depth is correct for each image so far, (images, depths)."""
         return torch.cat(self._correct)
 
     def _add(self, name: str, values: Tensor) -> None:
@@ -163,30 +163,30 @@ class LeafMetrics:
 
 @torch.no_grad()
 def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafEvaluation:
-    """Evaluate an ensemble on labelled images, on the device where it lies, in evaluation mode.
+    """Evaluate an ensemble on labelled images, on its device and in evaluation mode.
 
     Args:
-        model: answers `model(images, reduce=False)` with (N, leaves, classes); without `prediction_weights` it is
-            taken for a tree.
+        model: `model(images, reduce=False)` returns (N, leaves, classes). Without `prediction_weights` it is evaluated
+            as a tree.
         batches: images (N, C, H, W) and class indices (N,).
     """
     return _metrics(model, batches).compute()
 
 
 @torch.no_grad()
-def right_answers(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Which labelled images each depth of an ensemble gets right, (images, depths); arguments as `evaluate_model`."""
-    return _metrics(model, batches).right()
+def correct_predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Whether each depth predicts the class of each labelled image, (images, depths); arguments as `evaluate_model`."""
+    return _metrics(model, batches).correct()
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How many more of the same images one answer gets right than another (the numbers of McNemar's test).
+    """Difference in accuracy of two models on the same images (with the counts of McNemar's test).
 
     Attributes:
-        more: images that only the first gets right.
-        fewer: images that only the second gets right.
-        count: images in all.
+        more: number of images that only the first predicts correctly.
+        fewer: number of images that only the second predicts correctly.
+        count: number of images.
     """
 
     more: int
@@ -195,7 +195,7 @@ class PairedDifference:
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor) -> PairedDifference:
-        """Of two answers, each right or wrong on every image, (images,).
+        """The difference of two models, given whether each is correct for every image, (images,).
 
         Examples:
             >>> first, second = torch.tensor([True, True, True, False]), torch.tensor([True, False, False, True])
@@ -206,7 +206,7 @@ class PairedDifference:
 
     @property
     def images(self) -> int:
-        """The difference in images."""
+        """The difference in number of images."""
         return self.more - self.fewer
 
     @property
@@ -216,14 +216,14 @@ class PairedDifference:
 
     @property
     def error(self) -> float:
-        """Its standard error over images, in percentage points; 0 for a single image, which tells nothing."""
+        """The standard error of the difference over images, in percentage points; 0 for a single image."""
         if self.count < 2:
             return 0.0
         squares = self.more + self.fewer - self.images**2 / self.count
         return float(100 * (squares / (self.count - 1) / self.count) ** 0.5)
 
     def __str__(self) -> str:
-        """Such as `+1.38 ± 0.79 (+26)`: percentage points, their standard error, and images."""
+        """For example `+1.38 ± 0.79 (+26)`: percentage points, their standard error, and number of images."""
         return f"{self.percent:+.2f} ± {self.error:.2f} ({self.images:+d})"
 
 
@@ -236,30 +236,30 @@ def _metrics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Leaf
 
 
 def _compared(size: int, num_exits: int) -> slice:
-    """The leaves whose differences are reported at a depth: all exits so far, or the networks of the ensemble."""
+    """The leaves whose diversity is reported at a depth: all exits so far, or the networks of the ensemble."""
     return slice(num_exits if size > num_exits else 0, size)
 
 
 def ood_auroc(id_scores: Tensor, ood_scores: Tensor) -> float:
-    """How well uncertainty tells images of other data apart (out-of-distribution detection).
+    """Area under the ROC curve of out-of-distribution detection by uncertainty.
 
     Args:
-        id_scores: uncertainty of images like those trained on, (N,).
-        ood_scores: of other images, (M,).
+        id_scores: uncertainty of in-distribution images, (N,).
+        ood_scores: uncertainty of out-of-distribution images, (M,).
 
     Returns:
-        The area under the receiver operating characteristic: the probability that the stranger is the more
-        uncertain one of two images, ties counting half.
+        The probability that of two images, one of each kind, the out-of-distribution image is the more uncertain one;
+        ties count half.
 
     Raises:
         ValueError: one of the two is empty, or torchmetrics is not installed.
     """
     if not len(id_scores) or not len(ood_scores):
-        raise ValueError("telling strangers apart takes images of both kinds.")
+        raise ValueError("out-of-distribution detection needs scores of both kinds of images.")
     scores = torch.cat([id_scores, ood_scores]).double()
-    strange = torch.cat([torch.zeros(len(id_scores)), torch.ones(len(ood_scores))]).int()
-    _, ranks = scores.unique(return_inverse=True)  # torchmetrics takes scores from 0 to 1
-    return float(_classification().binary_auroc(ranks.double() / max(1, int(ranks.max())), strange))
+    is_ood = torch.cat([torch.zeros(len(id_scores)), torch.ones(len(ood_scores))]).int()
+    _, ranks = scores.unique(return_inverse=True)  # torchmetrics needs scores from 0 to 1
+    return float(_classification().binary_auroc(ranks.double() / max(1, int(ranks.max())), is_ood))
 
 
 def _classification() -> Any:
@@ -270,8 +270,8 @@ def _classification() -> Any:
     return classification
 
 
-def _agreeing(classes: Tensor, num_classes: int) -> Tensor:
-    """Per image, the share of pairs of networks that chose the same class. (N, networks) -> (N,)."""
+def _agreement(classes: Tensor, num_classes: int) -> Tensor:
+    """Per image, the share of pairs of networks that predict the same class. (N, networks) -> (N,)."""
     networks = classes.shape[1]
     if networks == 1:
         return torch.ones(len(classes), device=classes.device)
@@ -280,5 +280,5 @@ def _agreeing(classes: Tensor, num_classes: int) -> Tensor:
 
 
 def as_record(evaluation: LeafEvaluation) -> dict[str, Any]:
-    """For a log: every list under its name, without the count."""
+    """All lists by name, without the count, for a log."""
     return {name: value for name, value in vars(evaluation).items() if name != "count"}

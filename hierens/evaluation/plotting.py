@@ -1,4 +1,4 @@
-"""Pictures as the paper has them: accuracy and diversity against cost. Needs matplotlib (`hierens[plot]`)."""
+"""Plots of accuracy and diversity over cost, as in the paper. Needs matplotlib (`hierens[plot]`)."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ _MARKERS = "osD^vX*P"
 
 
 class Compared(Protocol):
-    """Runs of one configuration, as `hierens.evaluation.reporting.Group`."""
+    """Runs of one configuration, such as `hierens.evaluation.reporting.Group`."""
 
     @property
     def name(self) -> str:
-        """For the legend."""
+        """Label in the legend."""
 
     @property
     def macs(self) -> Sequence[float]:
-        """Of every depth."""
+        """MACs of every depth."""
 
     @property
     def leaves(self) -> Sequence[int]:
         """Networks (or exits) of every depth."""
 
     def mean(self, field: str) -> list[float]:
-        """Over seeds."""
+        """Mean of a field over seeds."""
 
     def spread(self, field: str) -> list[float]:
-        """Standard deviation over seeds."""
+        """Standard deviation of a field over seeds."""
 
 
 def plot_accuracy(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, title: str = ""
 ) -> Path:
-    """Draw accuracy against multiply-accumulates, a marker per depth.
+    """Plot accuracy over multiply-accumulates, with a marker per depth.
 
     Args:
-        curves: by name (MACs, accuracies in percent), a value per depth.
-        path: the picture's file; its suffix sets the format.
+        curves: (MACs, accuracies in percent) by name, with one value per depth.
+        path: the file to write; its suffix sets the format.
         title: above the axes.
 
     Returns:
@@ -66,11 +66,11 @@ def plot_accuracy(
 
 
 def plot_comparison(groups: Sequence[Compared], path: str | Path, title: str = "") -> Path:
-    """Accuracy and standard deviation of logits against multiply-accumulates: figures 4, 5 and 6.
+    """Plot accuracy and standard deviation of logits over multiply-accumulates (figures 4, 5 and 6).
 
     Args:
-        groups: a curve each, with bars of one standard deviation over seeds.
-        path: the picture's file.
+        groups: a curve each, with error bars of one standard deviation over seeds.
+        path: the file to write.
         title: above both panels.
 
     Raises:
@@ -105,11 +105,11 @@ def plot_comparison(groups: Sequence[Compared], path: str | Path, title: str = "
 
 
 def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
-    """Accuracy of the first networks together, a line, and of each network alone, bars: figure 9.
+    """Plot the accuracy of the nested ensembles as a line and of each network alone as bars (figure 9).
 
     Args:
         groups: a panel each.
-        path: the picture's file.
+        path: the file to write.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -121,9 +121,9 @@ def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
     lowest = min(min(group.mean("leaf_accuracy") + group.mean("accuracy")) for group in groups)
     highest = max(max(group.mean("accuracy")) for group in groups)
     for axes, group in zip(panels, groups, strict=False):
-        alone, together = group.mean("leaf_accuracy"), group.mean("accuracy")
+        alone, ensemble = group.mean("leaf_accuracy"), group.mean("accuracy")
         axes.bar(range(1, len(alone) + 1), alone, color="0.8", label="each network alone")
-        axes.plot(group.leaves, together, "o-", ms=4, label="the first networks together")
+        axes.plot(group.leaves, ensemble, "o-", ms=4, label="ensemble of the first networks")
         axes.set_title(group.name, fontsize=9)
         axes.set_ylim(lowest - 0.1 * (highest - lowest) - 0.1, highest + 0.1 * (highest - lowest) + 0.1)
         _plain(axes)
@@ -148,5 +148,5 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'hierens[plot]'.") from error
+        raise ValueError("plots need matplotlib: pip install 'hierens[plot]'.") from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")

@@ -1,4 +1,4 @@
-"""What each depth costs: parameters, multiply-accumulates and measured latency."""
+"""The cost of each depth: parameters, multiply-accumulates and measured latency."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class DepthCost:
 
     Attributes:
         depth: as in `model(x, depth=...)`.
-        leaves: networks (or exits) evaluated.
-        parameters: weights that the sub-tree reads.
+        leaves: number of networks (or exits) evaluated.
+        parameters: number of weights of the sub-tree.
         macs: multiply-accumulates per image.
         latency_ms: median time of a forward pass over the batch, in milliseconds.
     """
@@ -40,7 +40,7 @@ class DepthCost:
 
 @dataclass(frozen=True)
 class Profile:
-    """The cost of every depth on one device; printed, it is a table."""
+    """The cost of every depth on one device; prints as a table."""
 
     rows: tuple[DepthCost, ...]
     size: tuple[int, ...]
@@ -53,7 +53,7 @@ class Profile:
         return table(*self.cells())
 
     def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The table's header and rows."""
+        """Header and rows of the table."""
         rows: list[tuple[str, ...]] = [
             (f"{r.depth}", f"{r.leaves}", millions(r.macs), millions(r.parameters), f"{r.latency_ms:.2f}")
             for r in self.rows
@@ -61,12 +61,12 @@ class Profile:
         return ("depth", self.unit, "MACs", "parameters", "latency (ms)"), rows
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
+        """The profile as plain JSON values."""
         return dataclasses.asdict(self)
 
 
 def profile(model: AdaptiveBase, size: tuple[int, ...], batch_size: int = 1) -> Profile:
-    """Measure a model at every depth, in evaluation mode, on the device where it lies.
+    """Measure a model at every depth, in evaluation mode and on its device.
 
     Args:
         model: a hierarchical ensemble or a multi-exit network.
@@ -91,21 +91,21 @@ def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> fl
     def once(at_least: float = 0.0) -> float:
         return call_ms(partial(model, x, depth=depth), x.device, at_least)
 
-    once(), once()  # what is made at the first call is not a pass's own
-    began = time.perf_counter()
-    taken: list[float] = []
-    while not taken or time.perf_counter() - began < seconds:
-        taken.append(once(seconds / 20))  # several short passes together, so that the clock does not count
-    return statistics.median(taken)
+    once(), once()  # warm-up: kernels and caches are created in the first calls
+    start = time.perf_counter()
+    times: list[float] = []
+    while not times or time.perf_counter() - start < seconds:
+        times.append(once(seconds / 20))  # several short passes per reading of the clock
+    return statistics.median(times)
 
 
 def call_ms(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Milliseconds of a call: of one, or the mean of several that take `seconds` together where one is shorter.
+    """Milliseconds of one call, or the mean of repeated calls if one takes less than `seconds`.
 
     Args:
-        call: what is timed.
-        device: where it computes; it is waited for.
-        seconds: how long to repeat a short call.
+        call: the function to time.
+        device: the device on which it computes, which is synchronised before and after.
+        seconds: total time of repeated calls.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -117,7 +117,7 @@ def call_ms(call: Callable[[], Any], device: torch.device, seconds: float) -> fl
         wait()
         return time.perf_counter() - start
 
-    # A GPU takes calls much faster than it runs them: calling until the time is up would queue thousands.
+    # A GPU queues calls much faster than it runs them: calling until the time is up would queue thousands.
     first = elapsed(1)
     if first >= seconds:
         return first * 1e3
@@ -129,7 +129,7 @@ def branch_macs(levels: Sequence[Any], size: Sequence[int]) -> tuple[int, ...]:
     """Multiply-accumulates of one branch of each level, for one image.
 
     Args:
-        levels: the levels of a tree in order, as `hierens.branches.level.Level`.
+        levels: the levels of a tree in order, such as `hierens.branches.level.Level`.
         size: (C, H, W) of the image.
     """
 
@@ -142,7 +142,7 @@ def branch_macs(levels: Sequence[Any], size: Sequence[int]) -> tuple[int, ...]:
 
 
 def millions(count: float) -> str:
-    """A count as people write it: 5.67 M.
+    """A count in millions, such as 5.67 M.
 
     Examples:
         >>> millions(5_670_000), millions(1234)
@@ -152,7 +152,7 @@ def millions(count: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Right-aligned columns in Markdown's form, so that a terminal and a page both show a table.
+    """A Markdown table with right-aligned columns, which is also readable in a terminal.
 
     Examples:
         >>> print(table(["a", "long"], [["1", "2"]]))

@@ -1,7 +1,7 @@
-"""What finished runs gave, side by side: runs that differ in their seed alone are averaged.
+"""Compares the results of finished runs. Runs that differ only in their seed are averaged.
 
-The paper's figures 4, 5 and 6 show accuracy and diversity against cost, figure 9 accuracy against the number of
-networks with each network's own as bars.
+The plots follow the paper: accuracy and diversity over cost (figures 4, 5 and 6), and accuracy over the number of
+networks, with that of each network as bars (figure 9).
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from hierens.core.tree import nested_sizes
 from hierens.evaluation.plotting import plot_comparison, plot_leaves
 from hierens.evaluation.profiling import table
 
-_PLACES = ("seed", "output_dir", "resume", "workers", "data_dir", "trackers", "cpu")  # not what a run is
+# Fields that do not distinguish runs.
+_IGNORED = ("seed", "output_dir", "resume", "workers", "data_dir", "trackers", "cpu")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration on several seeds.
+    """Runs of one configuration with several seeds.
 
     Attributes:
-        name: what sets it apart from the other groups.
+        name: in tables and plots.
         macs: of every depth.
-        records: per seed, the last validation's record, as `hierens.evaluation.metrics.LeafEvaluation`.
+        records: per seed, the record of the last validation, with the fields of
+            `hierens.evaluation.metrics.LeafEvaluation`.
     """
 
     name: str
@@ -38,16 +40,17 @@ class Group:
 
     @property
     def leaves(self) -> list[int]:
-        """Networks (or exits) of every depth."""
+        """Number of networks (or exits) of every depth."""
         record = self.records[0]
-        return list(record.get("leaves") or nested_sizes(len(record["leaf_accuracy"])))  # older runs were trees
+        # Records of older runs, all of trees, have no "leaves".
+        return list(record.get("leaves") or nested_sizes(len(record["leaf_accuracy"])))
 
     def mean(self, field: str) -> list[float]:
-        """Of a field, per depth (or leaf), over seeds."""
+        """Mean of a field over seeds, per depth (or leaf)."""
         return [statistics.mean(values) for values in zip(*(r[field] for r in self.records), strict=True)]
 
     def spread(self, field: str) -> list[float]:
-        """The standard deviation over seeds, 0 for a single one."""
+        """Standard deviation of a field over seeds, per depth (or leaf); 0 for a single seed."""
         columns = list(zip(*(r[field] for r in self.records), strict=True))
         return [statistics.stdev(values) if len(values) > 1 else 0.0 for values in columns]
 
@@ -57,10 +60,11 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
 
     Args:
         directories: `output_dir` of each run.
-        names: what each run is to be called, by default by the fields in which they differ; equal names are averaged.
+        names: one for each run, by default made of the fields in which the runs differ; runs with equal names are
+            averaged.
 
     Raises:
-        ValueError: a directory without results, or as many names as directories are not given.
+        ValueError: a directory without results, or a wrong number of names.
     """
     if names and len(names) != len(directories):
         raise ValueError(f"{len(directories)} runs need as many names, got {len(names)}.")
@@ -72,8 +76,8 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
             if not isinstance(results[-1], dict) or not isinstance(results[-1].get("macs"), list):
                 raise ValueError(f"its results.json holds {short(results[-1])}")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{directory} is no finished run: {' '.join(str(error).split())}.") from error
-    names = list(names) or _told_apart(configs, [Path(directory).name for directory in directories])
+            raise ValueError(f"{directory} is not a finished run: {' '.join(str(error).split())}.") from error
+    names = list(names) or _distinct_names(configs, [Path(directory).name for directory in directories])
     groups: dict[str, Group] = {}
     for name, result in zip(names, results, strict=True):
         group = groups.setdefault(name, Group(name, result["macs"], []))
@@ -82,13 +86,13 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
 
 
 def comparison(groups: Sequence[Group], field: str = "accuracy", digits: int = 2) -> str:
-    """A table of a field: a row per group, mean ± standard deviation over seeds.
+    """A table of a field with a row per group: mean ± standard deviation over seeds.
 
-    Columns are numbers of networks, or depths where groups differ in these.
+    Columns are numbers of networks, or depths if the groups have different numbers of networks.
     """
     widest = max(groups, key=lambda group: len(group.macs))
-    alike = all(group.leaves == widest.leaves[: len(group.macs)] for group in groups)
-    columns = widest.leaves if alike else [f"depth {depth}" for depth in range(len(widest.macs))]
+    same_leaves = all(group.leaves == widest.leaves[: len(group.macs)] for group in groups)
+    columns = widest.leaves if same_leaves else [f"depth {depth}" for depth in range(len(widest.macs))]
     rows = []
     for group in groups:
         cells = [
@@ -103,7 +107,7 @@ def write_report(groups: Sequence[Group], directory: str | Path) -> Path:
     """Write `report.md` with tables, `accuracy.png` (figures 4 to 6) and `leaves.png` (figure 9).
 
     Returns:
-        The page's path.
+        The path of `report.md`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,7 @@ def write_report(groups: Sequence[Group], directory: str | Path) -> Path:
         "nll": "Negative log-likelihood (nats)",
         "ece": "Expected calibration error",
         "std": "Standard deviation of logits over networks",
-        "agreement": "Share of images on which two networks agree",
+        "agreement": "Share of images for which two networks agree",
     }
     parts = [
         f"## {title}\n\n{comparison(groups, field, 2 if field == 'accuracy' else 3)}" for field, title in shown.items()
@@ -124,7 +128,7 @@ def write_report(groups: Sequence[Group], directory: str | Path) -> Path:
     text = (
         "# Report\n\nColumns: networks evaluated; mean and standard deviation over seeds.\n\n"
         + "\n\n".join(parts)
-        + "\n\n![Accuracy and diversity against cost](accuracy.png)\n\n![Single networks](leaves.png)\n\n"
+        + "\n\n![Accuracy and diversity over cost](accuracy.png)\n\n![Single networks](leaves.png)\n\n"
         + f"Runs: {seeds}.\n"
     )
     with replacing(page) as file:
@@ -132,8 +136,8 @@ def write_report(groups: Sequence[Group], directory: str | Path) -> Path:
     return page
 
 
-def _told_apart(configs: Sequence[Mapping[str, str]], directories: Sequence[str]) -> list[str]:
-    """Names made of the fields in which runs differ; a run that differs in nothing goes by its directory."""
+def _distinct_names(configs: Sequence[Mapping[str, str]], directories: Sequence[str]) -> list[str]:
+    """Names made of the fields in which runs differ; if they differ in none, the name of a directory."""
     fields = dict.fromkeys(field for config in configs for field in config)
     differing = [f for f in fields if len({config.get(f) for config in configs}) > 1]
     if not differing:
@@ -146,6 +150,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for name, value in config.items():
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{name}.")
-        elif name not in _PLACES:
+        elif name not in _IGNORED:
             flat[prefix + name] = json.dumps(value).strip('"')
     return flat

@@ -1,4 +1,4 @@
-"""How sure an ensemble is of an answer, and how many errors are left when the least sure ones are withheld."""
+"""Measures of certainty and disagreement, and selective prediction."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MEASURES: tuple[Measure, ...] = ("probability", "margin", "entropy", "agreement"
 
 
 def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
-    """How sure an ensemble's answer is, from 0 to 1.
+    """Certainty of an ensemble's predictions, from 0 to 1.
 
     Args:
         logits: of the ensemble, (N, classes).
-        votes: the class that each network names, (N, networks).
-        measure: `probability`: of the likeliest class; `margin`: to the second likeliest; `entropy`: 1 minus entropy
-            over that of a uniform answer; `agreement`: share of the networks that name the ensemble's class, less
-            (1 - its probability) / networks, so that images equally agreed upon are told apart, as thresholds for a
-            budget need it.
+        votes: the class that each network predicts, (N, networks).
+        measure: `probability`: of the most probable class; `margin`: the difference to the second most probable class;
+            `entropy`: 1 minus the entropy divided by that of a uniform distribution; `agreement`: the share of networks
+            that predict the ensemble's class, minus (1 - its probability) / networks, which orders images with equal
+            agreement, as thresholds for a budget need it.
 
     Returns:
         (N,).
@@ -35,16 +35,16 @@ def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
         return first - second
     if measure == "entropy":
         return 1 - torch.special.entr(p).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
-    likeliest, named = p.max(-1)
-    agreed = (votes == named[:, None]).float().mean(-1)
-    return (agreed - (1 - likeliest) / votes.shape[1]).clamp_min(0)
+    probability, predicted = p.max(-1)
+    agreement = (votes == predicted[:, None]).float().mean(-1)
+    return (agreement - (1 - probability) / votes.shape[1]).clamp_min(0)
 
 
 def mutual_information(leaf_logits: Tensor) -> Tensor:
-    """What the networks disagree on: the entropy of their mean distribution less their mean entropy, in nats.
+    """Mutual information of class and network: the entropy of the mean distribution minus the mean entropy, in nats.
 
-    Also known as BALD or as epistemic uncertainty (Depeweg et al., ICML 2018, section 3). The mean here is that of
-    probabilities, as the decomposition requires; the ensemble's answer is the mean of logits.
+    It measures the disagreement of the networks, and is also known as BALD or epistemic uncertainty (Depeweg et al.,
+    ICML 2018, section 3). It averages probabilities, as the decomposition requires; the ensemble averages logits.
 
     Args:
         leaf_logits: (N, networks, classes).
@@ -58,7 +58,7 @@ def mutual_information(leaf_logits: Tensor) -> Tensor:
 
 
 def variance(leaf_logits: Tensor) -> Tensor:
-    """Variance between the networks' probabilities, mean over classes.
+    """Variance of the networks' probabilities, mean over classes.
 
     Args:
         leaf_logits: (N, networks, classes).
@@ -71,11 +71,11 @@ def variance(leaf_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Selective prediction: the error that is left when only the surest answers are given (El-Yaniv and Wiener, 2010).
+    """Selective prediction: the error if only the most certain predictions are used (El-Yaniv and Wiener, 2010).
 
     Attributes:
-        coverage: share of images answered, (points,), rising to 1.
-        risk: share of wrong answers among those, (points,).
+        coverage: share of images whose prediction is used, (points,), increasing to 1.
+        risk: share of wrong predictions among those, (points,).
         area: mean risk over all coverages (AURC), from 0 to 1; lower is better.
     """
 
@@ -84,22 +84,22 @@ class RiskCoverage:
     area: float
 
 
-def risk_coverage(sure: Tensor, correct: Tensor) -> RiskCoverage:
-    """The curve of images answered in falling order of certainty; images equally sure are answered together.
+def risk_coverage(certainties: Tensor, correct: Tensor) -> RiskCoverage:
+    """The curve of risk over coverage, with images in descending order of certainty; equal ones make one point.
 
     Args:
-        sure: certainty, or anything that rises with it, (N,).
-        correct: whether the answers are right, (N,).
+        certainties: certainty of each prediction, or any increasing function of it, (N,).
+        correct: whether the predictions are correct, (N,).
 
     Raises:
         ValueError: there are no images.
     """
-    if not len(sure):
-        raise ValueError("there is no image to answer.")
-    order = sure.argsort(descending=True, stable=True)
+    if not len(certainties):
+        raise ValueError("a risk-coverage curve needs at least one image, and there is no image.")
+    order = certainties.argsort(descending=True, stable=True)
     wrong = (~correct.bool())[order].double().cumsum(0)
-    _, runs = sure[order].unique_consecutive(return_counts=True)
-    last = runs.cumsum(0)  # images answered once all of the same certainty are
-    risk = wrong[last - 1] / last
-    area = float((risk * runs).sum() / len(sure))
-    return RiskCoverage(last / len(sure), risk, area)
+    _, counts = certainties[order].unique_consecutive(return_counts=True)
+    covered = counts.cumsum(0)  # images with at least each distinct certainty
+    risk = wrong[covered - 1] / covered
+    area = float((risk * counts).sum() / len(certainties))
+    return RiskCoverage(covered / len(certainties), risk, area)

@@ -1,1 +1,1 @@
-"""How much to compute: policies, and what they are calibrated by."""
+"""Policies, which choose how much of a model is evaluated, and their calibration."""

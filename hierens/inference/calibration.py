@@ -1,11 +1,10 @@
-"""Settings chosen on held-out data: thresholds that keep a budget, temperatures, and sets that hold the true class.
+"""Thresholds for a budget and temperatures, chosen on held-out images.
 
-All of it starts from one pass over labelled images, `collect`, which keeps what every depth says of them.
+Both are computed from a `CalibrationSet`, which `collect` makes in one pass over labelled images.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,16 +16,16 @@ from hierens.core.modes import evaluating
 from hierens.core.protocol import AdaptiveModel
 from hierens.core.tree import nested_sizes
 from hierens.evaluation.uncertainty import Measure, certainty
-from hierens.inference.policies import EVERYBODY, NOBODY, Confidence
+from hierens.inference.confidence import EVERYBODY, NOBODY, Confidence
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What every depth says of labelled images.
+class CalibrationSet:
+    """Predictions of every depth for labelled images.
 
     Attributes:
         logits: of the nested ensembles, (N, depths, classes).
-        votes: the class that each network names, (N, leaves).
+        votes: the class that each network predicts, (N, leaves).
         labels: (N,).
         macs: of every depth, per image.
         sizes: networks (or exits) of every depth; by default those of a tree.
@@ -39,19 +38,19 @@ class Answers:
     sizes: tuple[int, ...] = ()
 
     def certainties(self, measure: Measure) -> Tensor:
-        """Of every depth, (N, depths): see `hierens.evaluation.uncertainty.certainty`."""
+        """Certainty of the prediction of every depth, (N, depths): see `hierens.evaluation.uncertainty.certainty`."""
         sizes = self.sizes or nested_sizes(self.votes.shape[1])
         columns = [certainty(self.logits[:, b], self.votes[:, :n], measure) for b, n in enumerate(sizes)]
         return torch.stack(columns, 1)
 
 
 @torch.no_grad()
-def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
-    """Every depth's answers, from one pass over all networks, in evaluation mode.
+def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]]) -> CalibrationSet:
+    """Predictions of every depth, from one pass over all networks, in evaluation mode.
 
     Args:
         model: the ensemble.
-        batches: images (N, C, H, W) and class indices (N,); images with a negative one are passed over.
+        batches: images (N, C, H, W) and class indices (N,); images with a negative index are skipped.
 
     Raises:
         ValueError: there are no labelled images.
@@ -68,67 +67,67 @@ def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]]) -> A
     if not sum(len(labels) for *_, labels in parts):
         raise ValueError("there is nothing to calibrate on: no labelled image was seen.")
     logits, votes, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Answers(logits, votes, labels, model.macs(size), model.sizes)
+    return CalibrationSet(logits, votes, labels, model.macs(size), model.sizes)
 
 
 def calibrate(
     model: AdaptiveModel,
-    batches: Iterable[tuple[Tensor, Tensor]] | Answers,
+    batches: Iterable[tuple[Tensor, Tensor]] | CalibrationSet,
     budget: float,
     measure: Measure = "probability",
 ) -> Confidence:
-    """Thresholds with which images cost a given number of MACs in the mean (budgeted batch classification).
+    """Thresholds with which the mean cost per image is a given number of MACs (budgeted batch classification).
 
-    As MSDNet does it (Huang et al., ICLR 2018, section 4): of the images that reach an exit, a share leaves there, the
-    surest ones, and the shares of all images that leave at successive depths fall or rise geometrically. The ratio is
-    found by bisection so that the mean cost on the held-out images meets the budget.
+    The method is that of MSDNet (Huang et al., ICLR 2018, section 4): at each depth, the images with the most certain
+    predictions leave. Their shares of all images fall or rise geometrically from depth to depth. The ratio is found by
+    bisection so that the mean cost on the held-out images meets the budget.
 
     Args:
         model: the ensemble.
-        batches: held-out images and labels, or what `collect` made of them.
+        batches: held-out images and labels, or the result of `collect`.
         budget: mean multiply-accumulates per image.
         measure: of certainty.
 
     Returns:
-        The policy; on images like those held out its mean cost is the budget.
+        The policy. On images like the held-out ones, its mean cost is the budget.
 
     Raises:
-        ValueError: a budget below the first network's cost or above that of all.
+        ValueError: a budget below the cost of the first network, or above that of all networks.
     """
-    answers = batches if isinstance(batches, Answers) else collect(model, batches)
-    least, most = answers.macs[0], answers.macs[-1]
+    held_out = batches if isinstance(batches, CalibrationSet) else collect(model, batches)
+    least, most = held_out.macs[0], held_out.macs[-1]
     if not least <= budget <= most:
-        raise ValueError(f"the budget must lie from {least:.3g} to {most:.3g} MACs per image, got {budget:.3g}.")
-    sure = answers.certainties(measure)
-    low, high = -30.0, 30.0  # logarithms of the ratio: all leave at the first depth, or at the last
+        raise ValueError(f"the budget must be from {least:.3g} to {most:.3g} MACs per image, got {budget:.3g}.")
+    certainties = held_out.certainties(measure)
+    low, high = -30.0, 30.0  # logarithms of the ratio: all images leave at the first depth, or at the last
     for _ in range(60):
         middle = (low + high) / 2
-        if mean_cost(sure, _thresholds(sure, middle), answers.macs) <= budget:
+        if mean_cost(certainties, _thresholds(certainties, middle), held_out.macs) <= budget:
             low = middle
         else:
             high = middle
-    return Confidence(_thresholds(sure, low), measure)
+    return Confidence(_thresholds(certainties, low), measure)
 
 
-def exits(sure: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """The depth at which each image leaves, (N,), given the certainties (N, depths) of all depths."""
-    return (sure >= torch.tensor([*thresholds, EVERYBODY], dtype=sure.dtype)).int().argmax(1)
+def exits(certainties: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The depth at which each image leaves, (N,), given the certainties of all depths, (N, depths)."""
+    return (certainties >= torch.tensor([*thresholds, EVERYBODY], dtype=certainties.dtype)).int().argmax(1)
 
 
-def mean_cost(sure: Tensor, thresholds: Sequence[float], macs: Sequence[int]) -> float:
+def mean_cost(certainties: Tensor, thresholds: Sequence[float], macs: Sequence[int]) -> float:
     """Mean multiply-accumulates per image."""
-    return float(torch.tensor(macs, dtype=torch.float64)[exits(sure, thresholds)].mean())
+    return float(torch.tensor(macs, dtype=torch.float64)[exits(certainties, thresholds)].mean())
 
 
-def _thresholds(sure: Tensor, log_ratio: float) -> tuple[float, ...]:
-    """Thresholds with which shares proportional to exp(log_ratio * depth) of the images leave at each depth."""
-    count, depths = sure.shape
+def _thresholds(certainties: Tensor, log_ratio: float) -> tuple[float, ...]:
+    """Thresholds with which shares of the images proportional to exp(log_ratio * depth) leave at each depth."""
+    count, depths = certainties.shape
     weights = torch.softmax(log_ratio * torch.arange(depths, dtype=torch.float64), 0)
-    left, found = torch.ones(count, dtype=torch.bool), []
+    remaining, found = torch.ones(count, dtype=torch.bool), []
     for depth in range(depths - 1):
-        here = sure[left, depth].sort(descending=True).values
+        here = certainties[remaining, depth].sort(descending=True).values
         leaving = min(round(float(weights[depth]) * count), len(here))
-        # Between the last that leaves and the first that stays, so that rounding moves neither.
+        # Halfway between the last image that leaves and the first that stays, so that rounding changes neither.
         if leaving == 0:
             threshold = NOBODY
         elif leaving == len(here):
@@ -136,13 +135,13 @@ def _thresholds(sure: Tensor, log_ratio: float) -> tuple[float, ...]:
         else:
             threshold = float(here[leaving - 1] + here[leaving]) / 2
         found.append(threshold)
-        left &= ~(sure[:, depth] >= threshold)
+        remaining &= ~(certainties[:, depth] >= threshold)
     return tuple(found)
 
 
 @dataclass(frozen=True)
 class Temperatures:
-    """A temperature per depth, by which its logits are divided (Guo et al., ICML 2017).
+    """Temperature scaling: the logits of each depth are divided by its temperature (Guo et al., ICML 2017).
 
     Attributes:
         values: one per depth.
@@ -151,13 +150,13 @@ class Temperatures:
     values: tuple[float, ...]
 
     def __call__(self, logits: Tensor, depth: int) -> Tensor:
-        """Probabilities (N, classes) of a depth's logits."""
+        """Probabilities (N, classes) from the logits of a depth, (N, classes)."""
         return F.softmax(logits / self.values[depth], dim=-1)
 
 
-def fit_temperatures(answers: Answers) -> Temperatures:
+def fit_temperatures(held_out: CalibrationSet) -> Temperatures:
     """The temperature of every depth with the lowest negative log-likelihood on held-out images."""
-    return Temperatures(tuple(_fit(answers.logits[:, b], answers.labels) for b in range(answers.logits.shape[1])))
+    return Temperatures(tuple(_fit(logits, held_out.labels) for logits in held_out.logits.unbind(1)))
 
 
 def _fit(logits: Tensor, labels: Tensor) -> float:
@@ -172,38 +171,3 @@ def _fit(logits: Tensor, labels: Tensor) -> float:
 
     optimizer.step(loss)
     return float(log_temperature.detach().exp())
-
-
-@dataclass(frozen=True)
-class PredictionSets:
-    """Sets of classes that hold the true one with a chosen probability (split conformal prediction).
-
-    Attributes:
-        thresholds: per depth, the least probability of a class in the set.
-        alpha: at most this share of images like those held out has its class outside.
-    """
-
-    thresholds: tuple[float, ...]
-    alpha: float
-
-    def __call__(self, logits: Tensor, depth: int) -> Tensor:
-        """Which classes are in the set: (N, classes) of booleans. The likeliest always is."""
-        p = F.softmax(logits, dim=-1)
-        return (p >= self.thresholds[depth]) | F.one_hot(p.argmax(-1), p.shape[-1]).bool()
-
-
-def fit_prediction_sets(answers: Answers, alpha: float = 0.1) -> PredictionSets:
-    """Limits for every depth (Sadinle et al., JASA 2019): the quantile of the true classes' probabilities.
-
-    Raises:
-        ValueError: a rate that is not between 0 and 1, or too few images to guarantee it.
-    """
-    count = len(answers.labels)
-    rank = math.floor((count + 1) * alpha)
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must be between 0 and 1, got {alpha}.")
-    if rank < 1:
-        raise ValueError(f"alpha={alpha} takes {math.ceil(1 / alpha) - 1} images or more, got {count}.")
-    p = F.softmax(answers.logits, dim=-1)
-    of_label = p.gather(2, answers.labels[:, None, None].expand(-1, p.shape[1], 1)).squeeze(2)
-    return PredictionSets(tuple(of_label.sort(0).values[rank - 1].tolist()), alpha)

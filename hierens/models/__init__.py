@@ -1,1 +1,1 @@
-"""The networks: trees, multi-exit networks, trees with exits, and what changes them."""
+"""The networks: trees, multi-exit networks and trees with exits; functions that create, change and load them."""

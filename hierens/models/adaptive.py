@@ -1,4 +1,4 @@
-"""What users call on every network here: saving, publishing, exporting and profiling, beside all of its base."""
+"""`Adaptive`: the base class with the methods that save, publish, export and profile a model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hierens.hub.saving import push_to_hub, save_pretrained
 
 
 class Adaptive(AdaptiveBase):
-    """A network whose depth is chosen when it is run: a tree, a multi-exit network, or both in one."""
+    """A network whose depth is chosen when it is run: a tree, a multi-exit network, or a tree with exits."""
 
     @abstractmethod
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> Adaptive:
-        """A model of its own with only what a depth (or the first `leaves`) needs."""
+        """A new model with only the part that a depth (or the first `leaves`) needs."""
 
     def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
-        """Leaves, parameters, MACs and latency of every depth: a table to print, a picture to draw."""
+        """Leaves, parameters, MACs and latency of every depth; prints as a table."""
         return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
 
     def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:

@@ -1,8 +1,9 @@
-"""From a timm model to a hierarchical neural ensemble."""
+"""The functions that convert a timm model: `hierensify`, `tree_with_exits` and `multi_exit`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import timm
@@ -17,6 +18,12 @@ from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
 from hierens.cutting.cut import Cutting, cut
 from hierens.models.ensemble import HierarchicalEnsemble
+from hierens.models.exit_weights import ExitWeights, prior
+from hierens.models.heads import Embedding, Exit, HeadKind, OwnExit, new_exits
+from hierens.models.multi_exit import MultiExit
+from hierens.models.tree_exits import TreeWithExits
+
+__all__ = ["hierensify", "multi_exit", "tree_with_exits"]
 
 
 @ordinary_tensors
@@ -31,20 +38,21 @@ def hierensify(
     seed: int | None = None,
     looped: Mapping[str, str] | None = None,
 ) -> HierarchicalEnsemble:
-    """Turn a timm model into a hierarchical neural ensemble.
+    """Convert a timm model to a hierarchical neural ensemble.
 
     Args:
-        backbone: any block-structured timm classification model; it is left as it is.
+        backbone: any block-structured timm classification model; it is not changed.
         blocks: levels of the tree, B + 1; it has 2^B leaves.
-        init: `copy` gives every branch the backbone's weights, so that every depth answers as the backbone does (call
-            `break_symmetry` before training; the trainer does); `reinit` draws every branch anew by the backbone's
-            own initialisation.
-        at: names of modules that shall begin the second and later blocks, instead of cuts into equal shares of work.
+        init: `copy` gives every branch the backbone's weights, so that the output of every depth equals the backbone's
+            (call `break_symmetry` before training; the trainer does); `reinit` initialises every branch as the backbone
+            initialises itself.
+        at: names of the modules with which the second and later blocks begin, instead of cuts into equal shares of the
+            cost.
         branching: children per branch and level, `(1, 2, 2, ...)` by default; sets `blocks`.
         leaves: keep only this many leaves, from the first.
-        seed: of `init="reinit"`; drawn from torch's generator by default.
-        looped: levels that may not be run grouped, by index as a string, and why: what `model.looped` said of the same
-            tree. By default this is found out: a block whose grouped form does not equal the looped one is looped.
+        seed: for `init="reinit"`; drawn from torch's generator by default.
+        looped: the reason for each level that must not be run grouped, by index as a string: `model.looped` of the same
+            tree. By default it is determined by a self-check: a block is looped if its grouped outputs differ.
 
     Raises:
         ValueError: a backbone that cannot be cut as asked (`CutError`), or arguments out of range.
@@ -59,10 +67,117 @@ def hierensify(
     return build_ensemble(backbone, cut(backbone, tree.levels, at), tree, init, seed, looped)
 
 
+@ordinary_tensors
+def tree_with_exits(
+    backbone: nn.Module,
+    blocks: int = 4,
+    *,
+    head: HeadKind = "pool",
+    at: Sequence[str] | None = None,
+    branching: Sequence[int] | None = None,
+    init: Literal["copy", "reinit"] = "copy",
+    leaves: int | None = None,
+    seed: int | None = None,
+    looped: Mapping[str, str] | None = None,
+) -> TreeWithExits:
+    """Convert a timm model to a hierarchical ensemble with exits in its first network.
+
+    Args:
+        backbone: any block-structured timm classification model; it is not changed.
+        blocks: levels of the tree; all but the last get an exit.
+        head: kind of the exits: `pool` or `conv`, as for `hierens.multi_exit`.
+        at: as for `hierens.hierensify`.
+        branching: likewise.
+        init: likewise.
+        leaves: likewise.
+        seed: for the exits and for `init="reinit"`; drawn from torch's generator by default.
+        looped: as for `hierens.hierensify`.
+
+    Raises:
+        ValueError: a backbone that cannot be cut as asked (`CutError`), features that a head cannot read, or arguments
+            out of range.
+
+    Examples:
+        >>> import timm, torch, hierens
+        >>> model = hierens.tree_with_exits(timm.create_model("resnet10t", num_classes=10), blocks=3)
+        >>> model.depths, model.sizes  # two exits, then the first 1, 2 and 4 networks
+        (5, (1, 2, 3, 4, 6))
+    """
+    tree = build_tree(blocks, at, branching, leaves, init)
+    if tree.levels < 2:
+        raise ValueError("exits are placed between blocks: a tree with exits needs blocks=2 at least.")
+    cutting = cut(backbone, tree.levels, at, single=True)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        exits = new_exits(head, backbone, cutting.blocks)
+    return TreeWithExits(build_ensemble(backbone, cutting, tree, init, seed, looped), exits, head)
+
+
+@ordinary_tensors
+def multi_exit(
+    backbone: nn.Module,
+    exits: int = 4,
+    *,
+    at: Sequence[str] | None = None,
+    head: HeadKind = "pool",
+    collaborate: bool = False,
+    weights: str | Sequence[float] | None = None,
+    learn_weights: bool = False,
+    num_classes: int | None = None,
+) -> MultiExit:
+    """Add exits to a timm model. The last exit is the model's own head, so the output of the full network is unchanged.
+
+    Args:
+        backbone: any block-structured timm classification model; it is not changed.
+        exits: number of exits, placed after equal shares of the cost.
+        at: names of the modules before which exits are placed, instead of `exits`; one more is at the end.
+        head: kind of the other exits: `pool` (global pooling and a linear layer, for any features) or `conv` (two
+            convolutions before that, as in MSDNet; for feature maps).
+        collaborate: each exit also reads an embedding of the logits of the exit before (IMTA).
+        weights: of an ensemble of the exits so far (AEP): a name of `hierens.models.exit_weights.prior`, or one number
+            per exit; by default the exits are not combined.
+        learn_weights: train the weights, starting from `weights` or from uniform ones.
+        num_classes: for new classifiers; by default the backbone's own are kept.
+
+    Raises:
+        ValueError: a backbone that cannot be cut as asked (`CutError`), features that a head cannot read, or arguments
+            out of range.
+
+    Examples:
+        >>> import timm, torch, hierens
+        >>> model = hierens.multi_exit(timm.create_model("resnet10t", num_classes=10), exits=3)
+        >>> model(torch.randn(1, 3, 64, 64), depth=0).shape
+        torch.Size([1, 10])
+    """
+    backbone = copy.deepcopy(backbone)
+    if num_classes is not None and num_classes != backbone.num_classes:
+        reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
+        reset(num_classes)
+    cutting = cut(backbone, exits, at, single=True)
+    features = int(getattr(backbone, "head_hidden_size", backbone.num_features))  # type: ignore[arg-type]
+    own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
+    heads: list[Exit] = [*new_exits(head, backbone, cutting.blocks), own]
+    if learn_weights and weights is None:
+        weights = "uniform"
+    own_weights = None if weights is None else list(prior(weights, len(heads)))
+    info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.")
+    info.model_args.update(head=head, collaborate=collaborate, weights=own_weights, learn_weights=learn_weights)
+    like = next(backbone.parameters())
+    model = MultiExit(
+        cutting.blocks,
+        heads,
+        info,
+        embeddings=[Embedding(info.num_classes).to(like.device, like.dtype) for _ in heads[1:]] if collaborate else [],
+        weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights).to(like.device, like.dtype),
+    )
+    return model.train(backbone.training)
+
+
 def build_tree(
     blocks: int, at: Sequence[str] | None, branching: Sequence[int] | None, leaves: int | None, init: str
 ) -> Tree:
-    """The tree that the arguments of `hierensify` ask for.
+    """The tree for the arguments of `hierensify`.
 
     Raises:
         ValueError: arguments out of range, or that contradict each other.
@@ -75,14 +190,14 @@ def build_tree(
         blocks = len(branching)
     tree = Tree.binary(blocks) if branching is None else Tree(tuple(branching))
     if tree.levels != blocks:
-        raise ValueError(f"branching has {tree.levels} levels, but `at` makes {blocks} blocks.")
+        raise ValueError(f"branching has {tree.levels} levels, but `at` gives {blocks} blocks.")
     return tree if leaves is None else tree.prefix(leaves)
 
 
 def build_ensemble(
     backbone: nn.Module, cutting: Cutting, tree: Tree, init: str, seed: int | None, looped: Mapping[str, str] | None
 ) -> HierarchicalEnsemble:
-    """The ensemble of a backbone that was cut; it takes over the pieces. Other arguments are as for `hierensify`."""
+    """The ensemble of a backbone that was cut. It reuses the blocks. Other arguments are as for `hierensify`."""
     networks = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
     branches = [*tree.widths(), tree.leaves, tree.leaves]
     reasons = reasons_to_loop(cutting, backbone, branches) if looped is None else looped
@@ -99,7 +214,7 @@ def build_ensemble(
     for index, level in enumerate(ensemble.all_levels()):
         if reason := reasons.get(str(index)):
             level.loop(reason)
-    ensemble.train(backbone.training)  # which finds the grouped forms
+    ensemble.train(backbone.training)  # also prepares the grouped forms
     return ensemble
 
 
@@ -109,7 +224,7 @@ def _level(block: nn.Module, leaves: Sequence[int], networks: Sequence[nn.Module
 
 
 def _weights(block: nn.Module, leaf: int, networks: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """The first weights of the branch on the path to a leaf: the leaf's own network's, or the backbone's."""
+    """Initial weights of the branch on the path to a leaf: from the network of that leaf, or from the backbone."""
     own = block.state_dict()
     if networks:
         fresh = networks[leaf].state_dict()
@@ -121,7 +236,7 @@ def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[n
     """A newly initialised backbone for every leaf."""
     architecture = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
     if not architecture:
-        raise ValueError("init='reinit' makes the backbone anew by timm.create_model, which did not make this one.")
+        raise ValueError("init='reinit' needs a backbone made by timm.create_model, and this one was not: use 'copy'.")
     args = {**get_model_args(backbone), "num_classes": backbone.num_classes}
     networks: list[nn.Module] = []
     with torch.random.fork_rng(enabled=seed is not None):

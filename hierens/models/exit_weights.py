@@ -1,4 +1,4 @@
-"""Weights of exits in an ensemble (AEP: Sarti et al., arXiv 2301.12168): uniform, rising, falling, fixed or learned."""
+"""Weights of exits in an ensemble (AEP: Sarti et al., arXiv 2301.12168): by name or by number, fixed or learned."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def prior(weights: Prior | str | Sequence[float], exits: int) -> tuple[float, ..
     """Weights by name, with a sum of 1.
 
     Args:
-        weights: `uniform`; `linear_rising`, in proportion to 1, 2, 3, ... from the first exit, or `linear_falling`,
-            from the last; `geometric_rising`, to 1, 2, 4, ..., or `geometric_falling`; or a number per exit.
-        exits: how many exits.
+        weights: `uniform`; `linear_rising`, proportional to 1, 2, 3, ... from the first exit, or `linear_falling`, from
+            the last; `geometric_rising`, proportional to 1, 2, 4, ..., or `geometric_falling`; or a number per exit.
+        exits: number of exits.
 
     Raises:
-        ValueError: another name, another number of weights, or weights that are not positive.
+        ValueError: an unknown name, a wrong number of weights, or weights that are not positive.
 
     Examples:
         >>> prior("linear_rising", 4), prior("geometric_falling", 2)
@@ -42,17 +42,17 @@ def prior(weights: Prior | str | Sequence[float], exits: int) -> tuple[float, ..
         values = [float(value) for value in weights]
     if len(values) != exits or not all(0 < value < float("inf") for value in values):
         raise ValueError(
-            f"weights must be {exits} positive numbers, one per exit (prune leaves exits out), got {weights}."
+            f"weights must be {exits} positive numbers, one per exit (prune removes exits), got {weights}."
         )
     return tuple(value / sum(values) for value in values)
 
 
 class ExitWeights(nn.Module):
-    """The weights of an ensemble's exits, as a softmax of numbers that may be learned.
+    """The weights of an ensemble's exits, as the softmax of logits that may be learned.
 
     Args:
-        weights: to begin with, or for good; positive.
-        learn: whether training changes them (AEP's learned weights; its hybrid ones if they begin other than uniform).
+        weights: positive; initial values, or fixed ones.
+        learn: whether training changes them (AEP's learned weights; its hybrid ones if `weights` are not uniform).
     """
 
     def __init__(self, weights: Sequence[float], learn: bool) -> None:
@@ -70,6 +70,6 @@ class ExitWeights(nn.Module):
         return torch.softmax(self.logits, 0)
 
     def keep(self, exits: Sequence[int]) -> None:
-        """Weigh these exits only; their ratios stay."""
+        """Keep only the weights of these exits, in the same ratios."""
         kept = self.logits.detach()[list(exits)].clone()
         self.logits = nn.Parameter(kept) if self.learn else kept

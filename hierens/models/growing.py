@@ -1,7 +1,7 @@
-"""One more level for a tree that has been made, or trained: the last block is cut in two, every leaf gets a sibling.
+"""Adds a level to a tree: the last block is cut in two, and every leaf gets a sibling.
 
-The second half of the last block is copied for both children of a former leaf, so that nothing changes at first: a
-tree can be trained small and grown, or a converted network deepened without converting it again.
+The second half of the last block is copied for both children of a former leaf, so the outputs do not change at first.
+A tree can be trained small and grown, and a converted network can get more levels without converting it again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ Grown = TypeVar("Grown", bound=LevelTree)
 
 @ordinary_tensors
 def grow(model: Grown) -> Grown:
-    """A model of its own with one more level and twice the leaves, which answers as the old one does.
+    """A new model with one more level, twice the leaves, and equal outputs.
 
-    The last block is cut in two where that halves its work best (the leaf's head counts to its second part), and both
-    children of a former leaf hold copies of its weights. So depth b answers as depth b - 1 did, depth 0 as depth 0.
+    The last block is cut where its cost is divided most equally (its second part includes the leaf's head). Both
+    children of a former leaf hold copies of its weights. The outputs of depth b are therefore those of depth b - 1
+    before, and the outputs of depth 0 do not change.
 
     Args:
-        model: the model to grow; it is left as it is.
+        model: the model to grow; it is not changed.
 
     Raises:
-        CutError: the last block has no place left to cut, the classifier was removed, or blocks share weights.
+        CutError: the last block cannot be cut, the classifier was removed, or blocks share weights.
     """
     if model.num_classes < 1:
-        raise CutError("the classifier was removed: reset_classifier to a number of classes before growing.")
+        raise CutError("the classifier was removed: call reset_classifier with a number of classes before growing.")
     network, at = _Network(model.at_depth(0)), model._model_args["at"]
     cutting = cut(network, at=[*at, next_cut(network, at)])
     *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
@@ -45,7 +46,7 @@ def grow(model: Grown) -> Grown:
     branches = [*(1 for _ in levels), last.branches, 2 * last.branches, 1, 1]  # only the two new levels are checked
     reasons = reasons_to_loop(cutting, network, branches)
     upper, lower = (
-        _planted(block, last, copies=copies, because=reasons.get(str(index), ""))
+        _level_of(block, last, copies, reasons.get(str(index), ""))
         for index, block, copies in (
             (len(levels), cutting.blocks[-2], 1),
             (len(levels) + 1, cutting.blocks[-1], 2),
@@ -54,25 +55,32 @@ def grow(model: Grown) -> Grown:
     grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
         [*(level.first_branches(level.branches) for level in levels), upper, lower],
-        _planted(head.first(), head, copies=2, because=head.fallback_reason),
-        _planted(classifier.first(), classifier, copies=2, because=classifier.fallback_reason),
+        _level_of(head.first(), head, 2, head.fallback_reason),
+        _level_of(classifier.first(), classifier, 2, classifier.fallback_reason),
     )
     grown._model_args["at"] = list(cutting.at)
     return grown
 
 
-def _planted(block: nn.Module, source: Level, copies: int, because: str) -> Level:
-    """A level of a block, or of a part of it, with the weights of every branch of its source `copies` times."""
+def _level_of(block: nn.Module, source: Level, copies: int, reason: str) -> Level:
+    """A level of a block, or of a part of it, with `copies` branches for every branch of its source.
+
+    Args:
+        block: the block.
+        source: the level whose weights and executor the new one gets.
+        copies: new branches with the weights of each branch.
+        reason: why the level must be looped, or an empty string.
+    """
     own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
     level = Level.of_copies(block, len(own), lambda branch: own[branch])
-    level.executor, level.fallback_reason = source.executor, because
+    level.executor, level.fallback_reason = source.executor, reason
     return level.train(source.training)
 
 
 class _Network(nn.Module):
     """The blocks, head and classifier of a tree of one leaf, joined to the backbone that they were cut from.
 
-    Under the backbone's own names, so that cuts made here can be repeated on the backbone when a model is loaded.
+    Modules have the backbone's own names, so that the same cuts can be made in the backbone when a model is loaded.
     """
 
     def __init__(self, single: LevelTree) -> None:
@@ -85,15 +93,15 @@ class _Network(nn.Module):
         ]
         names = list(chain.from_iterable(block.state_dict() for block in blocks))
         if len(names) != len(set(names)):
-            raise CutError("blocks of this backbone share weights: grow it by hierensify with more blocks instead.")
+            raise CutError("blocks of this backbone share weights: call hierensify with more blocks instead.")
         for block in blocks:
             for node in block.graph.nodes:
                 if node.op in ("call_module", "get_attr"):
                     self._adopt(node.target, block)
-        # In a list, for the modules are registered under their own names already.
+        # In a plain list, because the modules are already registered under their own names.
         self._pieces = [fx.GraphModule(self, block.graph) for block in blocks]
         if len(self._pieces[-2].graph.find_nodes(op="placeholder")) > 1:
-            raise CutError("several values cross into the head of this backbone: it cannot be grown.")
+            raise CutError("this backbone cannot be grown: its head reads several values.")
 
     def _adopt(self, target: str, block: fx.GraphModule) -> None:
         *path, name = target.split(".")
@@ -103,7 +111,7 @@ class _Network(nn.Module):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         if hasattr(owner, name):
-            return  # a module without weights that two blocks use
+            return  # a module without weights that is used in two blocks
         value = getattr(block.get_submodule(".".join(path)), name)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             persistent = target in block.state_dict()
@@ -123,6 +131,6 @@ class _Network(nn.Module):
     @staticmethod
     def _run(pieces: Sequence[fx.GraphModule], value: Any) -> Any:
         for piece in pieces:
-            # Not called as a module: a trace shall see the backbone's modules and none around them.
+            # Not called as a module, so that a trace contains only the backbone's own modules.
             value = piece.forward(*value) if isinstance(value, tuple) else piece.forward(value)
         return value

@@ -1,4 +1,4 @@
-"""What turns the features at a cut into logits: heads of early exits, the backbone's own, embeddings of answers."""
+"""Heads of exits, for features in any layout; the backbone's own head as an exit; embeddings for collaboration."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from hierens.core.modes import evaluating
 from hierens.core.timm_info import example_input
 
 HeadKind = Literal["pool", "conv"]
-_CONV_WIDTH = 128  # channels of a convolutional head, as MSDNet has them; in narrow networks it would dwarf the rest
-_EMBEDDING = 128  # features that a previous exit's logits become, as in the authors' code for CIFAR
+_CONV_WIDTH = 128  # channels of a convolutional head, as in MSDNet; less where they would dominate the cost
+_EMBEDDING = 128  # features of the embedding, as in the authors' code for CIFAR
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things stand in the features that cross a cut.
+    """The layout of the features at a cut.
 
     Attributes:
-        kind: `NCHW` and `NHWC` are maps, `NLC` are tokens, `NC` is pooled already.
-        channels: of a position.
-        prefix: tokens in front that stand for no position, such as a class token.
-        by_token: whether the first of them speaks for the image, as the backbone's own classifier takes it.
-        part: which of several values that cross is meant; None where a single tensor does.
+        kind: `NCHW` and `NHWC` are feature maps, `NLC` are tokens, `NC` is pooled already.
+        channels: number of channels.
+        prefix: number of tokens in front that belong to no position, such as a class token.
+        class_token: whether the first token represents the image, as for the backbone's own classifier.
+        part: index of the features if several values cross the cut; None if a single tensor does.
     """
 
     kind: Literal["NCHW", "NHWC", "NLC", "NC"]
     channels: int
     prefix: int = 0
-    by_token: bool = False
+    class_token: bool = False
     part: int | None = None
 
     def features(self, value: Any) -> Tensor:
-        """The tensor of features among what crosses."""
+        """The features among the values that cross the cut."""
         found: Tensor = value if self.part is None else value[self.part]
         return found
 
     def pooled(self, value: Any) -> Tensor:
-        """Features of the image, (N, channels)."""
+        """Pooled features, (N, channels)."""
         x = self.features(value)
         if self.kind == "NC":
             return x
         if self.kind == "NLC":
-            return x[:, 0] if self.by_token else x[:, self.prefix :].mean(1)
+            return x[:, 0] if self.class_token else x[:, self.prefix :].mean(1)
         return x.mean((2, 3) if self.kind == "NCHW" else (1, 2))
 
 
 def layouts(backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[Layout]:
-    """The layout of what every block but the last hands on, found by running them.
+    """The layout of the output of every block but the last, determined by running the blocks.
 
     Raises:
-        ValueError: features in which channels and positions cannot be told apart.
+        ValueError: channels and positions of some features cannot be distinguished.
     """
     example = example_input(backbone, 2)
-    values = _handed_on(blocks, example)
+    values = _outputs(blocks, example)
     found = []
     for index, value in enumerate(values[:-1]):
         part, x = _features_of(value, index)
@@ -70,7 +70,7 @@ def layouts(backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[Lay
 
 
 @torch.no_grad()
-def _handed_on(blocks: tuple[fx.GraphModule, ...], example: Tensor) -> list[Any]:
+def _outputs(blocks: tuple[fx.GraphModule, ...], example: Tensor) -> list[Any]:
     value: Any = example
     values = []
     for block in blocks:
@@ -81,7 +81,7 @@ def _handed_on(blocks: tuple[fx.GraphModule, ...], example: Tensor) -> list[Any]
 
 
 def _features_of(value: Any, index: int) -> tuple[int | None, Tensor]:
-    """The one tensor with an entry per image (two here), among what crosses."""
+    """The one tensor with an entry per image (two here) among the values that cross, and its index."""
     if isinstance(value, Tensor):
         return None, value
     parts = [
@@ -91,15 +91,15 @@ def _features_of(value: Any, index: int) -> tuple[int | None, Tensor]:
     ]
     if len(parts) != 1:
         raise ValueError(
-            f"{len(parts)} feature tensors cross after block {index}, and an exit reads one: cut elsewhere, by at= "
-            "(hierens.cut_points lists the places, with what crosses them)."
+            f"{len(parts)} feature tensors cross after block {index}, and an exit reads one: cut elsewhere by at=[...] "
+            "(hierens.cut_points lists the possible cuts and the values that cross them)."
         )
     return parts[0]
 
 
 @dataclass(frozen=True)
 class _ShapeReader:
-    """Tells channels from positions by their numbers, in the features after a block."""
+    """Distinguishes channels and positions of the features after a block by their sizes."""
 
     backbone: nn.Module
     blocks: tuple[fx.GraphModule, ...]
@@ -113,54 +113,56 @@ class _ShapeReader:
         if x.ndim == 3:
             return self._tokens(x)
         if x.ndim != 4:
-            raise ValueError(f"{self._named(x)} have {x.ndim} dimensions; an exit reads maps or tokens.")
+            raise ValueError(f"{self._described(x)} have {x.ndim} dimensions: cut elsewhere by at=[...].")
         _, a, b, c = x.shape
-        first, last = self._is_grid(b, c), self._is_grid(a, b)  # whether the others are positions: NCHW, NHWC
+        first, last = self._is_grid(b, c), self._is_grid(a, b)  # whether this dimension can hold the channels
         if first and last:
             first, last = self._by_another_size(x)
         if first == last:
             raise ValueError(
-                f"{self._named(x)} do not show which dimension holds the channels: cut elsewhere by at=[...]."
+                f"{self._described(x)} do not show which dimension holds the channels: cut elsewhere by at=[...]."
             )
         return Layout("NCHW", a, part=self.part) if first else Layout("NHWC", c, part=self.part)
 
     def _tokens(self, x: Tensor) -> Layout:
         height, width = self.example.shape[2:]
-        by_token = getattr(self.backbone, "global_pool", None) == "token"
+        class_token = getattr(self.backbone, "global_pool", None) == "token"
         for prefix in (int(getattr(self.backbone, "num_prefix_tokens", 0) or 0), 0):
             positions = x.shape[1] - prefix
             rows = math.isqrt(max(positions, 0) * height // width)
             if rows and positions % rows == 0 and self._is_grid(rows, positions // rows):
-                return Layout("NLC", x.shape[2], prefix, by_token and prefix > 0, self.part)
-        raise ValueError(f"{self._named(x)} are no grid of tokens (N, positions, channels): cut elsewhere by at=[...].")
+                return Layout("NLC", x.shape[2], prefix, class_token and prefix > 0, self.part)
+        raise ValueError(
+            f"{self._described(x)} are not a grid of tokens (N, positions, channels): cut elsewhere by at=[...]."
+        )
 
     def _is_grid(self, rows: int, columns: int) -> bool:
-        """Whether these could be the positions of a map, which has the proportions of the image."""
+        """Whether these can be the height and width of a feature map, which has the image's aspect ratio."""
         height, width = self.example.shape[2:]
         return abs(rows / columns - height / width) <= height / width * 0.5 / min(rows, columns)
 
     def _by_another_size(self, x: Tensor) -> tuple[bool, bool]:
-        """Which two dimensions follow the image's size; where that is fixed, timm's word for it."""
+        """Whether the first or the last dimension is independent of the image size; if that is fixed, timm's format."""
         try:
             larger = torch.nn.functional.interpolate(self.example, scale_factor=2)
-            value = _handed_on(self.blocks[: self.index + 1], larger)[-1]
-            moved = value if self.part is None else value[self.part]
-            return moved.shape[1] == x.shape[1], moved.shape[3] == x.shape[3]
+            value = _outputs(self.blocks[: self.index + 1], larger)[-1]
+            resized = value if self.part is None else value[self.part]
+            return resized.shape[1] == x.shape[1], resized.shape[3] == x.shape[3]
         except Exception:
-            said = str(getattr(self.backbone, "output_fmt", ""))
-            return "NCHW" in said, "NHWC" in said
+            output_format = str(getattr(self.backbone, "output_fmt", ""))
+            return "NCHW" in output_format, "NHWC" in output_format
 
-    def _named(self, x: Tensor) -> str:
+    def _described(self, x: Tensor) -> str:
         return f"the features of shape {tuple(x.shape)} after block {self.index} of this {type(self.backbone).__name__}"
 
 
 class PooledExit(nn.Module):
-    """Global pooling, a layer norm where the backbone has no batch norms to keep the scale, and a linear layer.
+    """Global pooling, a layer norm if the backbone has no batch norms that fix the scale, and a linear layer.
 
     Args:
         layout: of the features.
         num_classes: number of classes.
-        normalise: whether to have the layer norm.
+        normalise: whether to add the layer norm.
     """
 
     def __init__(self, layout: Layout, num_classes: int, normalise: bool) -> None:
@@ -170,12 +172,12 @@ class PooledExit(nn.Module):
         self.classifier = nn.Linear(layout.channels, num_classes)
 
     def forward(self, value: Any) -> Tensor:
-        """What crosses the cut -> (N, classes)."""
+        """Logits (N, classes) from the values that cross the cut."""
         logits: Tensor = self.classifier(self.norm(self.layout.pooled(value)))
         return logits
 
     def reset(self, num_classes: int) -> None:
-        """A new classifier."""
+        """Replace the classifier by a new one."""
         self.classifier = _like(self.classifier, nn.Linear(self.layout.channels, num_classes))
 
 
@@ -183,11 +185,11 @@ class ConvExit(nn.Module):
     """Two 3x3 convolutions of stride 2 with batch norm and ReLU, global pooling and a linear layer, as MSDNet's exits.
 
     Args:
-        layout: of the features: a map (N, C, H, W).
+        layout: of the features, which must be maps (N, C, H, W).
         num_classes: number of classes.
 
     Raises:
-        ValueError: the features are no such map.
+        ValueError: the features have another layout.
     """
 
     def __init__(self, layout: Layout, num_classes: int) -> None:
@@ -200,12 +202,12 @@ class ConvExit(nn.Module):
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, value: Any) -> Tensor:
-        """What crosses the cut -> (N, classes)."""
+        """Logits (N, classes) from the values that cross the cut."""
         logits: Tensor = self.classifier(self.convs(self.layout.features(value)).mean((2, 3)))
         return logits
 
     def reset(self, num_classes: int) -> None:
-        """A new classifier."""
+        """Replace the classifier by a new one."""
         self.classifier = _like(self.classifier, nn.Linear(self.classifier.in_features, num_classes))
 
 
@@ -213,10 +215,10 @@ class OwnExit(nn.Module):
     """The backbone's own head and classifier: the last exit.
 
     Args:
-        head: from features to the classifier.
-        classifier: the last linear layers and what follows them.
-        names: of the last linear layers within it.
-        features: channels that they read.
+        head: the layers from the features to the classifier.
+        classifier: the last linear layers and everything after them.
+        names: of the last linear layers in `classifier`.
+        features: number of their input channels.
     """
 
     def __init__(self, head: fx.GraphModule, classifier: fx.GraphModule, names: tuple[str, ...], features: int) -> None:
@@ -224,13 +226,13 @@ class OwnExit(nn.Module):
         self.head, self.classifier, self.names, self.channels = head, classifier, names, features
 
     def forward(self, value: Any) -> Tensor:
-        """What the last block hands on -> (N, classes)."""
+        """Logits (N, classes) from the output of the last block."""
         pooled = self.head(*value) if isinstance(value, tuple) else self.head(value)
         logits: Tensor = self.classifier(*pooled) if isinstance(pooled, tuple) else self.classifier(pooled)
         return logits
 
     def reset(self, num_classes: int) -> None:
-        """New classifiers."""
+        """Replace the last linear layers by new ones."""
         for name in self.names:
             old = self.classifier.get_submodule(name)
             owner, _, key = name.rpartition(".")
@@ -242,12 +244,12 @@ Exit = PooledExit | ConvExit | OwnExit
 
 
 class Embedding(nn.Module):
-    """What an exit takes from the previous one's logits (inline subnetwork collaboration, arXiv 1908.06294, 3.2).
+    """The contribution of an exit's logits to the next exit's (inline subnetwork collaboration, arXiv 1908.06294, 3.2).
 
-    They are embedded by a linear layer, batch norm and ReLU; the paper concatenates the embedding with the features
-    that the next classifier reads. A linear classifier of both is the sum of one of each, which is how it is computed
-    here: so any head can collaborate, the backbone's own as well, and as the second one begins at zero, nothing changes
-    at first.
+    The logits are embedded by a linear layer, batch norm and ReLU. The paper concatenates the embedding with the
+    features that the next classifier reads. A linear classifier of both is the sum of a classifier of each, and is
+    computed as this sum here. Any head can therefore collaborate, also the backbone's own. The classifier of the
+    embedding starts at zero, so outputs do not change at first.
 
     Args:
         num_classes: number of classes.
@@ -260,27 +262,28 @@ class Embedding(nn.Module):
         nn.init.zeros_(self.classifier.weight)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Logits of the previous exit, (N, classes) -> what is added to this one's."""
+        """The term (N, classes) that is added to an exit's logits, from the logits (N, classes) of the exit before."""
         added: Tensor = self.classifier(self.embed(logits))
         return added
 
 
-def early_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[PooledExit | ConvExit]:
-    """A head for what every block but the last hands on, on the backbone's device and in its type.
+def new_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[PooledExit | ConvExit]:
+    """A head for the output of every block but the last, on the backbone's device and in its data type.
 
     Raises:
-        ValueError: another kind, features that it does not suit, or in which channels and positions look alike.
+        ValueError: an unknown kind, features that it cannot read, or whose channels and positions cannot be
+            distinguished.
     """
     classes, like = int(backbone.num_classes), next(backbone.parameters())  # type: ignore[arg-type]
-    made = [make_exit(kind, layout, classes, backbone) for layout in layouts(backbone, blocks)]
-    return [exit.to(like.device, like.dtype) for exit in made]
+    exits = [new_exit(kind, layout, classes, backbone) for layout in layouts(backbone, blocks)]
+    return [exit.to(like.device, like.dtype) for exit in exits]
 
 
-def make_exit(kind: HeadKind, layout: Layout, num_classes: int, backbone: nn.Module) -> PooledExit | ConvExit:
-    """The head of an early exit.
+def new_exit(kind: HeadKind, layout: Layout, num_classes: int, backbone: nn.Module) -> PooledExit | ConvExit:
+    """A head for features of a layout.
 
     Raises:
-        ValueError: another kind, or one that the features do not suit.
+        ValueError: an unknown kind, or one that cannot read the features.
     """
     if kind not in ("pool", "conv"):
         raise ValueError(f"head must be 'pool' or 'conv', got {kind!r}.")
@@ -296,6 +299,6 @@ def _conv_bn_relu(channels: int, width: int) -> tuple[nn.Module, ...]:
 
 
 def _like(old: nn.Module, new: Any) -> Any:
-    """On the device and in the type of what it replaces."""
+    """The new module, on the device and in the data type of the old one."""
     like = next(old.parameters(), None)
     return new if like is None else new.to(like.device, like.dtype)

@@ -1,4 +1,4 @@
-"""Saved models made again, from a directory or from the Hub: config and weights are checked before anything is built.
+"""Loads saved models from a directory or from the Hub. Config and weights are checked before a model is built.
 
 Nothing is unpickled.
 """
@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import timm
 from safetensors import SafetensorError, safe_open
 
-import hierens.models.architectures  # registers the entry points that a config names  # noqa: F401
+# These register the entry points that a config can name.
+import hierens.models.paper_networks
+import hierens.models.registry
+import hierens.models.small_resnets  # noqa: F401
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError, read_files
 from hierens.core.modes import ordinary_tensors
@@ -33,36 +36,36 @@ def from_pretrained(
         cache_dir: where downloads are kept.
 
     Raises:
-        LoadError: a missing or damaged file, a config that names what cannot be built, weights that do not fit it.
+        LoadError: a missing or damaged file, a config from which no model can be built, weights that do not fit it.
     """
     source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    return _made(read_files(name, (CONFIG, WEIGHTS), _read, **source))
+    return _model_of(read_files(name, (CONFIG, WEIGHTS), _read, **source))
 
 
 def load_with_policy(
     name: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None
 ) -> tuple[Adaptive, Policy | None]:
-    """`from_pretrained` and `load_policy` at once: of a folder that is being saved anew, both are of the same save.
+    """`from_pretrained` and `load_policy` in one call. If the folder is being saved again, both are of the same save.
 
     Args:
         name: as for `from_pretrained`.
-        revision: as for `from_pretrained`.
+        revision: likewise.
         token: likewise.
         cache_dir: likewise.
 
     Returns:
-        The model, and the policy saved beside it, None if there is none.
+        The model, and the policy saved beside it or None.
 
     Raises:
-        LoadError: as `from_pretrained` and `load_policy` do.
+        LoadError: as for `from_pretrained` and `load_policy`.
     """
     source: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     saved = read_files(name, (CONFIG, WEIGHTS), _read, optional=(POLICY,), **source)
-    return _made(saved), saved.policy
+    return _model_of(saved), saved.policy
 
 
 class _Saved(NamedTuple):
-    """What the files of a model say; the weights are opened, and so stay what they are if the file is replaced."""
+    """Contents of the files of a model. The weights are an open file, so replacing the file does not change them."""
 
     config: dict[str, Any]
     config_file: Path
@@ -79,9 +82,9 @@ def _read(config_file: Path, weights_file: Path, policy_file: Path | None = None
 
 
 @ordinary_tensors
-def _made(saved: _Saved) -> Adaptive:
+def _model_of(saved: _Saved) -> Adaptive:
     config = saved.config
-    # Which levels are looped is nothing to find out by computing, where there are no values to compare.
+    # The check uses no values, so it cannot run the self-check that finds the levels to loop.
     unlooped = {"looped": config["model_args"].get("looped") or {}} if config["architecture"] in TREES else {}
     check_leaves(config, saved.header, saved.config_file)
     check_fit(lambda: _build(config, **unlooped), saved.header, saved.config_file, saved.weights_file)
@@ -104,7 +107,7 @@ def _build(config: dict[str, Any], **settled: Any) -> Adaptive:
 
 def _describe(model: Adaptive, config: dict[str, Any]) -> None:
     model.pretrained_cfg.update(config["pretrained_cfg"], num_classes=model.num_classes)
-    # timm writes these beside the rest, and reads them back so.
+    # timm writes these beside `pretrained_cfg`, not in it.
     model.pretrained_cfg.update({key: config[key] for key in ("label_names", "label_descriptions") if key in config})
 
 

@@ -1,7 +1,7 @@
-"""Siblings in the best order: which leaves come first decides what the small depths answer, and costs nothing.
+"""Sorts siblings in the order that is best for small depths. This does not change the cost.
 
-The tree stays the same tree: branches change places with their siblings, whole sub-trees at a time, so all leaves
-together answer as before while the first few are those that answer best on given data.
+Branches change places with their siblings, together with their sub-trees. The prediction of all leaves is therefore
+unchanged, while the first leaves are those with the best predictions on given data.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from hierens.models.level_tree import LevelTree
 
 @dataclass(frozen=True)
 class Reordering:
-    """What a new order of siblings changed, on the data it was chosen with; printed, it is a table.
+    """The effect of a new order of siblings on the data with which it was chosen; prints as a table.
 
     Attributes:
-        order: the leaf that stands at each place now, by its place before.
+        order: the former index of each leaf.
         cross_entropy_before: of each depth, in nats, mean over images.
-        cross_entropy_after: the same in the new order.
+        cross_entropy_after: in the new order.
         accuracy_before: of each depth, in percent.
-        accuracy_after: the same in the new order.
+        accuracy_after: in the new order.
     """
 
     order: tuple[int, ...]
@@ -51,34 +51,34 @@ class Reordering:
 
 
 def reorder(model: LevelTree, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
-    """Permute siblings in place so that small depths answer best on validation data.
+    """Permute siblings in place so that the predictions of small depths are best on validation data.
 
-    All leaves are evaluated once. From each leaf as the first, an order is completed one leaf at a time, always by the
-    leaf that gives the prefix so far the lowest cross-entropy among those that the tree lets come next. Of these
-    orders, and the present one, that with the lowest sum of cross-entropies over the depths below the full one is
-    taken; if there are several, the one with the lowest sum over all prefixes.
+    All leaves are evaluated once. For each possible first leaf, an order is built greedily: the next leaf is the one,
+    of those that the tree allows, with which the leaves so far have the lowest cross-entropy. Of these orders and the
+    current one, the order with the lowest sum of cross-entropies over the depths below the full one is chosen; if there
+    are several, the one with the lowest sum over all prefixes.
 
-    In a tree that was trimmed, a branch that lost leaves stays the last among its siblings. The state of an optimiser
-    is not permuted: reorder after training. Choose on data that the accuracy is not reported on.
+    In a tree with dropped leaves, a branch that lost leaves remains the last of its siblings. The state of an optimiser
+    is not permuted: reorder after training. Do not use the data on which the accuracy is reported.
 
     Args:
         model: its weights and buffers are permuted; training modes are kept.
-        loader: batches of images (N, C, H, W) and class indices (N,); all leaves' logits of all of them are kept in
-            memory, 4 bytes for each image, leaf and class.
+        loader: batches of images (N, C, H, W) and class indices (N,). The logits of all leaves for all images are kept
+            in memory, 4 bytes for each image, leaf and class.
 
     Returns:
         Cross-entropy and accuracy of every depth before and after.
 
     Raises:
-        ValueError: an empty loader, targets that are no class indices, logits that are not finite, or no classifier.
+        ValueError: an empty loader, targets that are not class indices, logits that are not finite, or no classifier.
     """
     if model.num_classes < 1:
-        raise ValueError("the classifier was removed: without classes no order of the leaves is better than another.")
+        raise ValueError("the classifier was removed: call reset_classifier, and train the new classifier first.")
     logits, targets = _evaluated(model, loader)
     scores = _Scores(logits, targets)
     tree = model.tree
-    present = tuple(range(tree.leaves))
-    orders = [present, *(_completed(tree, scores, first) for first in _next_leaves(tree, []))]
+    current = tuple(range(tree.leaves))
+    orders = [current, *(_completed(tree, scores, first) for first in _next_leaves(tree, []))]
     depths = nested_sizes(tree.leaves)[:-1]
 
     def merit(order: tuple[int, ...]) -> tuple[float, float]:
@@ -86,12 +86,12 @@ def reorder(model: LevelTree, loader: Iterable[tuple[Tensor, Tensor]]) -> Reorde
         return sum(prefixes[n - 1] for n in depths), sum(prefixes)
 
     best = min(orders, key=merit)
-    if best != present:
+    if best != current:
         _permute(model, best)
     return Reordering(
         best,
-        *(tuple(scores.cross_entropy(order[:n]) for n in nested_sizes(tree.leaves)) for order in (present, best)),
-        *(tuple(scores.accuracy(order[:n]) for n in nested_sizes(tree.leaves)) for order in (present, best)),
+        *(tuple(scores.cross_entropy(order[:n]) for n in nested_sizes(tree.leaves)) for order in (current, best)),
+        *(tuple(scores.accuracy(order[:n]) for n in nested_sizes(tree.leaves)) for order in (current, best)),
     )
 
 
@@ -105,10 +105,10 @@ def _evaluated(model: LevelTree, loader: Iterable[tuple[Tensor, Tensor]]) -> tup
             logits.append(model(images.to(parameter), reduce=False).float().cpu())
             targets.append(target.long().cpu())
     if not sum(len(target) for target in targets):
-        raise ValueError("the loader gave no images: the order of the leaves is chosen on at least one batch.")
+        raise ValueError("the loader gave no images: reordering needs at least one batch.")
     joined = torch.cat(logits)
     if not joined.isfinite().all():
-        raise ValueError("the model's logits are not finite on these images: no order can be chosen.")
+        raise ValueError("the model's logits are not finite for these images: check its weights and the images.")
     return joined, torch.cat(targets)
 
 
@@ -122,7 +122,7 @@ def _check_target(target: Tensor, images: int, classes: int) -> None:
 
 
 class _Scores:
-    """Cross-entropy and accuracy of the mean of a set of leaves, each set computed once."""
+    """Cross-entropy and accuracy of the mean logits of sets of leaves; each set is computed once."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
         self.logits, self.targets = logits, targets
@@ -138,13 +138,13 @@ class _Scores:
         chosen = frozenset(leaves)
         if chosen not in self.known:
             mean = self.logits[:, sorted(chosen)].mean(1)
-            right = (mean.argmax(-1) == self.targets).double().mean()
-            self.known[chosen] = float(F.cross_entropy(mean, self.targets)), 100 * float(right)
+            accuracy = (mean.argmax(-1) == self.targets).double().mean()
+            self.known[chosen] = float(F.cross_entropy(mean, self.targets)), 100 * float(accuracy)
         return self.known[chosen]
 
 
 def _completed(tree: Tree, scores: _Scores, first: int) -> tuple[int, ...]:
-    """An order of all leaves: the first is given, every further one is the best of those that may come next."""
+    """An order of all leaves with a given first one; every further leaf is the best of those that may follow."""
     order = [first]
     while len(order) < tree.leaves:
         order.append(min(_next_leaves(tree, order), key=lambda leaf: (scores.cross_entropy([*order, leaf]), leaf)))
@@ -152,9 +152,9 @@ def _completed(tree: Tree, scores: _Scores, first: int) -> tuple[int, ...]:
 
 
 def _next_leaves(tree: Tree, order: Sequence[int]) -> list[int]:
-    """The leaves that may follow: below the deepest branch that is begun and not finished, in a sub-tree not begun.
+    """The leaves that may follow: below the deepest branch that is partly visited, in a sub-tree not yet visited.
 
-    A sub-tree that lost leaves to trimming can only stand last, for widths count branches from the first.
+    A sub-tree with dropped leaves can only be the last one, because widths count branches from the first.
     """
     visited = set(order)
 
@@ -163,10 +163,10 @@ def _next_leaves(tree: Tree, order: Sequence[int]) -> list[int]:
         return list(range(branch * span, min((branch + 1) * span, tree.leaves)))
 
     def candidates(level: int, branches: Sequence[int]) -> list[int]:
-        # Siblings of one level that all lie under a branch that is being walked.
-        begun = [b for b in branches if visited & set(below(level, b)) and not set(below(level, b)) <= visited]
-        if begun:
-            return candidates(level + 1, children(level, begun[0]))
+        # The branches are siblings, and none of their ancestors is completely visited.
+        partial = [b for b in branches if visited & set(below(level, b)) and not set(below(level, b)) <= visited]
+        if partial:
+            return candidates(level + 1, children(level, partial[0]))
         fresh = [b for b in branches if not visited & set(below(level, b))]
         whole = [b for b in fresh if len(below(level, b)) == tree.span(level)]
         chosen = whole or fresh
@@ -182,7 +182,7 @@ def _next_leaves(tree: Tree, order: Sequence[int]) -> list[int]:
 
 
 def _permute(model: LevelTree, order: Sequence[int]) -> None:
-    """Put the branches of every level, and of head and classifier, where an order of the leaves wants them."""
+    """Permute the branches of every level, head and classifier according to an order of the leaves."""
     tree = model.tree
     for index, level in enumerate(model.all_levels()):
         assert isinstance(level, Level)

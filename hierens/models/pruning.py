@@ -1,4 +1,4 @@
-"""Fewer exits, same ensemble: what hardly counts is left out, and with it the blocks that nothing else needs (AEP)."""
+"""Removes exits with small weights from an ensemble of exits, and the blocks that only they need (AEP)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from hierens.models.adaptive import Adaptive
 
 
 class WeightedExits(Adaptive):
-    """A chain of exits that may have weights: what `prune` takes, and `MultiExit` is."""
+    """A network with exits that may have weights, the input of `prune`; `MultiExit` is one."""
 
     @property
     @abstractmethod
     def weights(self) -> Tensor | None:
-        """Weights of the ensemble's exits, (exits,), with a sum of 1; None if each answers alone."""
+        """Weights of the exits, (exits,), with a sum of 1; None if the exits are not combined."""
 
     @property
     @abstractmethod
     def collaborate(self) -> bool:
-        """Whether an exit also sees what the one before said."""
+        """Whether each exit also reads the logits of the exit before."""
 
     @abstractmethod
     def keep_exits(self, exits: Iterable[int]) -> Self:
-        """A model of its own with some of the exits, and no blocks behind the last of them."""
+        """A new model with some of the exits, and without blocks after the last of them."""
 
 
 Exits = TypeVar("Exits", bound=WeightedExits)
@@ -39,11 +39,11 @@ Exits = TypeVar("Exits", bound=WeightedExits)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole model costs.
+    """The cost of a whole model.
 
     Attributes:
-        exits: how many it has.
-        parameters: weights.
+        exits: number of exits.
+        parameters: number of weights.
         macs: multiply-accumulates per image.
         latency_ms: median time for one image, in milliseconds.
     """
@@ -56,13 +56,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Pruning(Generic[Exits]):
-    """A model without the exits that hardly counted; printed, a table of what that saved.
+    """The result of `prune`; prints as a table of the savings.
 
     Attributes:
         model: the smaller model.
         kept: exits of the former model that it has.
-        before: what the former model cost.
-        after: what it costs.
+        before: cost of the former model.
+        after: cost of the smaller model.
     """
 
     model: Exits
@@ -71,7 +71,7 @@ class Pruning(Generic[Exits]):
     after: Cost
 
     def __str__(self) -> str:
-        """A table: before, after, and the share that was saved."""
+        """A table of the costs before and after, and the share that was saved."""
         shown: dict[str, Callable[[Any], str]] = {"exits": str, "latency_ms": "{:.2f}".format}
         rows = []
         for field in fields(Cost):
@@ -84,33 +84,34 @@ class Pruning(Generic[Exits]):
 def prune(
     model: Exits, tolerance: float = 0.01, batches: Iterable[tuple[Tensor, Tensor]] | None = None
 ) -> Pruning[Exits]:
-    """Leave out exits of negligible weight, and what lies behind the last useful one.
+    """Remove exits with negligible weights, and everything after the last exit that is kept.
 
-    The result answers exactly as the ensemble of the exits that are kept, their weights brought to a sum of 1. Exits
-    that collaborate see the one before, so then only the last ones can go.
+    The output is exactly that of the ensemble of the exits that are kept, with weights scaled to a sum of 1. Exits that
+    collaborate need the exits before them, so only the last ones can be removed.
 
     Args:
-        model: an ensemble of exits; it is left as it is.
-        tolerance: exits whose share of the weights is below it go, from 0 (none does) to 1; the heaviest stays.
-        batches: held-out images (N, C, H, W) and class indices (N,): exits beyond the depth at which the ensemble
-            answers best go as well.
+        model: an ensemble of exits; it is not changed.
+        tolerance: exits whose weight is below it are removed, from 0 (none) to below 1; the one with the largest weight
+            is kept.
+        batches: held-out images (N, C, H, W) and class indices (N,). If given, exits after the most accurate depth of
+            the ensemble are removed as well.
 
     Raises:
-        ValueError: the exits have no weights, or a tolerance out of range.
+        ValueError: the exits have no weights, or the tolerance is out of range.
     """
     weights = model.weights
     if weights is None:
-        raise ValueError("these exits answer alone and have no weights to prune by: use at_depth, or keep_exits.")
+        raise ValueError("these exits are not combined and have no weights: use at_depth or keep_exits.")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be from 0 to below 1, got {tolerance}.")
     shares = weights.detach()
-    heavy = {int(shares.argmax()), *(shares >= tolerance).nonzero().flatten().tolist()}
-    last = max(heavy)
+    useful = {int(shares.argmax()), *(shares >= tolerance).nonzero().flatten().tolist()}
+    last = max(useful)
     if batches is not None:
-        answers = collect(model, batches)
-        right = (answers.logits.argmax(-1) == answers.labels[:, None]).sum(0).tolist()
-        last = min(last, right.index(max(right)))
-    kept = tuple(exit for exit in range(last + 1) if exit in heavy or model.collaborate) or (last,)
+        held_out = collect(model, batches)
+        correct = (held_out.logits.argmax(-1) == held_out.labels[:, None]).sum(0).tolist()
+        last = min(last, correct.index(max(correct)))
+    kept = tuple(exit for exit in range(last + 1) if exit in useful or model.collaborate) or (last,)
     pruned = model.keep_exits(kept)
     return Pruning(pruned, kept, _cost(model), _cost(pruned))
 
@@ -119,5 +120,5 @@ def _cost(model: WeightedExits) -> Cost:
     like = next(model.parameters())
     image = torch.zeros(1, *model.pretrained_cfg["input_size"], device=like.device, dtype=like.dtype)
     with evaluating(model):
-        taken = latency(model, image, model.depths - 1)
-    return Cost(model.leaves, model.parameter_counts()[-1], model.macs()[-1], taken)
+        latency_ms = latency(model, image, model.depths - 1)
+    return Cost(model.leaves, model.parameter_counts()[-1], model.macs()[-1], latency_ms)

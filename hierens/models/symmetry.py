@@ -1,6 +1,6 @@
-"""Which branches are copies of each other, and how they are told apart.
+"""Finds branches that are copies of each other, and makes them differ.
 
-Leaves with the same weights all along their paths get the same gradients, and would stay the same for ever.
+Leaves with equal weights in all levels get the same gradients, so training would never make them differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hierens.core.tree import Tree
 
 @torch.no_grad()
 def originals(level: Level) -> list[int]:
-    """For each branch the first branch of its level with equal parameters: itself, or the one it is a copy of."""
+    """For each branch the index of the first branch of its level with equal parameters, which may be its own."""
     if level.branches == 1:
         return [0]
     states = [dict(branch.named_parameters()) for branch in level]
@@ -28,10 +28,10 @@ def originals(level: Level) -> list[int]:
 
 
 def symmetric(tree: Tree, levels: Sequence[Level]) -> bool:
-    """Whether any two leaves have the same parameters all along their paths.
+    """Whether any two leaves have equal parameters in all levels.
 
     Args:
-        tree: the arithmetic.
+        tree: the arithmetic of the tree.
         levels: the levels of the tree, then those with a copy per leaf (head, classifier).
     """
     paths: list[tuple[int, ...]] = [()] * tree.leaves
@@ -45,12 +45,12 @@ def symmetric(tree: Tree, levels: Sequence[Level]) -> bool:
 
 @torch.no_grad()
 def break_symmetry(levels: Sequence[Level], noise: float, seed: int) -> None:
-    """Add Gaussian noise to every branch that is a copy of an earlier one of its level.
+    """Add Gaussian noise to every branch that is a copy of an earlier branch of its level.
 
     Args:
-        levels: all levels, head and classifier included.
-        noise: in standard deviations of each weight over its level's branches but the first.
-        seed: of the noise.
+        levels: all levels, including head and classifier.
+        noise: in standard deviations of each weight over the branches of its level except the first.
+        seed: for the noise.
     """
     generator = torch.Generator().manual_seed(seed)
     for level in levels:

@@ -1,14 +1,14 @@
-"""Trees that also have exits: depths below one whole network, and above it the ensemble.
+"""`TreeWithExits`: a tree of networks with exits in its first network.
 
-The exits stand on the way to the first leaf, one after each level but the last: a budget too small for one network
-is met by the first of them, as in a multi-exit network; a larger one by the networks, as in a tree.
+There is one exit after each level but the last, on the path to the first leaf. Exits are for budgets below the cost of
+one network, as in a multi-exit network; the nested ensembles are for larger budgets, as in a tree.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +21,37 @@ from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.tree import nested_sizes
 from hierens.core.values import is_empty, select_samples
-from hierens.cutting.cut import cut
 from hierens.models.adaptive import Adaptive
-from hierens.models.conversion import build_ensemble, build_tree
 from hierens.models.ensemble import HierarchicalEnsemble
-from hierens.models.heads import ConvExit, HeadKind, PooledExit, early_exits
+from hierens.models.heads import ConvExit, HeadKind, PooledExit
 from hierens.models.multi_exit import MultiExit
 
-__all__ = ["TreeWithExits", "tree_with_exits"]
-
-_OWN = ("architecture", "first_conv", "classifier")  # of a model's description: names of its own layers
+_OWN_NAMES = ("architecture", "first_conv", "classifier")  # fields of `pretrained_cfg` that differ from the tree's
 
 
 class TreeWithExits(Adaptive):
-    """A tree of networks with exits on the way to the first of them; made by `tree_with_exits`.
+    """A tree of networks with exits in its first network. `tree_with_exits` creates it.
 
-    Its leaves are the exits, from the root up, and then the networks. The first depths are the exits, each by itself;
-    after them come the nested ensembles of 1, 2, 4, ... networks, in whose mean the exits have no part.
+    Its leaves are the exits in order, and then the networks. The first depths are single exits. After them come the
+    nested ensembles of 1, 2, 4, ... networks, in whose mean the exits are not included.
 
     Attributes:
-        exits: the heads, in order: exit l reads what the first branch of level l hands on.
+        exits: the heads, in order; exit l reads the output of the first branch of level l.
     """
 
     architecture = "hne_exits"
     unit: ClassVar[str] = "exits and networks"
 
     def __init__(self, networks: HierarchicalEnsemble, exits: Sequence[PooledExit | ConvExit], head: HeadKind) -> None:
-        """Put exits on a tree.
+        """Add exits to a tree.
 
         Args:
-            networks: the tree, which is taken over.
+            networks: the tree, which becomes part of the model.
             exits: a head for every level but the last.
-            head: their kind.
+            head: the kind of these heads.
         """
         super().__init__(networks.info.renamed("levels.0.", "networks.levels.0."))
-        self._modules["networks"] = networks  # add_module would ask for the property of that name
+        self._modules["networks"] = networks  # not add_module, which would read the property of that name
         self.exits = nn.ModuleList(exits)
         self.grad_checkpointing = networks.grad_checkpointing
         self._model_args["head"] = head
@@ -66,19 +62,20 @@ class TreeWithExits(Adaptive):
 
     @property
     def _tree(self) -> HierarchicalEnsemble:
-        """The tree, as it is run."""
+        """The tree, whose `pretrained_cfg` may be older than the model's."""
         tree = self._modules["networks"]
         assert isinstance(tree, HierarchicalEnsemble)
         return tree
 
     @property
     def networks(self) -> HierarchicalEnsemble:
-        """The tree by itself, which is also a model: to fuse, to tune, to save without exits.
+        """The tree alone, which is also a model: to fuse, to tune, or to save without exits.
 
-        What was said of this model's images and classes since it was made holds for the tree, too.
+        Reading it copies this model's description of images and classes to the tree's `pretrained_cfg`, because both
+        are plain dictionaries that users and timm may change at any time.
         """
-        said = {key: value for key, value in self.pretrained_cfg.items() if key not in _OWN}
-        self._tree.pretrained_cfg.update(said)
+        shared = {key: value for key, value in self.pretrained_cfg.items() if key not in _OWN_NAMES}
+        self._tree.pretrained_cfg.update(shared)
         return self._tree
 
     @property
@@ -88,7 +85,7 @@ class TreeWithExits(Adaptive):
 
     @property
     def prediction_weights(self) -> PredictionWeights:
-        """The exits one by one, then the mean of the first 1, 2, 4, ... networks."""
+        """Each exit alone, then the means of the first 1, 2, 4, ... networks."""
         num_exits = len(self.exits)
         ensembles = nested_sizes(self._tree.tree.leaves)
         sizes = (*range(1, num_exits + 1), *(num_exits + size for size in ensembles))
@@ -96,7 +93,7 @@ class TreeWithExits(Adaptive):
 
     @property
     def gradient_equilibrium(self) -> bool:
-        """Whether every branch gets the mean, not the sum, of the gradients of the exits and networks behind it."""
+        """Whether every branch gets the mean, not the sum, of the gradients of the exits and networks after it."""
         return self._tree.gradient_equilibrium
 
     @gradient_equilibrium.setter
@@ -105,15 +102,15 @@ class TreeWithExits(Adaptive):
 
     @property
     def symmetric(self) -> Any:
-        """Whether any two networks have the same weights."""
+        """Whether any two networks have equal weights."""
         return self._tree.symmetric
 
     def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
-        """Tell networks with equal weights apart: see `HierarchicalEnsemble.break_symmetry`."""
+        """Make networks with equal weights differ: see `HierarchicalEnsemble.break_symmetry`."""
         self._tree.break_symmetry(noise, seed)
 
     def set_executor(self, executor: Executor) -> None:
-        """How levels are run: see `HierarchicalEnsemble.set_executor`."""
+        """Set how levels are run: see `LevelTree.set_executor`."""
         self._tree.set_executor(executor)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -121,16 +118,16 @@ class TreeWithExits(Adaptive):
         self.grad_checkpointing = enable
         self._tree.set_grad_checkpointing(enable)
 
-    # --- the path of a batch ----------------------------------------------------------------------------------------
+    # --- forward pass -----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, depth: int | None = None, leaves: int | None = None, reduce: bool = True) -> Tensor:
-        """What an exit says, or the mean of the first networks; nothing behind them is run.
+        """Logits of an exit, or mean logits of the first networks; nothing after them is run.
 
         Args:
             x: images (N, C, H, W).
             depth: first the exits, then 1, 2, 4, ... networks; all by default.
-            leaves: exits and networks to run, in place of a depth.
-            reduce: False returns what each of them says, which the objectives take.
+            leaves: number of exits and networks, instead of a depth.
+            reduce: False returns the logits of each exit and network, the input of the objectives.
 
         Returns:
             (N, classes), or (N, leaves, classes) if not `reduce`.
@@ -144,33 +141,33 @@ class TreeWithExits(Adaptive):
             return self._no_logits(x, count, reduce)
         exits_run, networks = self._split(count)
         levels = self._tree.forward_levels(x, networks, exits_run)
-        answers = []
+        outputs = []
         for index, exit in enumerate(self.exits[:exits_run]):
             value = next(levels).listed()[0]
             if self.gradient_equilibrium:
                 value = scaled(value, 1 / self._tree.num_outputs_below(index, networks, exits_run)[0])
-            answers.append(exit(value))
+            outputs.append(exit(value))
         if networks:
-            answers += self._tree.leaf_logits(next(levels)).unbind(1)
+            outputs += self._tree.leaf_logits(next(levels)).unbind(1)
         if reduce:
-            return answers[-1] if networks < 2 else torch.stack(answers[exits_run:], 1).mean(1)
-        return torch.stack(answers, 1)
+            return outputs[-1] if networks < 2 else torch.stack(outputs[exits_run:], 1).mean(1)
+        return torch.stack(outputs, 1)
 
     def _split(self, leaves: int) -> tuple[int, int]:
-        """Of the first leaves, how many are exits, and how many networks."""
+        """The number of exits and of networks among the first leaves."""
         exits_run = min(leaves, len(self.exits))
         return exits_run, leaves - exits_run
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions exit by exit, then network by network; every activation is computed once.
 
-        Images that are done can leave on the way, as in `HierarchicalEnsemble.anytime`.
+        Images can leave on the way, as in `LevelTree.anytime`.
 
         Args:
             x: images (N, C, H, W).
 
         Yields:
-            After each exit or network what `forward(x, leaves=step.leaves)` returns.
+            After each exit or network a prediction equal to `forward(x, leaves=step.leaves)`.
         """
         x = self._prepared(x)
         return self._walk([x], tuple(x.shape[1:])) if len(x) else self._walk_of_none(x)
@@ -194,7 +191,7 @@ class TreeWithExits(Adaptive):
 
     @ordinary_tensors
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> TreeWithExits | MultiExit:
-        """A model of its own with only what a depth needs: below one whole network, a chain that ends at an exit."""
+        """A new model with only the part that a depth needs; at an exit, a `MultiExit` that ends there."""
         exits_run, networks = self._split(self.leaves_at(depth, leaves))
         exits: Any = copy.deepcopy(self.exits[:exits_run])
         if networks:
@@ -215,7 +212,7 @@ class TreeWithExits(Adaptive):
     # --- cost -------------------------------------------------------------------------------------------------------
 
     def exit_macs(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """MACs of every exit's head for one image (C, H, W)."""
+        """MACs of the head of each exit for one image (C, H, W)."""
         return self._counted(size, self._count_exits)
 
     def _count_exits(self, size: tuple[int, ...]) -> tuple[int, ...]:
@@ -233,40 +230,40 @@ class TreeWithExits(Adaptive):
         """Multiply-accumulates of the first exits and networks for one image (C, H, W)."""
         size = tuple(size or self.pretrained_cfg["input_size"])
         exits_run, networks = self._split(self.leaves if leaves is None else leaves)
-        way = self._tree.cost(networks, size) if networks else sum(self._tree.branch_macs(size)[:exits_run])
-        return way + sum(self.exit_macs(size)[:exits_run])
+        levels = self._tree.cost(networks, size) if networks else sum(self._tree.branch_macs(size)[:exits_run])
+        return levels + sum(self.exit_macs(size)[:exits_run])
 
     def parameter_counts(self) -> tuple[int, ...]:
-        """Parameters that each depth reads."""
+        """Number of parameters of each depth."""
         of_exits = [sum(p.numel() for p in exit.parameters()) for exit in self.exits]
         levels = [self._tree.level(index) for index in range(len(self.exits))]
         of_levels = [sum(p.numel() for p in level.parameters()) // level.branches for level in levels]
         exits_run = [sum(of_levels[:count]) + sum(of_exits[:count]) for count in range(1, len(of_exits) + 1)]
         return (*exits_run, *(count + sum(of_exits) for count in self._tree.parameter_counts()))
 
-    # --- a timm model to timm's tools -------------------------------------------------------------------------------
+    # --- timm's interface -------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Each network's features before pooling, (N, networks, ...); exits have no part in them."""
+        """Features of each network before pooling, (N, networks, ...), without the exits."""
         return self._tree.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """From `forward_features`'s result to the networks' mean logits, or with `pre_logits` to pooled features."""
+        """Mean logits of the networks from the result of `forward_features`, or with `pre_logits` pooled features."""
         return self._tree.forward_head(x, pre_logits)
 
     def get_classifier(self) -> Any:
-        """The networks' classifiers: see `HierarchicalEnsemble.get_classifier`."""
+        """The networks' classifiers: see `LevelTree.get_classifier`."""
         return self._tree.get_classifier()
 
     @ordinary_tensors
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New classifiers for every exit and network.
+        """Replace the classifiers of all exits and networks by new ones.
 
         Raises:
             ValueError: no classes, a change of pooling, or a classifier other than a linear layer.
         """
         if num_classes < 1:
-            raise ValueError("exits need a class at least: take `model.networks` for features.")
+            raise ValueError("exits need one class or more: use `model.networks` for features.")
         self._tree.reset_classifier(num_classes, global_pool)
         for exit in self.exits:
             assert isinstance(exit, (PooledExit, ConvExit))
@@ -274,7 +271,7 @@ class TreeWithExits(Adaptive):
         self._count_classes(num_classes)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that the backbone wants spared from weight decay."""
+        """Names of the parameters to which the backbone applies no weight decay."""
         return {f"networks.{name}" for name in self._tree.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -284,56 +281,9 @@ class TreeWithExits(Adaptive):
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def arguments(self) -> dict[str, Any]:
-        """What the entry point `hne_exits` needs to make the model again."""
+        """The arguments with which the entry point `hne_exits` rebuilds the model."""
         return {**self._tree.arguments(), **super().arguments()}
 
     def backbone_parts(self) -> Iterator[nn.Module]:
         """The branches of all levels."""
         return self._tree.backbone_parts()
-
-
-@ordinary_tensors
-def tree_with_exits(
-    backbone: nn.Module,
-    blocks: int = 4,
-    *,
-    head: HeadKind = "pool",
-    at: Sequence[str] | None = None,
-    branching: Sequence[int] | None = None,
-    init: Literal["copy", "reinit"] = "copy",
-    leaves: int | None = None,
-    seed: int | None = None,
-    looped: Mapping[str, str] | None = None,
-) -> TreeWithExits:
-    """Turn a timm model into a hierarchical ensemble with exits on the way to its first network.
-
-    Args:
-        backbone: any block-structured timm classification model; it is left as it is.
-        blocks: levels of the tree, of which all but the last get an exit.
-        head: of the exits: `pool` or `conv`, as for `hierens.multi_exit`.
-        at: as for `hierens.hierensify`.
-        branching: likewise.
-        init: likewise.
-        leaves: likewise.
-        seed: of the exits, and of `init="reinit"`; drawn from torch's generator by default.
-        looped: as for `hierens.hierensify`.
-
-    Raises:
-        ValueError: a backbone that cannot be cut as asked (`CutError`), features that a head cannot read, or arguments
-            out of range.
-
-    Examples:
-        >>> import timm, torch, hierens
-        >>> model = hierens.tree_with_exits(timm.create_model("resnet10t", num_classes=10), blocks=3)
-        >>> model.depths, model.sizes  # two exits, then the first 1, 2 and 4 networks
-        (5, (1, 2, 3, 4, 6))
-    """
-    tree = build_tree(blocks, at, branching, leaves, init)
-    if tree.levels < 2:
-        raise ValueError("an exit stands between two blocks: a tree with exits needs blocks=2 at least.")
-    cutting = cut(backbone, tree.levels, at, single=True)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        exits = early_exits(head, backbone, cutting.blocks)
-    return TreeWithExits(build_ensemble(backbone, cutting, tree, init, seed, looped), exits, head)

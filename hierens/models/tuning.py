@@ -1,7 +1,7 @@
-"""How many branches of each level to run in one call: measured on the machine at hand, and remembered.
+"""Measures how many branches of each level to run in one call on this machine, and stores the result in a file.
 
-One call for all branches keeps every core busy where layers are small; one call per branch keeps feature maps in the
-cache where they are large. Which wins depends on the level, the batch and the machine, and is found in a second or two.
+If layers are small, one call for all branches uses all cores; if feature maps are large, one call per branch keeps them
+in the cache. Which is faster depends on the level, the batch and the machine. Measuring takes a second or two.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from hierens.core.version import __version__
 from hierens.evaluation.profiling import call_ms, table
 from hierens.models.level_tree import LevelTree
 
-_REPEATS = 5  # rounds over all ways, interleaved
-_SECONDS = 0.02  # that a way is run for in each round, at least once
-_MOST_BYTES, _MOST, _LARGEST = 16 * 2**20, 10_000, 10**6  # of a file, of its lists, and of whole numbers in it
+_REPEATS = 5  # interleaved rounds over all choices
+_SECONDS = 0.02  # for each choice in each round, at least one call
+_MOST_BYTES, _MOST_ITEMS, _LARGEST = 16 * 2**20, 10_000, 10**6  # limits of a file, of its lists and of its numbers
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The ways to run some branches of a level, measured.
+    """Times of some branches of a level, for different numbers of branches per call.
 
     Attributes:
         level: index; the head and the classifier come last.
-        branches: how many ran.
-        batch_size: images.
-        milliseconds: median time, by how many branches ran in one call.
+        branches: number of branches that were run.
+        batch_size: number of images.
+        milliseconds: median time, by the number of branches per call.
 
     Raises:
-        ValueError: numbers that no measurement has, such as 0 branches in one call.
+        ValueError: impossible numbers, such as 0 branches in one call.
     """
 
     level: int
@@ -67,23 +67,23 @@ class Measurement:
             if not is_finite(milliseconds, 0):
                 raise ValueError(f"milliseconds must be finite and not negative, got {short(milliseconds)}.")
         if not self.milliseconds:
-            raise ValueError("milliseconds must tell of at least one way to run the branches, got none.")
+            raise ValueError("milliseconds must hold at least one time, got none.")
 
     @property
     def together(self) -> int:
-        """The fastest way."""
+        """The fastest number of branches per call."""
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured on one machine for one model; printed, it is a table.
+    """The measurements for one model on one machine; prints as a table.
 
     Attributes:
         machine: device, threads, precision and versions.
-        model: what identifies the model: its architecture, cuts and tree, and whether it is fused.
+        model: identifies the model by its architecture, cuts and tree, and whether it is fused.
         size: (C, H, W) of the images.
-        measurements: by level, branches and batch size.
+        measurements: one for each level, number of branches and batch size.
     """
 
     machine: str
@@ -92,7 +92,7 @@ class Tuning:
     measurements: tuple[Measurement, ...]
 
     def __str__(self) -> str:
-        """One line for each measurement, with the chosen way and what the others took."""
+        """One line for each measurement, with the fastest number of branches per call and all times."""
         rows = [
             (
                 f"{m.level}",
@@ -113,25 +113,25 @@ def tune(
     batch_sizes: Sequence[int] | None = None,
     file: str | Path | None = None,
 ) -> Tuning:
-    """Measure how many branches of each level to run in one call, and let the model do so from now on.
+    """Measure the fastest number of branches per call for each level, and set the model to use it.
 
-    It holds for inference in the executor `auto`. A batch or a number of branches that was not measured is run like the
-    next larger one that was, or else like the largest.
+    The setting applies to inference with the executor `auto`. A batch size or number of branches that was not measured
+    uses the setting of the next larger one that was, or otherwise of the largest.
 
     Args:
-        model: best a fused one; it lies where it is to run, in the precision it is to run in.
-        example: images (N, C, H, W); only their shape counts.
+        model: preferably a fused one, on the device and in the precision in which it will run.
+        example: images (N, C, H, W); only their shape, device and data type are used.
         depths: that will be used; all by default.
         batch_sizes: that will be used; the example's by default.
-        file: JSON to remember in, for example `tuning.json` beside the model. What an earlier call measured there for
-            this machine, model and image size is used instead of measuring again; other entries are kept.
+        file: a JSON file for the results, for example `tuning.json` beside the model. If it holds measurements for this
+            machine, model and image size, they are used instead of measuring again. Other entries are kept.
 
     Returns:
-        What was measured.
+        The measurements.
 
     Raises:
-        ValueError: a depth out of range, a batch size below 1, images that the model does not take.
-        LoadError: the file holds something else, or what the model cannot run.
+        ValueError: a depth out of range, a batch size below 1, or images that the model does not take.
+        LoadError: the file is not a tuning file, or is for other levels than the model's.
     """
     sizes = nested_sizes(model.tree.leaves)
     counts = sorted({model.tree.leaves_at(depth, None) for depth in (range(len(sizes)) if depths is None else depths)})
@@ -154,21 +154,21 @@ def tune(
     try:
         apply(model, found)
     except ValueError as error:
-        raise LoadError(f"{file} holds what this model cannot run: {error}") from error
+        raise LoadError(f"{file} cannot be used: {error}") from error
     return found
 
 
 def apply(model: LevelTree, tuning: Tuning) -> None:
-    """Let a model's levels run as was found best.
+    """Set the levels of a model to use the fastest numbers of branches per call.
 
     Raises:
-        ValueError: it was measured on levels that the model does not have.
+        ValueError: the measurements are for levels that the model does not have.
     """
     levels = model.all_levels()
     for m in tuning.measurements:
         if m.level >= len(levels) or m.branches > levels[m.level].branches:
             raise ValueError(
-                f"the tuning is of another model: {m.branches} branches were measured in level {m.level}, and the "
+                f"the tuning is for another model: {m.branches} branches were measured in level {m.level}, and the "
                 f"model has {[level.branches for level in levels]} in its levels."
             )
     for index, level in enumerate(levels):
@@ -187,22 +187,22 @@ def _measured(model: LevelTree, image: Tensor, counts: Iterable[int], batches: I
                 parents = [model.tree.parent(index, branch) for branch in range(branches)] if inner else None
                 if (index, branches, batch) not in done and level.grouped and level.branches > 1:
                     done.add((index, branches, batch))
-                    yield Measurement(index, branches, batch, _ways(level, activations, parents, branches))
+                    yield Measurement(index, branches, batch, _times(level, activations, parents, branches))
                 activations = level(activations, parents)
 
 
-def _ways(level: AnyLevel, x: Activations, parents: Sequence[int] | None, branches: int) -> dict[int, float]:
-    """Milliseconds of each way to run some branches, in rounds over all ways, so that a disturbance hits all alike."""
-    ways = [together for together in (2**i for i in range(20)) if together < branches] + [branches]
-    times: dict[int, list[float]] = {together: [] for together in ways}
+def _times(level: AnyLevel, x: Activations, parents: Sequence[int] | None, branches: int) -> dict[int, float]:
+    """Milliseconds by number of branches per call, in interleaved rounds, so that disturbances affect all alike."""
+    choices = [together for together in (2**i for i in range(20)) if together < branches] + [branches]
+    times: dict[int, list[float]] = {together: [] for together in choices}
     planned, executor = level.plan, level.executor
     level.executor = "auto"
     try:
         for repeat in range(_REPEATS + 1):
-            for together in ways:
+            for together in choices:
                 level.plan = {(branches, 1): together}
                 milliseconds = call_ms(lambda: level(x, parents), x.first_tensor().device, _SECONDS)
-                if repeat:  # the first round orders weights
+                if repeat:  # the first round also reorders weights
                     times[together].append(milliseconds)
     finally:
         level.plan, level.executor = planned, executor
@@ -210,7 +210,7 @@ def _ways(level: AnyLevel, x: Activations, parents: Sequence[int] | None, branch
 
 
 def _covered(model: LevelTree, tuning: Tuning, batches: Iterable[int]) -> set[tuple[int, int]]:
-    """The numbers of leaves, and which of the batch sizes, for which every level that has a choice was measured."""
+    """The pairs of a number of leaves and a batch size for which every level with a choice was measured."""
     measured = {(m.level, m.branches, m.batch_size) for m in tuning.measurements}
     covered = set()
     for count in range(1, model.tree.leaves + 1):
@@ -235,7 +235,7 @@ def _machine(x: Tensor) -> str:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it."""
+    """The name of the processor, if the system reports it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -250,21 +250,21 @@ def _read(file: str | Path) -> list[Tuning]:
     if not Path(file).exists():
         return []
     try:
-        records = read_json(Path(file), "what tune() writes", _MOST_BYTES)
+        records = read_json(Path(file), "a tuning file", _MOST_BYTES)
         return [_tuning(record) for record in _list_of(records, dict, "tunings")]
     except LoadError:
         raise
     except (ValueError, TypeError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error).rstrip(".")
         raise LoadError(
-            f"{file} does not hold what tune() writes ({reason}): name another file, or remove it."
+            f"{file} is not a file that tune() wrote ({reason}): choose another file, or remove it."
         ) from error
 
 
 def _tuning(record: dict[str, Any]) -> Tuning:
     for name in ("machine", "model"):
         if not isinstance(record[name], str):
-            raise ValueError(f"{name} should be a text, got {short(record[name])}")
+            raise ValueError(f"{name} should be a string, got {short(record[name])}")
     size = tuple(_list_of(record["size"], int, "size"))
     found = _list_of(record["measurements"], dict, "measurements")
     measurements = tuple(
@@ -274,20 +274,20 @@ def _tuning(record: dict[str, Any]) -> Tuning:
 
 
 def _list_of(value: Any, kind: type, name: str) -> list[Any]:
-    if not isinstance(value, list) or len(value) > _MOST or not all(type(item) is kind for item in value):
-        raise ValueError(f"{name} should be a list of at most {_MOST} {kind.__name__}, got {short(value)}")
+    if not isinstance(value, list) or len(value) > _MOST_ITEMS or not all(type(item) is kind for item in value):
+        raise ValueError(f"{name} should be a list of at most {_MOST_ITEMS} {kind.__name__}, got {short(value)}")
     return value
 
 
 def _by_number(milliseconds: Any) -> dict[int, Any]:
-    """Numbers are texts where they are keys of JSON."""
+    """Times with the keys as numbers, which JSON stores as strings."""
     if not isinstance(milliseconds, dict) or not all(re.fullmatch("[1-9][0-9]{0,6}", key) for key in milliseconds):
         raise ValueError(f"milliseconds should hold times by numbers of branches, got {short(milliseconds)}")
     return {int(together): value for together, value in milliseconds.items()}
 
 
 def _remember(file: str | Path, new: Tuning) -> None:
-    """Add what was measured to what the file holds by now: other processes may have added to it as well."""
+    """Merge measurements into the file as it is now, because other processes may have added to it as well."""
     with replacing(file) as partial:
         known = {(t.machine, t.model, t.size): t for t in _read(file)}
         key = (new.machine, new.model, new.size)

@@ -15,10 +15,8 @@ from hierens.core.atomic_files import replacing
 from hierens.core.labels import name_labels
 from hierens.hub.validate_config import unusable
 from hierens.models.adaptive import Adaptive
-from hierens.models.conversion import hierensify
+from hierens.models.conversion import hierensify, multi_exit, tree_with_exits
 from hierens.models.loading import from_pretrained
-from hierens.models.multi_exit import multi_exit
-from hierens.models.tree_exits import tree_with_exits
 from hierens.training.config import Run, to_json
 from hierens.training.data.loaders import class_names, count_classes, create_loaders
 from hierens.training.lock import check_unlocked

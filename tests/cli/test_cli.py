@@ -96,7 +96,7 @@ def test_the_version():
         (["train", "--preset", "demo", "--objective", "nonsense"], 1, "unknown objective 'nonsense'"),
         (["eval"], 2, "give the model first"),
         (["eval", "nowhere", "--dataset", "digits"], 1, "nowhere"),
-        (["report", "nowhere"], 1, "nowhere is no finished run"),
+        (["report", "nowhere"], 1, "nowhere is not a finished run"),
         (["profile", "resnet81"], 1, "neither a folder nor a timm model, did you mean 'resnet"),
         (["profile", "resnet10t", "--blocks", "99"], 1, "blocks=99 is more than"),
         (

@@ -10,7 +10,7 @@ from command_line import hierens
 from torch.utils.data import DataLoader
 
 import hierens as package
-from hierens.evaluation.metrics import right_answers
+from hierens.evaluation.metrics import correct_predictions
 from hierens.training.data.loaders import create_held_out
 from hierens.training.presets import PRESETS, preset
 
@@ -47,7 +47,7 @@ def test_the_differences_are_those_of_the_models_that_it_left(done):
     directory, result = done
     record, images = json.loads(result.out), create_held_out(preset("demo").data)
     right = [
-        right_answers(package.from_pretrained(folder / "model"), DataLoader(images, 256))
+        correct_predictions(package.from_pretrained(folder / "model"), DataLoader(images, 256))
         for folder in (directory, directory / "independent")
     ]
     for of, name in zip(right, ("accuracy", "accuracy_without_distillation"), strict=True):

@@ -1,0 +1,116 @@
+"""Entry points for timm that convert any backbone, given plain values: `hne`, `hne_exits` and `multi_exit`.
+
+Saved models are rebuilt with them. Importing this module registers them with timm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from hierens.models import conversion
+from hierens.models.adaptive import Adaptive
+from hierens.models.ensemble import HierarchicalEnsemble
+from hierens.models.multi_exit import MultiExit
+from hierens.models.tree_exits import TreeWithExits
+
+__all__ = ["hne", "hne_exits", "multi_exit"]
+
+_DEFAULT = {"num_classes": 1000, "input_size": (3, 224, 224)}
+default_cfgs = generate_default_cfgs({"hne": _DEFAULT, "hne_exits": _DEFAULT})
+
+_OF_TREES = ("blocks", "head", "at", "branching", "leaves", "init", "seed", "looped")
+_TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # for timm's builder, not for a backbone
+
+Model = TypeVar("Model", bound=Adaptive)
+
+
+def _built(make: Callable[..., Model], variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Model:
+    """The model that `make` returns, through timm's builder if there are weights or a description to load."""
+    if not pretrained and not kwargs.get("pretrained_cfg"):
+        return make(**{k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
+    model: Model = build_model_with_cfg(make, variant, pretrained, **kwargs)
+    return model
+
+
+@register_model
+def hne(pretrained: bool = False, **kwargs: Any) -> HierarchicalEnsemble:
+    """A hierarchical ensemble of any backbone.
+
+    Args:
+        pretrained: load the weights that `pretrained_cfg` names, which timm sets for `local-dir:` and `hf-hub:`.
+        kwargs: `backbone` (a timm name), `backbone_args`, `blocks` or `at` and `branching`, `leaves`, `init`, `seed`,
+            and arguments of the backbone: `num_classes`, `in_chans`, ...
+    """
+    kwargs.setdefault("init", "copy" if pretrained else "reinit")
+    return _built(_ensemble, "hne", pretrained, kwargs)
+
+
+def _ensemble(
+    backbone: str,
+    backbone_args: dict[str, Any] | None = None,
+    blocks: int = 4,
+    at: Sequence[str] | None = None,
+    branching: Sequence[int] | None = None,
+    leaves: int | None = None,
+    init: Literal["copy", "reinit"] = "copy",
+    seed: int | None = None,
+    looped: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> HierarchicalEnsemble:
+    network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
+    return conversion.hierensify(
+        network, blocks, init=init, at=at, branching=branching, leaves=leaves, seed=seed, looped=looped
+    )
+
+
+@register_model
+def hne_exits(pretrained: bool = False, **kwargs: Any) -> TreeWithExits:
+    """A tree with exits, of any backbone.
+
+    Args:
+        pretrained: as for `hne`.
+        kwargs: as for `hne`, and `head`.
+    """
+    kwargs.setdefault("init", "copy" if pretrained else "reinit")
+    return _built(_tree_with_exits, "hne_exits", pretrained, kwargs)
+
+
+def _tree_with_exits(backbone: str, backbone_args: dict[str, Any] | None = None, **kwargs: Any) -> TreeWithExits:
+    of_tree = {key: kwargs.pop(key) for key in _OF_TREES if key in kwargs}
+    network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
+    return conversion.tree_with_exits(network, **of_tree)
+
+
+@register_model
+def multi_exit(pretrained: bool = False, **kwargs: Any) -> MultiExit:
+    """A multi-exit network, of any backbone.
+
+    Args:
+        pretrained: as for `hne`.
+        kwargs: `backbone` (a timm name), `backbone_args`, arguments of `hierens.multi_exit`, `kept` (the exits to
+            keep), and arguments of the backbone: `num_classes`, `in_chans`, ...
+    """
+    return _built(_multi_exit, "multi_exit", pretrained, kwargs)
+
+
+def _multi_exit(
+    backbone: str,
+    backbone_args: dict[str, Any] | None = None,
+    exits: int = 4,
+    at: Sequence[str] | None = None,
+    head: Literal["pool", "conv"] = "pool",
+    collaborate: bool = False,
+    weights: str | Sequence[float] | None = None,
+    learn_weights: bool = False,
+    kept: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> MultiExit:
+    network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
+    model = conversion.multi_exit(
+        network, exits, at=at, head=head, collaborate=collaborate, weights=weights, learn_weights=learn_weights
+    )
+    return model if kept is None or len(kept) == model.leaves else model.keep_exits(kept)
