@@ -1,4 +1,4 @@
-"""What all tests share: few threads, no tracebacks of the network, and backbones whose outputs say something."""
+"""Fixtures of all tests: few threads, no network, small backbones, and runs that are made once per session."""
 
 import os
 
@@ -7,7 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import timm
 import torch
-from networks import lively
+
+from support.accelerator import reset_accelerator
+from support.networks import tiny_backbone, with_statistics
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -37,11 +39,18 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    reset_accelerator()
+    yield
+    reset_accelerator()
+
+
 @pytest.fixture(params=FAMILIES)
 def backbone(request):
     """A small backbone of every architecture that must work."""
     torch.manual_seed(0)
-    return lively(timm.create_model(request.param, **FAMILIES[request.param]))
+    return with_statistics(timm.create_model(request.param, **FAMILIES[request.param]))
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +60,8 @@ def images():
 
 @pytest.fixture
 def small_backbone():
-    """One that takes no time: 1 channel of 32 pixels, 3 stages."""
-    torch.manual_seed(0)
-    return lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
+    """A ResNet-8 for grey images of 32 pixels, with three stages."""
+    return with_statistics(tiny_backbone((8, 8, 16)), size=32)
 
 
 @pytest.fixture
@@ -63,8 +71,8 @@ def small_images():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Two short runs of the command line that differ in their seed, and what each printed: the second one by --json."""
-    from command_line import SMALL, hierens
+    """Two short runs of the command line with different seeds, and what each printed: the second one by --json."""
+    from support.command_line import SMALL, hierens
 
     directory = tmp_path_factory.mktemp("cli")
     printed = []

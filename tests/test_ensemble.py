@@ -15,20 +15,9 @@ import hierens
 from hierens.core.modes import quiet_dropout
 from hierens.core.tree import Tree
 from hierens.models.ensemble import _OWN
+from support.networks import independent_tree
 
 EXECUTORS = ("looped", "grouped")
-
-
-def reinitialised(backbone, blocks=3, **kwargs):
-    """A tree of independent branches, each with statistics of its own."""
-    model = hierens.hierensify(backbone, blocks, init="reinit", seed=3, **kwargs)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator)
-                tensor.add_(0.2 * noise if "running_var" in name or tensor.ndim == 1 else 0.02 * (noise - 0.5))
-    return model
 
 
 def test_copies_equal_the_backbone_everywhere(backbone, images):
@@ -46,7 +35,7 @@ def test_copies_equal_the_backbone_everywhere(backbone, images):
 
 
 def test_grouped_equals_looped_in_evaluation(backbone, images):
-    model = reinitialised(backbone).eval()
+    model = independent_tree(backbone, 3)
     outputs = {}
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -60,7 +49,7 @@ def test_grouped_equals_looped_in_evaluation(backbone, images):
 
 def test_grouped_equals_looped_in_training(backbone, images):
     results = {}
-    model = reinitialised(backbone).double().train()
+    model = independent_tree(backbone, 3).double().train()
     quiet_dropout(model)
     for executor in EXECUTORS:
         trained = copy.deepcopy(model)
@@ -96,7 +85,7 @@ def test_deepcopies_are_apart(small_backbone, small_images):
 
 @pytest.mark.parametrize("branching", [(1, 2, 2), (1, 3, 2), (1, 1, 4), (4, 1, 1), (2, 2, 1)])
 def test_anytime_yields_forwards_logits_and_runs_each_branch_once(small_backbone, small_images, branching):
-    model = reinitialised(small_backbone, branching=branching).eval()
+    model = independent_tree(small_backbone, branching=branching)
     model.set_executor("looped")
     model.macs((1, 32, 32))
     calls = Counter()
@@ -142,7 +131,7 @@ def test_measured_macs_follow_the_arithmetic(backbone, images, executor):
 
 
 def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
-    model = reinitialised(backbone).eval()
+    model = independent_tree(backbone, 3)
     for depth in range(3):
         small = model.at_depth(depth)
         assert sum(p.numel() for p in small.parameters()) == model.parameter_counts()[depth]
@@ -156,7 +145,7 @@ def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
 
 
 def test_any_number_of_leaves_can_be_kept(small_backbone, small_images):
-    model = reinitialised(small_backbone).eval()
+    model = independent_tree(small_backbone, 3)
     with torch.no_grad():
         odd = model.at_depth(leaves=3)
         assert odd.tree.widths() == (1, 2, 3)
@@ -165,7 +154,7 @@ def test_any_number_of_leaves_can_be_kept(small_backbone, small_images):
 
 
 def test_the_state_dict_does_not_depend_on_the_executor(small_backbone, small_images):
-    model = reinitialised(small_backbone)
+    model = independent_tree(small_backbone, 3).train()
     names = {}
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -228,7 +217,7 @@ def test_other_ways_to_share_obey_the_same_laws(small_backbone, small_images, br
     """The paper's comparison of sharing schemes (figure 5), and a tree of uneven branching."""
     size, expected = (1, 32, 32), small_backbone(small_images)
     copies = hierens.hierensify(small_backbone, branching=branching)
-    apart = reinitialised(small_backbone, branching=branching).eval()
+    apart = independent_tree(small_backbone, branching=branching)
     branch = copies.branch_macs(size)
     widths = {(1, 4, 1, 2): (1, 4, 4, 8), (1, 1, 1, 8): (1, 1, 1, 8), (8, 1, 1, 1): (8, 8, 8, 8)}[branching]
     assert copies.macs(size)[-1] == sum(w * c for w, c in zip(widths, branch, strict=True))
@@ -249,7 +238,7 @@ def test_other_ways_to_share_obey_the_same_laws(small_backbone, small_images, br
 
 
 def test_leaves_are_dropped_from_the_end(small_backbone, small_images):
-    model = reinitialised(small_backbone).eval()
+    model = independent_tree(small_backbone, 3)
     with torch.no_grad():
         for count in range(4):
             small = model.drop_leaves(count)
@@ -287,7 +276,7 @@ def test_timms_tools_work(small_backbone, small_images):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_features_and_head_compose(backbone, images, executor):
-    model = reinitialised(backbone).eval()
+    model = independent_tree(backbone, 3)
     model.set_executor(executor)
     with torch.no_grad():
         features = model.forward_features(images, leaves=3)

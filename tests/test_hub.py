@@ -1,23 +1,21 @@
 """Saving and loading: the same logits by every way in, nothing unpickled, and clear words about damaged files."""
 
 import json
-import os
 import shutil
 import struct
 import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from hub_server import hub_server
 
 import hierens
 from hierens.core.fetching import LoadError
 from hierens.hub.cards import model_card
 from hierens.hub.saving import SaveError
+from support.hub_server import hub_server
+from support.processes import environment, script
 
 
 @pytest.fixture
@@ -54,10 +52,9 @@ def over_http(tmp_path_factory):
     with hub_server() as hub:
         own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
         own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        script = Path(__file__).with_name("hub_client.py")
         (folder / "cache").mkdir()
-        asked = [sys.executable, str(script), str(folder / "saved"), hub.address, str(folder / "cache")]
-        done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | own)
+        command = script("hub_client", folder / "saved", hub.address, folder / "cache")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(**own))
         assert done.returncode == 0, done.stderr
         yield json.loads(done.stdout.splitlines()[-1]), hub, model
 

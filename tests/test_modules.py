@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
-from networks import lively
 from safetensors.torch import save_file
 from torch import nn
 
 import hierens
 from hierens.branches.level import Level, first_layout
 from hierens.core.fetching import LoadError
+from support.networks import with_statistics
 
 EXECUTORS = ("looped", "grouped", "auto")
 
@@ -38,7 +38,7 @@ def tree(executor="auto", training=False, blocks=3):
 @cache
 def _converted(blocks):
     torch.manual_seed(0)
-    backbone = lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
+    backbone = with_statistics(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
     return hierens.hierensify(backbone, blocks=blocks, init="reinit", seed=1)
 
 
@@ -421,7 +421,7 @@ def test_threads_get_what_a_single_one_gets(name, executor):
 def test_threads_of_whole_backbones_get_what_a_single_one_gets(name, executor):
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=7)
-    model = hierens.hierensify(lively(backbone), blocks=3).eval()
+    model = hierens.hierensify(with_statistics(backbone), blocks=3).eval()
     model.break_symmetry(0.1)
     size = model.pretrained_cfg["input_size"] if name.startswith(("vit", "csat")) else (3, 64, 64)
     check_threads(model, executor, torch.randn(1, *size), calls=100 if size[1] == 64 else 10)

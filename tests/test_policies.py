@@ -24,13 +24,12 @@ from hierens.inference.policies import (
     from_dict,
     load_policy,
 )
+from support.networks import tiny_tree
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
-    return hierens.hierensify(backbone, 4, init="reinit", seed=0, looped={}).eval()
+    return tiny_tree(4)
 
 
 @pytest.fixture(scope="module")

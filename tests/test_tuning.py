@@ -6,17 +6,17 @@ import sys
 
 import pytest
 import torch
-from test_fuse import close, different
 
 from hierens.branches.grouped_block import Packed
 from hierens.core.fetching import LoadError
 from hierens.models import tuning
 from hierens.models.tuning import Measurement, Tuning
+from support.networks import close, timm_tree
 
 
 @pytest.fixture(scope="module")
 def model():
-    return different("test_efficientnet", blocks=3)[0]
+    return timm_tree("test_efficientnet", 3)[0]
 
 
 @pytest.fixture

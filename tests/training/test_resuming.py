@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_trainer import trainer
 
 from hierens.core.fetching import LoadError
 from hierens.training.checkpoints.checkpoint import choose_checkpoint
 from hierens.training.checkpoints.files import MANIFEST, damage, seal
+from support.runs import trainer
 
 
 @pytest.fixture(scope="module", params=["sgd", "adamw"])
