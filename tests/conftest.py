@@ -1,6 +1,8 @@
 """Fixtures of all tests: few threads, no network, small backbones, and runs that are made once per session."""
 
+import copy
 import os
+from functools import cache, cached_property
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,8 +10,9 @@ import pytest
 import timm
 import torch
 
+import hierens
 from support.accelerator import reset_accelerator
-from support.networks import tiny_backbone, with_statistics
+from support.networks import independent_tree, tiny_backbone, with_statistics
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -46,11 +49,43 @@ def fresh_accelerator():
     reset_accelerator()
 
 
-@pytest.fixture(params=FAMILIES)
-def backbone(request):
-    """A small backbone of every architecture that must work."""
-    torch.manual_seed(0)
-    return with_statistics(timm.create_model(request.param, **FAMILIES[request.param]))
+class Family:
+    """A small backbone, and trees of it that are converted when a test first asks for them."""
+
+    def __init__(self, name):
+        torch.manual_seed(0)
+        self.backbone = with_statistics(timm.create_model(name, **FAMILIES[name]))
+
+    @cached_property
+    def copies(self):
+        return hierens.hierensify(self.backbone, 4)
+
+    @cached_property
+    def independent(self):
+        return independent_tree(self.backbone, 3)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """Every architecture that must work."""
+    return Family(request.param)
+
+
+@pytest.fixture
+def backbone(family):
+    return copy.deepcopy(family.backbone)
+
+
+@pytest.fixture
+def copies(family):
+    """A tree of four blocks, all branches alike."""
+    return copy.deepcopy(family.copies)
+
+
+@pytest.fixture
+def independent(family):
+    """A tree of three blocks with independent branches."""
+    return copy.deepcopy(family.independent)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +96,34 @@ def images():
 @pytest.fixture
 def small_backbone():
     """A ResNet-8 for grey images of 32 pixels, with three stages."""
+    return copy.deepcopy(_small_backbone())
+
+
+@pytest.fixture
+def small_copies():
+    """A tree of three blocks of it, all branches alike."""
+    return copy.deepcopy(_small_copies())
+
+
+@pytest.fixture
+def small_independent():
+    """A tree of three blocks of it with independent branches."""
+    return copy.deepcopy(_small_independent())
+
+
+@cache
+def _small_backbone():
     return with_statistics(tiny_backbone((8, 8, 16)), size=32)
+
+
+@cache
+def _small_copies():
+    return hierens.hierensify(_small_backbone(), 3)
+
+
+@cache
+def _small_independent():
+    return independent_tree(_small_backbone(), 3)
 
 
 @pytest.fixture

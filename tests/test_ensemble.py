@@ -20,8 +20,8 @@ from support.networks import independent_tree
 EXECUTORS = ("looped", "grouped")
 
 
-def test_copies_equal_the_backbone_everywhere(backbone, images):
-    model = hierens.hierensify(backbone, blocks=4)
+def test_copies_equal_the_backbone_everywhere(backbone, copies, images):
+    model = copies
     with torch.no_grad():
         expected = backbone(images)
         assert expected.std() > 0.05, "the backbone must answer with something for this test to mean anything"
@@ -34,8 +34,8 @@ def test_copies_equal_the_backbone_everywhere(backbone, images):
     assert model.looped == {}, "every block of these families has a grouped form"
 
 
-def test_grouped_equals_looped_in_evaluation(backbone, images):
-    model = independent_tree(backbone, 3)
+def test_grouped_equals_looped_in_evaluation(backbone, independent, images):
+    model = independent
     outputs = {}
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -47,9 +47,9 @@ def test_grouped_equals_looped_in_evaluation(backbone, images):
         assert n == 1 or (looped[:, 0] - looped[:, 1]).abs().max() > 1e-3, "branches must be independent"
 
 
-def test_grouped_equals_looped_in_training(backbone, images):
+def test_grouped_equals_looped_in_training(independent, images):
     results = {}
-    model = independent_tree(backbone, 3).double().train()
+    model = independent.double().train()
     quiet_dropout(model)
     for executor in EXECUTORS:
         trained = copy.deepcopy(model)
@@ -68,8 +68,8 @@ def test_grouped_equals_looped_in_training(backbone, images):
             assert (grouped[name].double() - expected.double()).abs().max() < 1e-6 * scale, name
 
 
-def test_deepcopies_are_apart(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3)
+def test_deepcopies_are_apart(small_copies, small_images):
+    model = small_copies
     twin = copy.deepcopy(model)
     for executor in EXECUTORS:
         twin.set_executor(executor)
@@ -102,8 +102,8 @@ def test_anytime_yields_forwards_logits_and_runs_each_branch_once(small_backbone
     assert [step.macs for step in steps] == [model.tree.cost(costs, n) for n in range(1, leaves + 1)]
 
 
-def test_anytime_can_stop_early(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3)
+def test_anytime_can_stop_early(small_copies, small_images):
+    model = small_copies
     model.macs((1, 32, 32))
     calls = Counter()
     for index, level in enumerate(model.all_levels()):
@@ -114,8 +114,8 @@ def test_anytime_can_stop_early(small_backbone, small_images):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_measured_macs_follow_the_arithmetic(backbone, images, executor):
-    model = hierens.hierensify(backbone, blocks=4)
+def test_measured_macs_follow_the_arithmetic(backbone, copies, images, executor):
+    model = copies
     model.set_executor(executor)
     claimed = model.macs((3, 64, 64))
     branch = model.branch_macs((3, 64, 64))
@@ -130,8 +130,8 @@ def test_measured_macs_follow_the_arithmetic(backbone, images, executor):
     assert claimed[0] == counter.get_total_flops() // 2
 
 
-def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
-    model = independent_tree(backbone, 3)
+def test_at_depth_keeps_its_own_sub_tree_only(backbone, independent, images):
+    model = independent
     for depth in range(3):
         small = model.at_depth(depth)
         assert sum(p.numel() for p in small.parameters()) == model.parameter_counts()[depth]
@@ -144,8 +144,8 @@ def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
     assert all(t.data_ptr() not in kept for t in small.state_dict().values())
 
 
-def test_any_number_of_leaves_can_be_kept(small_backbone, small_images):
-    model = independent_tree(small_backbone, 3)
+def test_any_number_of_leaves_can_be_kept(small_independent, small_images):
+    model = small_independent
     with torch.no_grad():
         odd = model.at_depth(leaves=3)
         assert odd.tree.widths() == (1, 2, 3)
@@ -153,8 +153,8 @@ def test_any_number_of_leaves_can_be_kept(small_backbone, small_images):
         assert torch.allclose(odd.at_depth(1)(small_images), model(small_images, leaves=2), atol=1e-6)
 
 
-def test_the_state_dict_does_not_depend_on_the_executor(small_backbone, small_images):
-    model = independent_tree(small_backbone, 3).train()
+def test_the_state_dict_does_not_depend_on_the_executor(small_independent, small_images):
+    model = small_independent.train()
     names = {}
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -237,8 +237,8 @@ def test_other_ways_to_share_obey_the_same_laws(small_backbone, small_images, br
         assert torch.allclose(step.logits, outputs[0][:, : step.leaves].mean(1), atol=1e-4)
 
 
-def test_leaves_are_dropped_from_the_end(small_backbone, small_images):
-    model = independent_tree(small_backbone, 3)
+def test_leaves_are_dropped_from_the_end(small_independent, small_images):
+    model = small_independent
     with torch.no_grad():
         for count in range(4):
             small = model.drop_leaves(count)
@@ -256,8 +256,8 @@ def test_gradient_checkpointing_changes_nothing(small_backbone, small_images):
     assert all(torch.allclose(a.double(), b.double(), atol=1e-6) for a, b in zip(*results, strict=True))
 
 
-def test_timms_tools_work(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3)
+def test_timms_tools_work(small_copies, small_images):
+    model = small_copies
     assert timm.data.resolve_model_data_config(model)["input_size"] == (1, 32, 32)
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
     backbone_decayed = sum(p.ndim > 1 for p in model.parameters())
@@ -275,8 +275,8 @@ def test_timms_tools_work(small_backbone, small_images):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_features_and_head_compose(backbone, images, executor):
-    model = independent_tree(backbone, 3)
+def test_features_and_head_compose(backbone, independent, images, executor):
+    model = independent
     model.set_executor(executor)
     with torch.no_grad():
         features = model.forward_features(images, leaves=3)
@@ -286,8 +286,8 @@ def test_features_and_head_compose(backbone, images, executor):
         assert pooled.shape == backbone.forward_head(backbone.forward_features(images), pre_logits=True).shape
 
 
-def test_classifiers_are_reset_per_leaf(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3).eval()
+def test_classifiers_are_reset_per_leaf(small_copies, small_images):
+    model = small_copies.eval()
     features = model.forward_head(model.forward_features(small_images), pre_logits=True)
     model.reset_classifier(5)
     assert model.num_classes == 5
@@ -306,8 +306,8 @@ def test_classifiers_are_reset_per_leaf(small_backbone, small_images):
         model.reset_classifier(3, global_pool="max")
 
 
-def test_half_precision_runs_both_ways(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3).bfloat16().eval()
+def test_half_precision_runs_both_ways(small_copies, small_images):
+    model = small_copies.bfloat16().eval()
     outputs = []
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -342,7 +342,7 @@ def test_half_precision_runs_both_ways(small_backbone, small_images):
         (lambda m, b, x: hierens.hierensify(torch.nn.Sequential(torch.nn.Linear(2, 2)), 1), "no classifier"),
     ],
 )
-def test_bad_input_says_what_is_allowed(small_backbone, small_images, call, message):
-    model = hierens.hierensify(small_backbone, 3)
+def test_bad_input_says_what_is_allowed(small_backbone, small_copies, small_images, call, message):
+    model = small_copies
     with pytest.raises(ValueError, match=message):
         call(model, small_backbone, small_images)

