@@ -24,7 +24,7 @@ from torch import nn
 import hierens
 from hierens.branches.level import Level, first_layout
 from hierens.core.fetching import LoadError
-from support.networks import with_statistics
+from support.networks import independent_tree, tiny_backbone, with_statistics
 
 EXECUTORS = ("looped", "grouped", "auto")
 
@@ -37,26 +37,20 @@ def tree(executor="auto", training=False, blocks=3):
 
 @cache
 def _converted(blocks):
-    torch.manual_seed(0)
-    backbone = with_statistics(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
-    return hierens.hierensify(backbone, blocks=blocks, init="reinit", seed=1)
+    return independent_tree(with_statistics(tiny_backbone((8, 8, 16)), size=32), blocks)
 
 
 def tokens(executor="auto", training=False):
-    torch.manual_seed(0)
-    args = {
-        "img_size": 32,
-        "patch_size": 16,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "num_classes": 5,
-        "in_chans": 1,
-    }
-    model = hierens.hierensify(timm.create_model("vit_tiny_patch16_224", **args), blocks=3)
-    model.break_symmetry(0.2)
+    model = copy.deepcopy(_converted_tokens()).train(training)
     model.set_executor(executor)
-    return model.train(training)
+    return model
+
+
+@cache
+def _converted_tokens():
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    return independent_tree(timm.create_model("vit_tiny_patch16_224", **args, num_classes=5, in_chans=1), 3)
 
 
 def oracle(model, images):

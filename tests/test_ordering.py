@@ -132,8 +132,8 @@ def test_statistics_move_with_their_branches(small_backbone, loader):
     assert torch.equal(after, before[list(report.order)])
 
 
-def test_the_report_is_a_table(small_backbone, loader):
-    report = independent_tree(small_backbone, blocks=3).reorder(loader)
+def test_the_report_is_a_table(small_independent, loader):
+    report = small_independent.reorder(loader)
     lines = str(report).splitlines()
     assert len(lines) == 2 + 3 and f"{report.cross_entropy_after[0]:.4f}" in lines[2]
 
@@ -152,16 +152,16 @@ def test_the_report_is_a_table(small_backbone, loader):
         (lambda batches: [(x[:, :0], y) for x, y in batches], "expected images"),
     ],
 )
-def test_bad_data_is_refused_and_the_model_left_alone(small_backbone, loader, change, message):
-    model = independent_tree(small_backbone, blocks=3)
+def test_bad_data_is_refused_and_the_model_left_alone(small_independent, loader, change, message):
+    model = small_independent
     weights = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         model.reorder(change(loader))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_without_a_classifier_there_is_nothing_to_order(small_backbone, loader):
-    model = independent_tree(small_backbone, blocks=3)
+def test_without_a_classifier_there_is_nothing_to_order(small_independent, loader):
+    model = small_independent
     model.reset_classifier(0)
     with pytest.raises(ValueError, match="classifier was removed"):
         model.reorder(loader)

@@ -17,8 +17,8 @@ from support.clock import Clock
 
 
 @pytest.fixture
-def model(small_backbone):
-    return hierens.hierensify(small_backbone, 3)
+def model(small_copies):
+    return small_copies
 
 
 def test_a_profile_has_a_row_per_depth(model):

@@ -1,7 +1,9 @@
 """Training runs of seconds, in this process, and what a run leaves in its folder."""
 
+import copy
 import json
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,11 +24,17 @@ def made_up_data(images=96, seed=0):
     return TensorDataset(torch.randn(images, 1, 16, 16, generator=generator) + targets[:, None, None, None], targets)
 
 
+@cache
+def _tree(blocks, init):
+    return hierens.hierensify(tiny_backbone((8, 8, 8), num_classes=2), blocks, init=init, seed=0, looped={})
+
+
 def trainer(
     directory, batch_size=32, data=None, init="reinit", blocks=3, teacher=None, teacher_config=None, **settings
 ):
     """A trainer of a tiny tree on made-up data."""
-    model = hierens.hierensify(tiny_backbone((8, 8, 8), num_classes=2), blocks, init=init, seed=0, looped={})
+    model = copy.deepcopy(_tree(blocks, init))
+    torch.manual_seed(0)
     defaults = {"epochs": 2, "lr": 0.02, "cpu": True, "log_steps": 1, "checkpoint_steps": 100}
     config = TrainConfig(output_dir=str(directory), batch_size=batch_size, **defaults | settings)
     micro = batch_size // config.accumulation
