@@ -12,12 +12,12 @@ from hierens.core.fetching import LoadError
 from hierens.models import tuning
 from hierens.models.tuning import Measurement, Tuning
 from support.clock import Clock
-from support.networks import close, timm_tree
+from support.networks import close, shared_tree
 
 
 @pytest.fixture(scope="module")
 def model():
-    return timm_tree("test_efficientnet", 3)[0]
+    return shared_tree("test_efficientnet", 3)[0]
 
 
 @pytest.fixture

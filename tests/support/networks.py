@@ -76,16 +76,19 @@ def tiny_tree(blocks=3, channels=(4, 8, 8), seed=0, **arguments):
     return independent_tree(tiny_backbone(channels, **arguments), blocks, seed, looped={})
 
 
-@cache
-def _timm_tree(name, blocks):
+def timm_tree(name, blocks):
+    """An independent tree of one of timm's backbones, and images for it."""
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=10).eval()
     return independent_tree(backbone, blocks), few_pixels(backbone)
 
 
-def timm_tree(name, blocks):
-    """An independent tree of one of timm's backbones, converted once per session, and images for it."""
-    model, images = _timm_tree(name, blocks)
+_kept_tree = cache(timm_tree)
+
+
+def shared_tree(name, blocks):
+    """A copy of a `timm_tree` that is converted once per session, and the images."""
+    model, images = _kept_tree(name, blocks)
     return copy.deepcopy(model), images
 
 
