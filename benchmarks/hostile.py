@@ -24,8 +24,7 @@ import hierens
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hostile_files import storm
-from test_hostile_files import FULL
+from support.hostile_files import FULL, storm
 
 RESULTS = ROOT / "docs" / "results"
 

@@ -29,7 +29,6 @@ import tyro
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import hostile_uploads
 import ray
 import serving_page
 from ray import serve
@@ -37,6 +36,7 @@ from ray import serve
 import hierens
 from hierens.training.config import DataConfig
 from hierens.training.data.builtin import fashion_mnist
+from support import hostile_uploads
 
 RESULTS = ROOT / "docs" / "results"
 Rows = list[dict[str, Any]]

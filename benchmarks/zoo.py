@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import sys
 import tempfile
 import time
 import warnings
@@ -34,12 +35,14 @@ from torch import Tensor, nn
 import hierens
 from hierens.branches.check import reasons_to_loop
 from hierens.core.modes import quiet_dropout
-from hierens.core.timm_info import example_input
 from hierens.cutting.cut import cut
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.networks import difference, few_pixels, randomize
+
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"
-SIZES = (64, 128)  # pixels tried before a model's own
 _PER_POOL = 40  # architectures until processes are renewed
 EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
@@ -119,7 +122,7 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     """All that the page says of one architecture; without compilers unless `thorough`."""
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=10, **SHALLOW.get(name, {})).eval()
-    enliven(backbone)
+    randomize(backbone)
     x = few_pixels(backbone)
     start = time.perf_counter()
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
@@ -135,7 +138,7 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     found["looped"] = {**model.looped, **_looped_layers(model)}
     expected = backbone(x)
     depths = range(model.tree.depths)
-    found["copy"] = max(_difference(model(x, depth=depth), expected) for depth in depths)
+    found["copy"] = max(difference(model(x, depth=depth), expected) for depth in depths)
     others: dict[str, Callable[[], Any]] = {
         "eval": lambda: _packed_against_looped(model, x, False),
         "train": lambda: _packed_against_looped(model, x, True),
@@ -157,32 +160,6 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     return found
 
 
-@torch.no_grad()
-def enliven(model: nn.Module) -> None:
-    """Random values where initialisation leaves zeros and ones, so that no path of the network stays silent."""
-    for parameter in model.parameters():
-        if parameter.ndim <= 1 or parameter.std() == 0:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.1)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-
-
-@torch.no_grad()
-def few_pixels(backbone: nn.Module) -> Tensor:
-    """Two images of few pixels, if the backbone takes such."""
-    full = example_input(backbone, 2)
-    for size in SIZES:
-        try:
-            backbone(full[..., :size, :size])
-        except Exception:
-            continue
-        return full[..., :size, :size]
-    return full
-
-
 def _executor(level: Any) -> str:
     if level.fallback_reason:
         return "looped"
@@ -193,11 +170,6 @@ def _executor(level: Any) -> str:
 def _looped_layers(model: hierens.HierarchicalEnsemble) -> dict[str, str]:
     levels = enumerate(model.all_levels())
     return {f"{index}.{name}": why for index, level in levels for name, why in level.looped_layers.items()}
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, in relation to the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def _packed_against_looped(model: hierens.HierarchicalEnsemble, x: Tensor, training: bool) -> float:
@@ -216,11 +188,11 @@ def _packed_against_looped(model: hierens.HierarchicalEnsemble, x: Tensor, train
         quiet_dropout(own)
         own.set_executor(executor)
         outputs.append(own(x.to(next(own.parameters()).dtype), reduce=False))
-    return _difference(*outputs)
+    return difference(*outputs)
 
 
 def _same(other: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> bool:
-    return _difference(other(x), model(x)) < EXACT
+    return difference(other(x), model(x)) < EXACT
 
 
 def _saved(model: hierens.HierarchicalEnsemble, x: Tensor) -> bool:

@@ -1,13 +1,18 @@
-"""What all tests share: few threads, no tracebacks of the network, and backbones whose outputs say something."""
+"""Fixtures of all tests: few threads, no network, small backbones, and runs that are made once per session."""
 
+import copy
 import os
+from functools import cache, cached_property
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import timm
 import torch
-from networks import lively
+
+import hierens
+from support.accelerator import reset_accelerator
+from support.networks import independent_tree, tiny_backbone, with_statistics
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -37,11 +42,50 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
-def backbone(request):
-    """A small backbone of every architecture that must work."""
-    torch.manual_seed(0)
-    return lively(timm.create_model(request.param, **FAMILIES[request.param]))
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    reset_accelerator()
+    yield
+    reset_accelerator()
+
+
+class Family:
+    """A small backbone, and trees of it that are converted when a test first asks for them."""
+
+    def __init__(self, name):
+        torch.manual_seed(0)
+        self.backbone = with_statistics(timm.create_model(name, **FAMILIES[name]))
+
+    @cached_property
+    def copies(self):
+        return hierens.hierensify(self.backbone, 4)
+
+    @cached_property
+    def independent(self):
+        return independent_tree(self.backbone, 3)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """Every architecture that must work."""
+    return Family(request.param)
+
+
+@pytest.fixture
+def backbone(family):
+    return copy.deepcopy(family.backbone)
+
+
+@pytest.fixture
+def copies(family):
+    """A tree of four blocks, all branches alike."""
+    return copy.deepcopy(family.copies)
+
+
+@pytest.fixture
+def independent(family):
+    """A tree of three blocks with independent branches."""
+    return copy.deepcopy(family.independent)
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +95,35 @@ def images():
 
 @pytest.fixture
 def small_backbone():
-    """One that takes no time: 1 channel of 32 pixels, 3 stages."""
-    torch.manual_seed(0)
-    return lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
+    """A ResNet-8 for grey images of 32 pixels, with three stages."""
+    return copy.deepcopy(_small_backbone())
+
+
+@pytest.fixture
+def small_copies():
+    """A tree of three blocks of it, all branches alike."""
+    return copy.deepcopy(_small_copies())
+
+
+@pytest.fixture
+def small_independent():
+    """A tree of three blocks of it with independent branches."""
+    return copy.deepcopy(_small_independent())
+
+
+@cache
+def _small_backbone():
+    return with_statistics(tiny_backbone((8, 8, 16)), size=32)
+
+
+@cache
+def _small_copies():
+    return hierens.hierensify(_small_backbone(), 3)
+
+
+@cache
+def _small_independent():
+    return independent_tree(_small_backbone(), 3)
 
 
 @pytest.fixture
@@ -63,8 +133,8 @@ def small_images():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Two short runs of the command line that differ in their seed, and what each printed: the second one by --json."""
-    from command_line import SMALL, hierens
+    """Two short runs of the command line with different seeds, and what each printed: the second one by --json."""
+    from support.command_line import SMALL, hierens
 
     directory = tmp_path_factory.mktemp("cli")
     printed = []

@@ -61,22 +61,22 @@ def test_nor_do_they_of_policies(model, policy):
     assert found.logits.shape == (0, 10) and found.leaves.shape == found.macs.shape == (0,)
 
 
-def test_a_model_without_classifier_has_features_of_none(small_backbone):
-    tree = hierens.hierensify(small_backbone, 3)
+def test_a_model_without_classifier_has_features_of_none(small_copies):
+    tree = small_copies
     tree.reset_classifier(0)
     assert tree(torch.zeros(0, 1, 32, 32)).shape == (0, tree(torch.zeros(1, 1, 32, 32)).shape[1])
 
 
-def test_branches_side_by_side_take_what_the_backbone_takes(small_backbone):
+def test_branches_side_by_side_take_what_the_backbone_takes(small_copies):
+    tree = small_copies
     for executor in ("looped", "grouped"):
-        tree = hierens.hierensify(small_backbone, 3)
         tree.set_executor(executor)
         features = tree.forward_features(torch.zeros(0, 1, 32, 32))
         assert features.shape[:2] == (0, 4) and tree.forward_head(features).shape == (0, 10)
 
 
-def test_metrics_pass_over_them_and_losses_refuse_them(small_backbone, small_images):
-    tree, targets, none = hierens.hierensify(small_backbone, 3), torch.tensor([0, 1, 2, 3]), torch.zeros(0).long()
+def test_metrics_pass_over_them_and_losses_refuse_them(small_copies, small_images):
+    tree, targets, none = small_copies, torch.tensor([0, 1, 2, 3]), torch.zeros(0).long()
     batches = [(small_images, targets), (small_images[:0], none)]
     assert evaluate_model(tree, batches) == evaluate_model(tree, batches[:1])
     with pytest.raises(ValueError, match="there is nothing to evaluate"):

@@ -1,24 +1,21 @@
 """The page as a visitor uses it, in a real browser, and what it shows without one."""
 
 import io
-import sys
-from pathlib import Path
 
 import pytest
-import timm
 import torch
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the page needs Gradio")
-sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 import app
 from app_picture import find_browser, opened, serving
 from app_view import Answer, drawing, page, percent, quantity
-from made_up import jpeg
 
 import hierens
 from hierens.core.tree import Tree
+from support.made_up import jpeg
+from support.networks import tiny_tree
 
 NAMES = ("cat", "dog & co", "owl")
 
@@ -26,9 +23,7 @@ NAMES = ("cat", "dog & co", "owl")
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """Networks that are unlike each other, so that the answer changes with their number."""
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1, num_classes=3)
-    model = hierens.hierensify(backbone, 3, init="reinit", seed=0, looped={}).eval()
+    model = tiny_tree(num_classes=3)
     model.pretrained_cfg.update(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,), crop_pct=1.0)
     # The first leaf says cat, two dog, all owl, against the last.
     for leaf, bias in zip(model.classifier, ([5.0, 0, 0], [0, 9, 0], [0, 0, 20], [5, 0, 0]), strict=True):

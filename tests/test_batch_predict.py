@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -11,35 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from PIL import Image
 
 pytest.importorskip("pyarrow")
-sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 import batch_predict
 import pyarrow.parquet as pq
 from batch_predict import MANIFEST, Settings
-from made_up import DAMAGES, jpeg, write_shards
 
 import hierens
 from hierens.inference.policies import Confidence, Deadline, save_policy
+from support.made_up import DAMAGES, jpeg, write_shards
+from support.networks import tiny_tree
+from support.processes import free_port
 
 CLASSES = ("cat", "dog", "owl")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1, num_classes=3)
-    model = hierens.hierensify(backbone, 3, init="reinit", seed=0, looped={}).eval()
+    model = tiny_tree(num_classes=3)
     model.pretrained_cfg.update(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,), crop_pct=1.0)
     folder = tmp_path_factory.mktemp("models") / "model"
     model.save_pretrained(folder)
@@ -283,8 +275,7 @@ def _started(context, chosen, environment):
 
 def together(processes, chosen, count):
     """Several processes that share the work over gloo."""
-    port = str(random.Random(time.time_ns()).randint(20000, 40000))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     return [processes(chosen, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
 
 

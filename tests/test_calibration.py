@@ -1,14 +1,13 @@
 """Thresholds, temperatures and prediction sets chosen on one half keep their promise on the other."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 
-import hierens
 from hierens.evaluation.uncertainty import MEASURES
 from hierens.inference.calibration import CalibrationSet, calibrate, collect, exits, fit_temperatures, mean_cost
 from hierens.inference.conformal import fit_prediction_sets
+from support.networks import tiny_tree
 
 MACS = (100, 140, 220, 380)
 
@@ -42,9 +41,7 @@ def test_a_budget_is_met_on_other_images_and_beats_fixed_depths(measure, budget)
 
 
 def test_what_is_calibrated_is_what_the_policy_does():
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
-    model = hierens.hierensify(backbone, 4, init="reinit", seed=0, looped={}).eval()
+    model = tiny_tree(4)
     images, labels = 3 * torch.randn(200, 1, 16, 16), torch.randint(10, (200,))
     batches = list(zip(images.split(50), labels.split(50), strict=True))
     answers = collect(model, batches)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from comparison import pretrained, recipes, records
 from comparison.differences import over_last, over_one
 from comparison.train import train_missing
@@ -29,7 +28,6 @@ SPLITS = {"train": 4, "validation": 3, "test": 2}  # images a class
 def trained(tmp_path_factory):
     """All rows of one seed, three of the backbone alone, on made images; the folder of everything."""
     root, patch = tmp_path_factory.mktemp("clothing"), pytest.MonkeyPatch()
-    AcceleratorState._reset_state(reset_partial_state=True)
     for split, count in SPLITS.items():
         for label, name in enumerate(clothing.CLASSES):
             folder = root / "images" / split / name

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from comparison import recipes, records
 from comparison import train as training
 from comparison.train import train_missing
@@ -19,7 +18,6 @@ from hierens.training.presets import preset
 @pytest.fixture
 def digits(monkeypatch, tmp_path):
     """A recipe of seconds, and a folder for its records."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     run = preset("digits")
     train = dataclasses.replace(run.train, epochs=1, batch_size=256, warmup_epochs=0, val_epochs=1)
     monkeypatch.setitem(recipes.RECIPES, "digits", dataclasses.replace(run, train=train))

@@ -1,12 +1,11 @@
 """`torch.compile` takes each depth as one graph, and going back to a depth compiles nothing."""
 
 import pytest
-import timm
 import torch
-from test_fuse import close, different
 from torch._dynamo.testing import CompileCounter
 
 import hierens
+from support.networks import close, shared_tree, tiny_backbone
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +19,7 @@ def fresh():
 @pytest.mark.parametrize("executor", ["auto", "looped", "grouped"])
 @torch.no_grad()
 def test_a_graph_for_each_depth_and_no_more(fused, executor):
-    model, x = different("test_efficientnet", blocks=3)
+    model, x = shared_tree("test_efficientnet", 3)
     model = model.fuse() if fused else model
     model.set_executor(executor)
     expected = [model(x, depth=depth) for depth in range(3)]
@@ -34,14 +33,14 @@ def test_a_graph_for_each_depth_and_no_more(fused, executor):
 @torch.no_grad()
 def test_a_fused_model_in_half_precision_compiles():
     """As on GPUs; oneDNN's question whether the processor has bfloat16 is nothing a compiler can look into."""
-    model, x = different("test_efficientnet", blocks=2)
+    model, x = shared_tree("test_efficientnet", 2)
     fused, x = model.fuse().to(torch.bfloat16), x.to(torch.bfloat16)
     compiled = torch.compile(fused, backend=CompileCounter(), fullgraph=True)
     torch.testing.assert_close(compiled(x, depth=1), fused(x, depth=1), rtol=0.1, atol=0.1)
 
 
 def test_training_compiles_too():
-    model, x = different("resnet10t", blocks=3)
+    model, x = shared_tree("resnet10t", 3)
     counter = CompileCounter()
     compiled = torch.compile(model.train(), backend=counter, fullgraph=True)
     for depth in (2, 0, 2):
@@ -52,16 +51,14 @@ def test_training_compiles_too():
 @torch.no_grad()
 def test_code_is_generated_for_a_fused_model():
     """With Inductor, code generation and all; slow, so for one small model."""
-    model, x = different("test_efficientnet", blocks=2)
+    model, x = shared_tree("test_efficientnet", 2)
     fused = model.fuse()
     compiled = torch.compile(fused, fullgraph=True, dynamic=False)
     assert close(compiled(x, depth=1), fused(x, depth=1))
 
 
 def test_trees_with_exits_compile_as_depths_do():
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
-    model = hierens.tree_with_exits(backbone, 3).eval()
+    model = hierens.tree_with_exits(tiny_backbone(), 3).eval()
     counter, x = CompileCounter(), torch.randn(4, 1, 16, 16)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -71,9 +68,7 @@ def test_trees_with_exits_compile_as_depths_do():
 
 
 def test_exits_compile_as_depths_do():
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
-    model = hierens.multi_exit(backbone, 3, collaborate=True, weights="uniform", learn_weights=True)
+    model = hierens.multi_exit(tiny_backbone(), 3, collaborate=True, weights="uniform", learn_weights=True)
     counter, x = CompileCounter(), torch.randn(4, 1, 16, 16)
     compiled = torch.compile(model.eval(), backend=counter, fullgraph=True)
     with torch.no_grad():

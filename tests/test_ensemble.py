@@ -15,24 +15,13 @@ import hierens
 from hierens.core.modes import quiet_dropout
 from hierens.core.tree import Tree
 from hierens.models.level_tree import BRANCH_PREFIX
+from support.networks import independent_tree
 
 EXECUTORS = ("looped", "grouped")
 
 
-def reinitialised(backbone, blocks=3, **kwargs):
-    """A tree of independent branches, each with statistics of its own."""
-    model = hierens.hierensify(backbone, blocks, init="reinit", seed=3, **kwargs)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator)
-                tensor.add_(0.2 * noise if "running_var" in name or tensor.ndim == 1 else 0.02 * (noise - 0.5))
-    return model
-
-
-def test_copies_equal_the_backbone_everywhere(backbone, images):
-    model = hierens.hierensify(backbone, blocks=4)
+def test_copies_equal_the_backbone_everywhere(backbone, copies, images):
+    model = copies
     with torch.no_grad():
         expected = backbone(images)
         assert expected.std() > 0.05, "the backbone must answer with something for this test to mean anything"
@@ -45,8 +34,8 @@ def test_copies_equal_the_backbone_everywhere(backbone, images):
     assert model.looped == {}, "every block of these families has a grouped form"
 
 
-def test_grouped_equals_looped_in_evaluation(backbone, images):
-    model = reinitialised(backbone).eval()
+def test_grouped_equals_looped_in_evaluation(backbone, independent, images):
+    model = independent
     outputs = {}
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -58,9 +47,9 @@ def test_grouped_equals_looped_in_evaluation(backbone, images):
         assert n == 1 or (looped[:, 0] - looped[:, 1]).abs().max() > 1e-3, "branches must be independent"
 
 
-def test_grouped_equals_looped_in_training(backbone, images):
+def test_grouped_equals_looped_in_training(independent, images):
     results = {}
-    model = reinitialised(backbone).double().train()
+    model = independent.double().train()
     quiet_dropout(model)
     for executor in EXECUTORS:
         trained = copy.deepcopy(model)
@@ -79,8 +68,8 @@ def test_grouped_equals_looped_in_training(backbone, images):
             assert (grouped[name].double() - expected.double()).abs().max() < 1e-6 * scale, name
 
 
-def test_deepcopies_are_apart(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3)
+def test_deepcopies_are_apart(small_copies, small_images):
+    model = small_copies
     twin = copy.deepcopy(model)
     for executor in EXECUTORS:
         twin.set_executor(executor)
@@ -96,7 +85,7 @@ def test_deepcopies_are_apart(small_backbone, small_images):
 
 @pytest.mark.parametrize("branching", [(1, 2, 2), (1, 3, 2), (1, 1, 4), (4, 1, 1), (2, 2, 1)])
 def test_anytime_yields_forwards_logits_and_runs_each_branch_once(small_backbone, small_images, branching):
-    model = reinitialised(small_backbone, branching=branching).eval()
+    model = independent_tree(small_backbone, branching=branching)
     model.set_executor("looped")
     model.macs((1, 32, 32))
     calls = Counter()
@@ -113,8 +102,8 @@ def test_anytime_yields_forwards_logits_and_runs_each_branch_once(small_backbone
     assert [step.macs for step in steps] == [model.tree.cost(costs, n) for n in range(1, leaves + 1)]
 
 
-def test_anytime_can_stop_early(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3)
+def test_anytime_can_stop_early(small_copies, small_images):
+    model = small_copies
     model.macs((1, 32, 32))
     calls = Counter()
     for index, level in enumerate(model.all_levels()):
@@ -125,8 +114,8 @@ def test_anytime_can_stop_early(small_backbone, small_images):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_measured_macs_follow_the_arithmetic(backbone, images, executor):
-    model = hierens.hierensify(backbone, blocks=4)
+def test_measured_macs_follow_the_arithmetic(backbone, copies, images, executor):
+    model = copies
     model.set_executor(executor)
     claimed = model.macs((3, 64, 64))
     branch = model.branch_macs((3, 64, 64))
@@ -141,8 +130,8 @@ def test_measured_macs_follow_the_arithmetic(backbone, images, executor):
     assert claimed[0] == counter.get_total_flops() // 2
 
 
-def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
-    model = reinitialised(backbone).eval()
+def test_at_depth_keeps_its_own_sub_tree_only(backbone, independent, images):
+    model = independent
     for depth in range(3):
         small = model.at_depth(depth)
         assert sum(p.numel() for p in small.parameters()) == model.parameter_counts()[depth]
@@ -155,8 +144,8 @@ def test_at_depth_keeps_its_own_sub_tree_only(backbone, images):
     assert all(t.data_ptr() not in kept for t in small.state_dict().values())
 
 
-def test_any_number_of_leaves_can_be_kept(small_backbone, small_images):
-    model = reinitialised(small_backbone).eval()
+def test_any_number_of_leaves_can_be_kept(small_independent, small_images):
+    model = small_independent
     with torch.no_grad():
         odd = model.at_depth(leaves=3)
         assert odd.tree.widths() == (1, 2, 3)
@@ -164,8 +153,8 @@ def test_any_number_of_leaves_can_be_kept(small_backbone, small_images):
         assert torch.allclose(odd.at_depth(1)(small_images), model(small_images, leaves=2), atol=1e-6)
 
 
-def test_the_state_dict_does_not_depend_on_the_executor(small_backbone, small_images):
-    model = reinitialised(small_backbone)
+def test_the_state_dict_does_not_depend_on_the_executor(small_independent, small_images):
+    model = small_independent.train()
     names = {}
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -228,7 +217,7 @@ def test_other_ways_to_share_obey_the_same_laws(small_backbone, small_images, br
     """The paper's comparison of sharing schemes (figure 5), and a tree of uneven branching."""
     size, expected = (1, 32, 32), small_backbone(small_images)
     copies = hierens.hierensify(small_backbone, branching=branching)
-    apart = reinitialised(small_backbone, branching=branching).eval()
+    apart = independent_tree(small_backbone, branching=branching)
     branch = copies.branch_macs(size)
     widths = {(1, 4, 1, 2): (1, 4, 4, 8), (1, 1, 1, 8): (1, 1, 1, 8), (8, 1, 1, 1): (8, 8, 8, 8)}[branching]
     assert copies.macs(size)[-1] == sum(w * c for w, c in zip(widths, branch, strict=True))
@@ -248,8 +237,8 @@ def test_other_ways_to_share_obey_the_same_laws(small_backbone, small_images, br
         assert torch.allclose(step.logits, outputs[0][:, : step.leaves].mean(1), atol=1e-4)
 
 
-def test_leaves_are_dropped_from_the_end(small_backbone, small_images):
-    model = reinitialised(small_backbone).eval()
+def test_leaves_are_dropped_from_the_end(small_independent, small_images):
+    model = small_independent
     with torch.no_grad():
         for count in range(4):
             small = model.drop_leaves(count)
@@ -267,8 +256,8 @@ def test_gradient_checkpointing_changes_nothing(small_backbone, small_images):
     assert all(torch.allclose(a.double(), b.double(), atol=1e-6) for a, b in zip(*results, strict=True))
 
 
-def test_timms_tools_work(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3)
+def test_timms_tools_work(small_copies, small_images):
+    model = small_copies
     assert timm.data.resolve_model_data_config(model)["input_size"] == (1, 32, 32)
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
     backbone_decayed = sum(p.ndim > 1 for p in model.parameters())
@@ -286,8 +275,8 @@ def test_timms_tools_work(small_backbone, small_images):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_features_and_head_compose(backbone, images, executor):
-    model = reinitialised(backbone).eval()
+def test_features_and_head_compose(backbone, independent, images, executor):
+    model = independent
     model.set_executor(executor)
     with torch.no_grad():
         features = model.forward_features(images, leaves=3)
@@ -297,8 +286,8 @@ def test_features_and_head_compose(backbone, images, executor):
         assert pooled.shape == backbone.forward_head(backbone.forward_features(images), pre_logits=True).shape
 
 
-def test_classifiers_are_reset_per_leaf(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3).eval()
+def test_classifiers_are_reset_per_leaf(small_copies, small_images):
+    model = small_copies.eval()
     features = model.forward_head(model.forward_features(small_images), pre_logits=True)
     model.reset_classifier(5)
     assert model.num_classes == 5
@@ -317,8 +306,8 @@ def test_classifiers_are_reset_per_leaf(small_backbone, small_images):
         model.reset_classifier(3, global_pool="max")
 
 
-def test_half_precision_runs_both_ways(small_backbone, small_images):
-    model = hierens.hierensify(small_backbone, 3).bfloat16().eval()
+def test_half_precision_runs_both_ways(small_copies, small_images):
+    model = small_copies.bfloat16().eval()
     outputs = []
     for executor in EXECUTORS:
         model.set_executor(executor)
@@ -353,7 +342,7 @@ def test_half_precision_runs_both_ways(small_backbone, small_images):
         (lambda m, b, x: hierens.hierensify(torch.nn.Sequential(torch.nn.Linear(2, 2)), 1), "no classifier"),
     ],
 )
-def test_bad_input_says_what_is_allowed(small_backbone, small_images, call, message):
-    model = hierens.hierensify(small_backbone, 3)
+def test_bad_input_says_what_is_allowed(small_backbone, small_copies, small_images, call, message):
+    model = small_copies
     with pytest.raises(ValueError, match=message):
         call(model, small_backbone, small_images)

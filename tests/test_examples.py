@@ -1,29 +1,19 @@
 """The examples as a user runs them: from shards with damage in them, and by the paper's CIFAR recipe."""
 
 import json
-import os
-import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-
 import train_cifar
-from made_up import write_cifar, write_shards
 
 import hierens
+from support.made_up import write_cifar, write_shards
+from support.processes import environment, several
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def records(directory):
@@ -57,17 +47,19 @@ def test_the_cifar_recipe_is_the_papers():
 
 def from_shards(root, output, size, processes=1, backbone="mobilenetv2_075", **settings):
     """`train_imagenet.py` in processes of its own: ImageNet's recipe on a few shards."""
-    launch = [sys.executable]
-    if processes > 1:
-        port = str(random.Random(os.getpid()).randint(20000, 40000))
-        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     flags = {"num_classes": 5, "epochs": 1, "batch_size": 8, "val_batch_size": 8, "workers": 1, "log_steps": 1}
-    command = [*launch, str(EXAMPLES / "train_imagenet.py"), "--dataset", "wds/made-up", "--data-dir", str(root)]
+    command = [
+        *several(processes),
+        str(EXAMPLES / "train_imagenet.py"),
+        "--dataset",
+        "wds/made-up",
+        "--data-dir",
+        str(root),
+    ]
     command += ["--output-dir", str(output), "--cpu", "--backbone", backbone, "--input-size", "3", *[str(size)] * 2]
     for name, value in (flags | settings).items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,14 +4,15 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+
+from support.processes import environment
 
 CODE = """
 import json, sys
 import torch
-from test_export import MODELS
+from support.exportable import MODELS
 from executorch.runtime import Runtime
 
 torch.manual_seed(1)
@@ -42,7 +43,7 @@ def test_programs_answer_as_the_model_at_every_depth(tmp_path):
         [sys.executable, "-c", CODE, json.dumps(names), str(tmp_path)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

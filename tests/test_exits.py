@@ -5,7 +5,6 @@ import json
 import pytest
 import timm
 import torch
-from networks import lively
 from timm.optim import create_optimizer_v2
 
 import hierens
@@ -14,6 +13,7 @@ from hierens.evaluation.metrics import evaluate_model
 from hierens.evaluation.uncertainty import MEASURES
 from hierens.inference.calibration import calibrate, collect
 from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load
+from support.networks import with_statistics
 
 BACKBONES = {
     "resnet10t": ("NCHW", {}),
@@ -284,7 +284,7 @@ def test_bad_requests_are_named(small_backbone, call, message):
 
 
 def test_recomputed_activations_give_the_same_step(small_backbone, small_images):
-    model = hierens.multi_exit(lively(small_backbone, 32), 3, head="conv").train()
+    model = hierens.multi_exit(with_statistics(small_backbone, 32), 3, head="conv").train()
     gradients = []
     for enable in (False, True):
         copy = hierens.multi_exit(small_backbone, 3, head="conv").train()

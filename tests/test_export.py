@@ -7,69 +7,13 @@ import sys
 import pytest
 import timm
 import torch
-from networks import lively
 from torch import nn
 
 import hierens
 from hierens.export import formats
 from hierens.export.export import ExportError
 from hierens.export.weight_file import WeightFile
-
-
-def tree(blocks=3, **kwargs):
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(8, 16, 32), in_chans=1, **kwargs)
-    model = hierens.hierensify(lively(backbone, size=28), blocks=blocks, init="reinit", seed=1)
-    model.pretrained_cfg.update(input_size=(1, 28, 28), label_names=["shirt"] * 10)
-    return model
-
-
-def mobile():
-    torch.manual_seed(0)
-    model = hierens.hierensify(lively(timm.create_model("mobilenetv2_035", num_classes=5)), blocks=2)
-    model.break_symmetry(0.1)
-    model.pretrained_cfg.update(input_size=(3, 40, 40))
-    return model
-
-
-def transformer():
-    torch.manual_seed(0)
-    args = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-    model = hierens.hierensify(timm.create_model("vit_tiny_patch16_224", **args), blocks=2)
-    model.break_symmetry(0.1)
-    return model
-
-
-def exits(**kwargs):
-    torch.manual_seed(0)
-    backbone = lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=28)
-    model = hierens.multi_exit(backbone, exits=3, **kwargs)
-    model.pretrained_cfg.update(input_size=(1, 28, 28))
-    return model.eval()
-
-
-def tree_with_exits():
-    torch.manual_seed(0)
-    backbone = lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=28)
-    model = hierens.tree_with_exits(backbone, 3, head="conv")
-    model.break_symmetry(0.3)
-    model.pretrained_cfg.update(input_size=(1, 28, 28))
-    return model.eval()
-
-
-def looped():
-    """A level that has no grouped form."""
-    model = tree(2)
-    model.levels[1].loop("for this test")
-    return model
-
-
-MODELS = {"tree": tree, "mobile": mobile, "transformer": transformer, "looped": looped, "fused": lambda: tree().fuse()}
-MODELS |= {
-    "tree with exits": tree_with_exits,
-    "exits": exits,
-    "ensemble": lambda: exits(collaborate=True, weights="uniform"),
-}
+from support.exportable import MODELS, tree
 
 
 def onnx_run(folder, depth):

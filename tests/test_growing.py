@@ -5,11 +5,11 @@ import copy
 import pytest
 import timm
 import torch
-from networks import lively
 from torch import nn
 
 import hierens
 from hierens.cutting.cut import CutError
+from support.networks import independent_tree, with_statistics
 
 FAMILIES = {
     "resnet10t": {"num_classes": 5, "channels": (8, 16, 24, 32)},
@@ -18,15 +18,6 @@ FAMILIES = {
     "vit_tiny_patch16_224": {"num_classes": 5, "depth": 4, "embed_dim": 32, "num_heads": 2},
     "convnext_atto": {"num_classes": 5, "depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)},
 }
-
-
-def independent(backbone, seed=3, **kwargs):
-    model = hierens.hierensify(backbone, init="reinit", seed=seed, **kwargs)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-    return model.eval()
 
 
 def logits(model, x, executor="looped", **kwargs):
@@ -57,8 +48,8 @@ def check_grown(old, new, x):
 def test_growth_is_exact_and_survives_saving(name, tmp_path):
     torch.manual_seed(0)
     size = 224 if "vit" in name else 64
-    backbone = lively(timm.create_model(name, **FAMILIES[name]), size)
-    old = independent(backbone, blocks=2)
+    backbone = with_statistics(timm.create_model(name, **FAMILIES[name]), size)
+    old = independent_tree(backbone, blocks=2)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     new = old.grow()
     check_grown(old, new, x)
@@ -78,7 +69,7 @@ def test_growth_balances_the_last_block():
     ("branching", "leaves"), [((1,), None), ((1, 2), None), ((1, 3), None), ((3, 1), None), ((1, 2, 2), 3)]
 )
 def test_any_tree_grows(small_backbone, small_images, branching, leaves):
-    old = independent(small_backbone, branching=branching, leaves=leaves)
+    old = independent_tree(small_backbone, branching=branching, leaves=leaves)
     before = {name: tensor.clone() for name, tensor in old.state_dict().items()}
     new = old.grow()
     check_grown(old, new, small_images)
@@ -89,7 +80,7 @@ def test_any_tree_grows(small_backbone, small_images, branching, leaves):
 
 
 def test_a_tree_grows_again_until_there_is_nothing_to_cut(small_backbone, small_images):
-    model = independent(small_backbone, blocks=1)
+    model = independent_tree(small_backbone, blocks=1)
     expected = logits(model, small_images)
     with pytest.raises(CutError, match="no place left to cut"):
         for _ in range(9):
@@ -99,7 +90,7 @@ def test_a_tree_grows_again_until_there_is_nothing_to_cut(small_backbone, small_
 
 
 def test_growth_after_a_new_classifier(small_backbone, small_images, tmp_path):
-    old = independent(small_backbone, blocks=2)
+    old = independent_tree(small_backbone, blocks=2)
     old.reset_classifier(3)
     new = old.grow()
     check_grown(old, new, small_images)
@@ -122,7 +113,7 @@ def test_growth_keeps_how_the_model_runs_and_trains(small_backbone):
 
 
 def test_broken_symmetry_tells_new_siblings_apart_and_leaves_the_first_as_they_were(small_backbone, small_images):
-    old = independent(small_backbone, blocks=2)
+    old = independent_tree(small_backbone, blocks=2)
     assert not old.symmetric
     new = old.grow()
     assert new.symmetric
@@ -134,7 +125,7 @@ def test_broken_symmetry_tells_new_siblings_apart_and_leaves_the_first_as_they_w
 
 
 def test_symmetry_is_seen_between_any_two_leaves(small_backbone):
-    model = independent(small_backbone, blocks=2).grow()
+    model = independent_tree(small_backbone, blocks=2).grow()
     with torch.no_grad():
         model.classifier[0].fc.weight += 1  # the first leaf differs, the last two are still twins
     assert model.symmetric

@@ -1,35 +1,42 @@
 """Saving and loading: the same logits by every way in, nothing unpickled, and clear words about damaged files."""
 
 import json
-import os
 import shutil
 import struct
 import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from hub_server import hub_server
 
 import hierens
 from hierens.core.fetching import LoadError
 from hierens.hub.cards import model_card
 from hierens.hub.saving import SaveError
+from support.hub_server import hub_server
+from support.networks import independent_tree, tiny_backbone
+from support.processes import environment, script
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A model that tests leave as it is, and the folder that it was saved to."""
+    model = independent_tree(tiny_backbone((8, 8, 16)), 3).to(memory_format=torch.channels_last)
+    folder = tmp_path_factory.mktemp("published")
+    model.save_pretrained(folder, results={"accuracy (%)": [90.0, 91.25, 92.5]})
+    return model, folder
 
 
 @pytest.fixture
-def model(small_backbone):
-    model = hierens.hierensify(small_backbone, 3, init="reinit", seed=2).eval()
-    return model.to(memory_format=torch.channels_last)
+def model(published):
+    return published[0]
 
 
 @pytest.fixture
-def saved(model, tmp_path):
-    model.save_pretrained(tmp_path / "saved", results={"accuracy (%)": [90.0, 91.25, 92.5]})
-    return tmp_path / "saved"
+def saved(published, tmp_path):
+    """A copy of its folder."""
+    return shutil.copytree(published[1], tmp_path / "saved")
 
 
 def test_every_way_in_gives_the_same_logits(model, saved, small_images):
@@ -45,19 +52,16 @@ def test_every_way_in_gives_the_same_logits(model, saved, small_images):
 
 
 @pytest.fixture(scope="module")
-def over_http(tmp_path_factory):
+def over_http(published, tmp_path_factory):
     """What `hub_client.py` found, the server it spoke to, and the model that it published."""
-    torch.manual_seed(0)
-    model = hierens.hierensify(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), 3, init="reinit")
+    model, saved = published
     folder = tmp_path_factory.mktemp("hub")
-    model.eval().save_pretrained(folder / "saved")
     with hub_server() as hub:
         own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder), "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
         own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        script = Path(__file__).with_name("hub_client.py")
         (folder / "cache").mkdir()
-        asked = [sys.executable, str(script), str(folder / "saved"), hub.address, str(folder / "cache")]
-        done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | own)
+        command = script("hub_client", saved, hub.address, folder / "cache")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(**own))
         assert done.returncode == 0, done.stderr
         yield json.loads(done.stdout.splitlines()[-1]), hub, model
 

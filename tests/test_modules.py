@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
-from networks import lively
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,6 +25,7 @@ import hierens
 from hierens.branches.first_layout import first_layout
 from hierens.branches.level import Level
 from hierens.core.fetching import LoadError
+from support.networks import independent_tree, tiny_backbone, with_statistics
 
 EXECUTORS = ("looped", "grouped", "auto")
 
@@ -38,26 +38,20 @@ def tree(executor="auto", training=False, blocks=3):
 
 @cache
 def _converted(blocks):
-    torch.manual_seed(0)
-    backbone = lively(timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1), size=32)
-    return hierens.hierensify(backbone, blocks=blocks, init="reinit", seed=1)
+    return independent_tree(with_statistics(tiny_backbone((8, 8, 16)), size=32), blocks)
 
 
 def tokens(executor="auto", training=False):
-    torch.manual_seed(0)
-    args = {
-        "img_size": 32,
-        "patch_size": 16,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "num_classes": 5,
-        "in_chans": 1,
-    }
-    model = hierens.hierensify(timm.create_model("vit_tiny_patch16_224", **args), blocks=3)
-    model.break_symmetry(0.2)
+    model = copy.deepcopy(_converted_tokens()).train(training)
     model.set_executor(executor)
-    return model.train(training)
+    return model
+
+
+@cache
+def _converted_tokens():
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    return independent_tree(timm.create_model("vit_tiny_patch16_224", **args, num_classes=5, in_chans=1), 3)
 
 
 def oracle(model, images):
@@ -422,7 +416,7 @@ def test_threads_get_what_a_single_one_gets(name, executor):
 def test_threads_of_whole_backbones_get_what_a_single_one_gets(name, executor):
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=7)
-    model = hierens.hierensify(lively(backbone), blocks=3).eval()
+    model = hierens.hierensify(with_statistics(backbone), blocks=3).eval()
     model.break_symmetry(0.1)
     size = model.pretrained_cfg["input_size"] if name.startswith(("vit", "csat")) else (3, 64, 64)
     check_threads(model, executor, torch.randn(1, *size), calls=100 if size[1] == 64 else 10)

@@ -2,7 +2,6 @@
 
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hierens import losses, objectives
 from hierens.core.predictions import PredictionWeights
 from hierens.losses import nested_predictions
 from hierens.objectives import TERMS, Objective
+from support import oracles
 
 
 @st.composite

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_growing import independent
 
 from hierens.core.modes import evaluating
 from hierens.core.tree import nested_sizes
+from support.networks import independent_tree
 
 TREES = [(1, 2, 2), (1, 3, 2), (3, 2, 1), (1, 1, 5)]
 
@@ -57,7 +57,7 @@ def legal_orders(tree):
 
 @pytest.mark.parametrize("branching", TREES)
 def test_leaves_move_as_said_and_nothing_else_changes(small_backbone, loader, branching):
-    model = independent(small_backbone, branching=branching).train()
+    model = independent_tree(small_backbone, branching=branching).train()
     before = leaf_logits(model, loader)
     report = model.reorder(loader)
     after = leaf_logits(model, loader)
@@ -80,7 +80,7 @@ def test_leaves_move_as_said_and_nothing_else_changes(small_backbone, loader, br
 
 @pytest.mark.parametrize(("branching", "seed"), [((1, 2, 2), 1), ((1, 2, 2), 2), ((2, 2, 2), 1)])
 def test_in_binary_trees_no_order_has_better_depths(small_backbone, loader, branching, seed):
-    model = independent(small_backbone, seed, branching=branching)
+    model = independent_tree(small_backbone, seed=seed, branching=branching)
     before = leaf_logits(model, loader)
     report = model.reorder(loader)
     leaves = model.tree.leaves
@@ -93,7 +93,7 @@ def test_in_binary_trees_no_order_has_better_depths(small_backbone, loader, bran
 def test_reordering_helps_and_a_second_time_changes_nothing(small_backbone, loader):
     gains = []
     for seed in range(3):
-        model = independent(small_backbone, seed, blocks=3)
+        model = independent_tree(small_backbone, seed=seed, blocks=3)
         first = model.reorder(loader)
         gains.append(sum(first.cross_entropy_before[:-1]) - sum(first.cross_entropy_after[:-1]))
         second = model.reorder(loader)
@@ -103,7 +103,7 @@ def test_reordering_helps_and_a_second_time_changes_nothing(small_backbone, load
 
 def test_further_prefixes_are_greedy(small_backbone, loader):
     """In a tree of one level every order is legal, so that each next leaf must be the best of all that are left."""
-    model = independent(small_backbone, branching=(1, 1, 6))
+    model = independent_tree(small_backbone, branching=(1, 1, 6))
     model.reorder(loader)
     logits, targets = leaf_logits(model, loader), torch.cat([target for _, target in loader])
     for n in range(1, 6):
@@ -113,7 +113,7 @@ def test_further_prefixes_are_greedy(small_backbone, loader):
 
 @pytest.mark.parametrize(("branching", "leaves"), [((1, 2, 2), 3), ((1, 2, 4), 7), ((3, 2, 2), 7), ((1, 1, 6), 5)])
 def test_trimmed_trees_permute_what_is_whole(small_backbone, loader, branching, leaves):
-    model = independent(small_backbone, 1, branching=branching, leaves=leaves)
+    model = independent_tree(small_backbone, seed=1, branching=branching, leaves=leaves)
     before = leaf_logits(model, loader)
     report = model.reorder(loader)
     assert torch.allclose(leaf_logits(model, loader), before[:, list(report.order)], atol=1e-5)
@@ -124,7 +124,7 @@ def test_trimmed_trees_permute_what_is_whole(small_backbone, loader, branching, 
 
 
 def test_statistics_move_with_their_branches(small_backbone, loader):
-    model = independent(small_backbone, 4, blocks=3)
+    model = independent_tree(small_backbone, seed=4, blocks=3)
     before = torch.stack([branch.get_buffer("layer3.0.bn1.running_mean") for branch in model.levels[2]])
     report = model.reorder(loader)
     assert not torch.equal(before[0], before[1])
@@ -132,8 +132,8 @@ def test_statistics_move_with_their_branches(small_backbone, loader):
     assert torch.equal(after, before[list(report.order)])
 
 
-def test_the_report_is_a_table(small_backbone, loader):
-    report = independent(small_backbone, blocks=3).reorder(loader)
+def test_the_report_is_a_table(small_independent, loader):
+    report = small_independent.reorder(loader)
     lines = str(report).splitlines()
     assert len(lines) == 2 + 3 and f"{report.cross_entropy_after[0]:.4f}" in lines[2]
 
@@ -152,16 +152,16 @@ def test_the_report_is_a_table(small_backbone, loader):
         (lambda batches: [(x[:, :0], y) for x, y in batches], "expected images"),
     ],
 )
-def test_bad_data_is_refused_and_the_model_left_alone(small_backbone, loader, change, message):
-    model = independent(small_backbone, blocks=3)
+def test_bad_data_is_refused_and_the_model_left_alone(small_independent, loader, change, message):
+    model = small_independent
     weights = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         model.reorder(change(loader))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_without_a_classifier_there_is_nothing_to_order(small_backbone, loader):
-    model = independent(small_backbone, blocks=3)
+def test_without_a_classifier_there_is_nothing_to_order(small_independent, loader):
+    model = small_independent
     model.reset_classifier(0)
     with pytest.raises(ValueError, match="classifier was removed"):
         model.reorder(loader)

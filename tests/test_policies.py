@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -24,13 +23,13 @@ from hierens.inference.policies import (
     from_dict,
     load_policy,
 )
+from support.clock import Clock
+from support.networks import tiny_tree
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1)
-    return hierens.hierensify(backbone, 4, init="reinit", seed=0, looped={}).eval()
+    return tiny_tree(4)
 
 
 @pytest.fixture(scope="module")
@@ -92,31 +91,40 @@ def test_thresholds_at_the_ends(model, images):
     assert torch.allclose(Confidence((2.0,))(model, images).logits, model(images), atol=1e-5)
 
 
-class Slow(torch.nn.Module):
-    """An ensemble whose leaves take the time they are told to."""
+class Timed(torch.nn.Module):
+    """An ensemble whose leaves take a time by a clock of the test."""
 
-    def __init__(self, model, seconds):
+    def __init__(self, model, clock, milliseconds):
         super().__init__()
-        self.model, self.seconds = model, seconds
+        self.model, self.clock, self.milliseconds = model, clock, milliseconds
         self.leaves, self.cost = model.leaves, model.cost
 
     def anytime(self, x):
         for step in self.model.anytime(x):
-            time.sleep(self.seconds)
+            self.clock.wait(self.milliseconds / 1e3)
             yield step
 
 
-def test_a_deadline_is_kept_to_a_step_once_steps_are_known(model, images):
-    slow, policy = Slow(model, 0.02).eval(), Deadline(10_000)
-    policy.learn(slow, images)
-    for milliseconds in (1, 50, 75, 100, 130):
-        start = time.perf_counter()
-        found = policy.within(slow, images, milliseconds)
-        taken = 1e3 * (time.perf_counter() - start)
-        assert torch.allclose(found.logits, model(images, leaves=int(found.leaves[0])), atol=1e-5)
-        assert found.leaves[0] == 1 or taken <= milliseconds + 25
-        assert found.leaves[0] >= min(8, (milliseconds - 15) // 40), "and the time is used"
-    assert policy(slow, images).leaves[0] == 8
+def test_a_deadline_uses_its_time_and_is_kept(model, images, monkeypatch):
+    timed, policy = Timed(model, Clock(monkeypatch), 20).eval(), Deadline(10_000)
+    policy.learn(timed, images)
+    for milliseconds, leaves in ((1, 1), (50, 2), (75, 3), (90, 4), (130, 6)):
+        found = policy.within(timed, images, milliseconds)
+        assert found.leaves[0] == leaves
+        assert torch.allclose(found.logits, model(images, leaves=leaves), atol=1e-5)
+    assert policy(timed, images).leaves[0] == 8
+
+
+@pytest.mark.parametrize("slower", [40, 60, 200])
+def test_where_steps_become_slower_a_deadline_is_missed_by_one_of_them_at_most(model, images, monkeypatch, slower):
+    clock = Clock(monkeypatch)
+    timed, policy = Timed(model, clock, 20).eval(), Deadline(10_000)
+    policy.learn(timed, images)
+    timed.milliseconds = slower
+    for milliseconds in (50, 75, 100, 130):
+        start = clock.now
+        policy.within(timed, images, milliseconds)
+        assert 1e3 * (clock.now - start) <= milliseconds + slower
 
 
 def test_a_deadline_needs_no_learning_beforehand(model, images):

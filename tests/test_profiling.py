@@ -1,7 +1,6 @@
 """Profiles: what they claim is what is there."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,11 +13,12 @@ from hierens.core.macs import count_macs
 from hierens.evaluation import profiling
 from hierens.evaluation.plotting import plot_accuracy
 from hierens.evaluation.profiling import latency, millions, table
+from support.clock import Clock
 
 
 @pytest.fixture
-def model(small_backbone):
-    return hierens.hierensify(small_backbone, 3)
+def model(small_copies):
+    return small_copies
 
 
 def test_a_profile_has_a_row_per_depth(model):
@@ -50,24 +50,24 @@ def test_pictures_are_drawn(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
 
 
-def test_what_is_measured_is_a_pass_at_the_depth_asked_for():
-    class Sleeper(torch.nn.Module):
-        def forward(self, x, depth):
-            time.sleep(0.002 * (depth + 1))
+def test_what_is_measured_is_a_pass_at_the_depth_asked_for(monkeypatch):
+    clock = Clock(monkeypatch)
 
-    first, second = (latency(Sleeper(), torch.zeros(1), depth, seconds=0.05) for depth in (0, 4))
-    assert 2 <= first < second and second >= 10
+    class Timed(torch.nn.Module):
+        def forward(self, x, depth):
+            clock.wait(0.002 * (depth + 1))
+
+    assert [latency(Timed(), torch.zeros(1), depth, seconds=0.05) for depth in (0, 4)] == pytest.approx([2, 10])
 
 
 def test_timing_queues_no_more_calls_than_it_needs(monkeypatch):
     """A device that takes calls at once and runs them while it is waited for, 20 ms each."""
-    now, queued, made = [0.0], [], []
+    clock, queued, made = Clock(monkeypatch), [], []
 
     def wait():
-        now[0] += 0.02 * len(queued)
+        clock.wait(0.02 * len(queued))
         queued.clear()
 
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     device = torch.device("cuda")
     assert profiling.call_ms(lambda: (queued.append(1), made.append(1)), device, 0.05) == pytest.approx(20)

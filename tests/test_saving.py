@@ -5,13 +5,10 @@ import errno
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import timm
-from saver import POLICIES, RESULTS, marks, models, save
 
 import hierens
 from hierens.core import fetching
@@ -19,6 +16,8 @@ from hierens.hub import saving as hub
 from hierens.inference.policies import FixedDepth, load_policy, save_policy
 from hierens.models import loading
 from hierens.models.loading import load_with_policy
+from support.processes import environment, script
+from support.saver import POLICIES, RESULTS, marks, models, save
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +31,8 @@ def names(folder):
 
 def survive(folder, kills, seed):
     """Load in a loop while another process saves and is killed; how often which model was loaded, and what was hit."""
-    command = [sys.executable, Path(__file__).with_name("saver.py"), folder, str(seed), str(kills)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    writer = subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    writer = subprocess.Popen(script("saver", folder, seed, kills), **pipes, env=environment())
     assert writer.stdout.readline() == "ready\n"
     (folder / "notes.txt").write_text("mine")
     loaded = Counter()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -19,11 +18,12 @@ pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
 psutil = pytest.importorskip("psutil")
 
-import hostile_uploads
 import serve as example
 from service.uploads import RefusedError, read_image
 
 import hierens
+from support import hostile_uploads
+from support.networks import tiny_tree
 
 PORT = 8917
 URL = f"http://127.0.0.1:{PORT}"
@@ -116,12 +116,8 @@ def test_bad_settings_are_named_before_ray_starts(settings, message, saved):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=1, num_classes=10)
-    backbone.pretrained_cfg.update(
-        input_size=(1, 16, 16), mean=(0.3,), std=(0.4,), crop_pct=1.0, label_names=[f"kind {i}" for i in range(10)]
-    )
-    model = hierens.hierensify(backbone, 3, init="reinit", seed=0, looped={}).eval()
+    model, names = tiny_tree(), [f"kind {i}" for i in range(10)]
+    model.pretrained_cfg.update(input_size=(1, 16, 16), mean=(0.3,), std=(0.4,), crop_pct=1.0, label_names=names)
     directory = tmp_path_factory.mktemp("model")
     model.save_pretrained(directory)
     return directory, hierens.from_pretrained(directory)
@@ -177,7 +173,7 @@ def test_answers_are_the_models_own(service, saved):
     images = [picture((16, 16), seed=seed) for seed in range(4)]
     files = [("image", ("x.png", encoded(image), "image/png")) for image in images]
     together = httpx.post(f"{URL}/predict", files=files, timeout=30).raise_for_status().json()
-    assert len(together["answers"]) == 4 and 0 < together["milliseconds"] < 30_000
+    assert len(together["answers"]) == 4 and together["milliseconds"] > 0
     alone = ask(encoded(images[0])).raise_for_status().json()["answers"]
     for image, answer in zip([*images, images[0]], together["answers"] + alone, strict=True):
         x = ((torch.from_numpy(np.array(image)).float() / 255 - 0.3) / 0.4)[None, None]

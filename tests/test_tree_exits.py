@@ -6,7 +6,6 @@ import json
 import pytest
 import timm
 import torch
-from networks import lively
 
 import hierens
 from hierens.core.fetching import LoadError
@@ -15,6 +14,7 @@ from hierens.evaluation.metrics import evaluate_model
 from hierens.inference.calibration import calibrate, collect
 from hierens.inference.policies import Confidence, FixedDepth
 from hierens.objectives import Objective
+from support.networks import with_statistics
 
 FAMILIES = {
     "resnet10t": {},
@@ -27,7 +27,7 @@ FAMILIES = {
 @pytest.fixture
 def model(small_backbone):
     torch.manual_seed(0)
-    made = hierens.tree_with_exits(lively(small_backbone, 32), 3, head="conv")
+    made = hierens.tree_with_exits(with_statistics(small_backbone, 32), 3, head="conv")
     made.break_symmetry(0.5)
     return made.eval()
 

@@ -6,17 +6,18 @@ import sys
 
 import pytest
 import torch
-from test_fuse import close, different
 
 from hierens.branches.grouped_block import Packed
 from hierens.core.fetching import LoadError
 from hierens.models import tuning
 from hierens.models.tuning import Measurement, Tuning
+from support.clock import Clock
+from support.networks import close, shared_tree
 
 
 @pytest.fixture(scope="module")
 def model():
-    return different("test_efficientnet", blocks=3)[0]
+    return shared_tree("test_efficientnet", 3)[0]
 
 
 @pytest.fixture
@@ -46,13 +47,11 @@ def test_every_way_to_run_a_tuned_model_gives_the_same(model, images, quick):
 @torch.no_grad()
 def test_the_fastest_way_is_run(model, images, monkeypatch):
     """A way that is made slow is not chosen, and what is chosen is what runs."""
-    fused, original, ran = model.fuse(), Packed.__call__, []
-    monkeypatch.setattr(tuning, "_SECONDS", 0.005)
+    fused, original, ran, clock = model.fuse(), Packed.__call__, [], Clock(monkeypatch)
 
     def slow_unless_two(packed, values, width):
         ran.append(width.active)
-        if width.active != 2:
-            torch.ones(2_000_000).cumsum(0)
+        clock.wait(0.001 if width.active == 2 else 0.01)
         return original(packed, values, width)
 
     monkeypatch.setattr(Packed, "__call__", slow_unless_two)

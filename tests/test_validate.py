@@ -1,22 +1,23 @@
-"""What strangers may write into a config: a model or one clear sentence, in little memory and time."""
+"""An untrusted config gives a model or an error of one line, with little memory."""
 
 import json
 
 import pytest
 import timm
 import torch
-from hostile import bases, little_memory, starved
 from safetensors.torch import load_file, save_file
 
 import hierens
 from hierens.core.fetching import LoadError
 from hierens.hub.validate import check_arguments, read_config
+from support.attempts import limited_memory, out_of_memory
+from support.hostile_configs import saved_models
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A folder with a saved tree and the text of its config, which tests overwrite."""
-    folder, *_ = bases(tmp_path_factory.mktemp("saved"))
+    folder, *_ = saved_models(tmp_path_factory.mktemp("saved"))
     return folder, (folder / "config.json").read_text()
 
 
@@ -25,7 +26,7 @@ def load(tree, **changes):
     config = json.loads(text)
     config["model_args"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
-    with little_memory():
+    with limited_memory():
         return hierens.from_pretrained(folder)
 
 
@@ -60,7 +61,7 @@ def load(tree, **changes):
 def test_what_would_explode_is_refused_first(tree, changes, message):
     with pytest.raises(LoadError, match=message) as refused:
         load(tree, **changes)
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000 and not starved(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000 and not out_of_memory(refused.value)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\x00", "[[[]]]" + " " * 5 * 10**6])
@@ -157,7 +158,7 @@ def test_what_a_description_leaves_open_is_the_backbones(tree):
 
 
 def test_an_image_of_the_size_that_is_described_must_go_through(tmp_path):
-    *_, folder = bases(tmp_path)  # a transformer
+    *_, folder = saved_models(tmp_path)  # a transformer
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["input_size"] = [3, 8, 8]  # less than a patch
     (folder / "config.json").write_text(json.dumps(config))

@@ -10,6 +10,7 @@ from timm.models import model_entrypoint
 
 import hierens
 from hierens.core.modes import quiet_dropout
+from support.networks import few_pixels, randomize
 
 SAMPLE = {
     "test_convnext": "channel layer norm, layer scale",
@@ -37,10 +38,10 @@ def test_sampled_families_convert_exactly(name):
 @pytest.mark.parametrize("name", SAMPLE)
 def test_gradients_do_not_depend_on_the_executor(name):
     backbone = timm.create_model(name, num_classes=10)
-    zoo.enliven(backbone)
+    randomize(backbone)
     model = hierens.hierensify(backbone, branching=(2, 1, 1, 1)).double().train()  # every level has two branches
     model.break_symmetry(noise=0.3)
-    images = zoo.few_pixels(backbone.eval()).double()
+    images = few_pixels(backbone.eval()).double()
     gradients = {}
     for executor in ("looped", "grouped"):
         tree = copy.deepcopy(model)

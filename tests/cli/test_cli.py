@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import hierens
 
 from hierens import cli
+from support.command_line import hierens
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = "import sys; from _hierens_cli import main; main()"

@@ -4,9 +4,9 @@ import shutil
 import subprocess
 
 import pytest
-from command_line import hierens
 
 from hierens import cli
+from support.command_line import hierens
 
 COMPLETE = """
 source {script}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import timm
-from command_line import hierens
 
 import hierens as library
+from support.command_line import hierens
 
 CIFAR = ["resnet8_cifar", "--size", 1, 32, 32, "--json"]
 

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from command_line import hierens
 from torch.utils.data import DataLoader
 
 import hierens as package
 from hierens.evaluation.metrics import correct_predictions
 from hierens.training.data.loaders import create_held_out
 from hierens.training.presets import PRESETS, preset
+from support.command_line import hierens
 
 DIFFERENCE = r"[+-]\d+\.\d\d ± \d+\.\d\d \([+-]\d+\)"
 

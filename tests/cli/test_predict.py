@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from command_line import hierens
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -13,6 +12,7 @@ import hierens as library
 from hierens.inference.policies import Confidence, save_policy
 from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import load_run
+from support.command_line import hierens
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from command_line import hierens
+
+from support.command_line import hierens
 
 
 def test_evaluation_repeats_what_training_found(trained):

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import hierens
-from hub_server import hub_server
 
 from hierens.cli.sharing import card_results
+from support.command_line import hierens
+from support.hub_server import hub_server
 
 ROOT = Path(__file__).parents[2]
 

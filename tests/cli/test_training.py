@@ -3,10 +3,10 @@
 import json
 
 import yaml
-from command_line import SMALL, hierens
 
 from hierens.training.config import to_json
 from hierens.training.presets import preset
+from support.command_line import SMALL, hierens
 
 
 def test_training_ends_in_a_table_of_depths_and_a_model(trained):

@@ -13,13 +13,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from launcher import log, weights
-from test_trainer import fresh_accelerator, trainer  # noqa: F401
 
 import hierens
 from hierens.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from hierens.training.checkpoints.files import MANIFEST, damage, publish, recover, remove, seal
 from hierens.training.checkpoints.selection import choose_checkpoint, newest_checkpoint, start_from
+from support.runs import log, trainer, weights
 
 SHORT = {"blocks": 2, "epochs": 4, "batch_size": 64, "checkpoint_steps": 4, "log_steps": 3}  # 21 steps an epoch
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -22,14 +21,10 @@ from hierens.training.data.loaders import (
     create_loaders,
     create_transform,
 )
+from support.accelerator import reset_accelerator
 
 GREY = {"mean": (0.5,), "std": (0.25,), "workers": 0}
 DIGITS = DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, **GREY)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_idx(directory, images=40, suffix=".gz", sides=28):
@@ -178,7 +173,7 @@ def test_the_callers_generators_are_left_alone():
 
 
 def batches(epochs, workers=0, skip=0, seed=0):
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     settings = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed)
     accelerator = Accelerator(cpu=True, dataloader_config=settings)
     config = DataConfig(**{**DIGITS.__dict__, "workers": workers})

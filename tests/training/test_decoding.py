@@ -11,21 +11,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from command_line import hierens as command
-from hostile_uploads import png_header
-
-import hierens
 from hierens.training.config import DataConfig
 from hierens.training.data.decoding import DecodingError, decode
 from hierens.training.data.loaders import create_datasets, create_held_out, create_loaders
 from hierens.training.data.unreadable import UnreadableImageError
+from support.command_line import hierens as command
+from support.hostile_uploads import png_header
+from support.networks import tiny_tree
 
 SIDE = 16
 MODES = ("L", "RGB")
@@ -42,11 +37,6 @@ UPRIGHT = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def saved(image, kind, **options):
@@ -251,10 +241,8 @@ def test_the_server_reads_the_same_pixels(mode):
 @pytest.fixture(scope="module", params=MODES)
 def model(request, tmp_path_factory):
     """A saved model and its mode; it sees all pixels as they are."""
-    torch.manual_seed(0)
     channels = 3 if request.param == "RGB" else 1
-    backbone = timm.create_model("resnet8_cifar", channels=(4, 8, 8), in_chans=channels, num_classes=3)
-    made = hierens.hierensify(backbone, 2, init="reinit", seed=0, looped={}).eval()
+    made = tiny_tree(2, in_chans=channels, num_classes=3)
     made.pretrained_cfg.update(
         input_size=(channels, SIDE, SIDE), mean=(0.5,) * channels, std=(0.25,) * channels, crop_pct=1.0
     )

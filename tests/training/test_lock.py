@@ -1,29 +1,20 @@
 """One run at a time in an output folder, and what a kill leaves does not stop the next."""
 
 import signal
-import time
 
 import pytest
-from test_trainer import fresh_accelerator, trainer  # noqa: F401
 
 from hierens.training.lock import check_unlocked, lock_folder
 from hierens.training.run import train as train_run
+from support.runs import trainer, wait_for_log
 
 SHORT = {"blocks": 2, "epochs": 2, "batch_size": 64, "checkpoint_steps": 5, "log_steps": 1}
 REFUSED = "another run is writing to {}: wait until it ends, or choose another output_dir."
 
 
-def logged(directory, lines):
-    """Wait for so many lines in the log."""
-    file, deadline = directory / "log.jsonl", time.monotonic() + 200
-    while not file.exists() or file.read_text().count("\n") < lines:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_second_run_is_told_and_a_killed_one_does_not_stop_the_next(launcher, tmp_path):
     first = launcher.start(tmp_path, SHORT | {"workers": 2})
-    logged(tmp_path, 7)
+    wait_for_log(tmp_path, 7)
     described = (tmp_path / "run.json").read_bytes()
     second = launcher.start(tmp_path, SHORT | {"lr": 0.5})
     assert second.wait() == 1

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import hierens
 from hierens import cli
@@ -19,12 +18,6 @@ from hierens.training.trainer import Trainer
 
 DEMO = PRESETS["demo-exits"]
 WITH_EXITS = {"method": "hne_exits", "collaborate": False}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate remembers its first settings for the life of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(directory, model=None, **settings):

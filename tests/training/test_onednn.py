@@ -1,10 +1,7 @@
 """Strided 1x1 convolutions of few channels: same values and gradients, and the kernel that crashes is never run."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +9,7 @@ import torch.nn.functional as F
 
 import hierens
 from hierens.training.onednn import SubsampledConvolutions, subsampled_convolutions
-
-DEMO = Path(__file__).with_name("demo_run.py")
+from support.processes import environment, script
 
 
 @pytest.mark.parametrize("stride, padding", [(2, 0), ((2, 1), 0), (3, 1), (2, (1, 0)), (2, "valid")])
@@ -55,16 +51,11 @@ def test_only_models_with_such_a_layer_pay(small_backbone):
     assert not isinstance(subsampled_convolutions(hierens.hierensify(small_backbone, 2)), SubsampledConvolutions)
 
 
-@pytest.mark.parametrize("method", ["looped", "grouped"])
-def test_training_does_not_reach_the_kernel(tmp_path, method):
+def test_training_does_not_reach_the_kernel(tmp_path):
     """With the instruction set whose kernel is at fault; a CPU without it runs what it has."""
-    settings = {"epochs": 1, "backbone_args": {"channels": [4, 6, 8]}, "executor": method}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", str(DEMO), str(tmp_path), json.dumps(settings)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    short = {"epochs": 1, "backbone_args": {"channels": [4, 6, 8]}}
+    command = script("demo_run", tmp_path, json.dumps([short | {"executor": way} for way in ("looped", "grouped")]))
+    variables = environment(ONEDNN_MAX_CPU_ISA="AVX2", PYTHONFAULTHANDLER="1")
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
+    assert all((tmp_path / number / "results.json").exists() for number in "01")

@@ -3,16 +3,15 @@
 import json
 import random
 import signal
-import time
 
 import pytest
-from launcher import log
 from torch.utils.data import DataLoader
 
 import hierens
 from hierens.evaluation.metrics import evaluate_model
 from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import PRESETS
+from support.runs import log, wait_for_log
 
 # A smooth activation: the digits' background is one constant, and where rounding moves it across a ReLU's kink, curves
 # part by 1e-5 within ten steps, with one process and a single weight changed by one unit of rounding just as well.
@@ -40,10 +39,7 @@ def train(launcher, directory, processes, stop_after=None, **environment):
     runs = launcher.start_several(processes, directory, SHORT, **environment)
     if stop_after is None:
         return [run.finish() for run in runs]
-    deadline = time.monotonic() + 200
-    while not (directory / "log.jsonl").exists() or len(losses(directory)) < stop_after:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_log(directory, stop_after)
     random.choice(runs).kill(signal.SIGTERM)
     assert [run.wait() for run in runs] == [143] * processes, runs[0].output
     return [run.output for run in runs]

@@ -10,30 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_trainer import trainer
 
 from hierens.core.fetching import LoadError
 from hierens.training.checkpoints.files import MANIFEST, damage, seal
 from hierens.training.checkpoints.selection import choose_checkpoint
+from support.runs import trainer
 
 
-@pytest.fixture(scope="module", params=["sgd", "adamw"])
-def finished(request, tmp_path_factory):
-    """The folder of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("finished")
-    trainer(folder, epochs=1, optimizer=request.param, lr=1e-3, ema_decay=0.9).fit()
-    return folder, request.param
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folders of runs of one epoch, by optimiser."""
+    folders = {optimizer: tmp_path_factory.mktemp(optimizer) for optimizer in ("sgd", "adamw")}
+    for optimizer, folder in folders.items():
+        trainer(folder, epochs=1, optimizer=optimizer, lr=1e-3, ema_decay=0.9).fit()
+    return folders
 
 
 @pytest.fixture
 def forge(finished, tmp_path):
-    """Changes the files of a checkpoint, seals it and goes on; the error's text, or an empty one."""
-    folder, optimizer = finished
+    """Changes the files of a checkpoint, seals it and resumes the run; returns the message of the error, if any."""
 
-    def try_it(change):
+    def try_it(change, optimizer="adamw"):
         run = tmp_path / "run"
         shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(folder, run, symlinks=True)
+        shutil.copytree(finished[optimizer], run, symlinks=True)
         checkpoint = next((run / "checkpoints").glob("step-*"))
         change(checkpoint)
         (checkpoint / MANIFEST).unlink()
@@ -159,8 +159,9 @@ def optimizer_with(change):
         lambda state: state["state"].update({9999: {}}),
     ],
 )
-def test_a_state_that_the_optimiser_cannot_go_on_with(forge, change):
-    assert re.search(r"optimizer.bin holds (a|no) state", forge(optimizer_with(change)))
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_state_that_the_optimiser_cannot_go_on_with(forge, change, optimizer):
+    assert re.search(r"optimizer.bin holds (a|no) state", forge(optimizer_with(change), optimizer))
 
 
 def test_weights_of_another_type(forge):
@@ -178,8 +179,9 @@ def test_junk_for_weights(forge, name):
     assert f"{name} is damaged or no safetensors" in forge(lambda at: (at / name).unlink())
 
 
-def test_what_is_as_it_was_goes_on(forge):
-    assert forge(lambda checkpoint: None) == ""
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_is_as_it_was_goes_on(forge, optimizer):
+    assert forge(lambda checkpoint: None, optimizer) == ""
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"files": {"a\\nb": {}}}', '{"files": 3}', "3"])

@@ -9,50 +9,33 @@ import threading
 import time
 
 import pytest
-from launcher import log, weights
-from test_trainer import fresh_accelerator, made_up_data, trainer  # noqa: F401
 from torch.utils.data import TensorDataset
 
 from hierens.training import signals
 from hierens.training.checkpoints.selection import newest_checkpoint
 from hierens.training.signals import StopSignals, TrainingInterrupted
-
-SHORT = {"blocks": 2, "epochs": 2, "batch_size": 64, "checkpoint_steps": 100, "log_steps": 3}  # 21 steps an epoch
-
-
-@pytest.fixture(scope="module")
-def undisturbed(launcher, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed")
-    launcher.start(directory, SHORT).finish()
-    return directory
-
-
-def logged(directory, lines):
-    """Wait for so many lines in the log."""
-    file, deadline = directory / "log.jsonl", time.monotonic() + 200
-    while not file.exists() or file.read_text().count("\n") < lines:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+from support.runs import log, made_up_data, trainer, wait_for_log, weights
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
-def test_a_signal_ends_the_run_after_its_step(launcher, undisturbed, tmp_path, number, workers):
-    run = launcher.start(tmp_path, SHORT | {"workers": workers})
-    logged(tmp_path, random.randrange(1, 12))
+def test_a_signal_ends_the_run_after_its_step(launcher, short_run, tmp_path, number, workers):
+    settings, undisturbed = short_run
+    run = launcher.start(tmp_path, settings | {"workers": workers})
+    wait_for_log(tmp_path, random.randrange(1, 12))
     os.killpg(run.pid, number)  # as a terminal does: the loader's workers are told too
     assert run.wait() == 128 + number, run.output
     checkpoint = newest_checkpoint(tmp_path)
     step = int(checkpoint.name.removeprefix("step-"))
     line = f"{number.name}: stopped after step {step}; the newest checkpoint is {checkpoint}. The same command with"
     assert line in run.output.splitlines()[-1]
-    assert f"resuming from {checkpoint}" in launcher.start(tmp_path, SHORT).finish()
+    assert f"resuming from {checkpoint}" in launcher.start(tmp_path, settings).finish()
     assert weights(tmp_path) == weights(undisturbed)
     assert log(tmp_path) == log(undisturbed)
 
 
-def test_a_signal_that_ends_the_workers_as_well_is_clear(launcher, tmp_path):
-    run = launcher.start(tmp_path, SHORT | {"workers": 2, "checkpoint_steps": 2})
-    logged(tmp_path, 2)
+def test_a_signal_that_ends_the_workers_as_well_is_clear(launcher, short_run, tmp_path):
+    run = launcher.start(tmp_path, short_run[0] | {"workers": 2, "checkpoint_steps": 2})
+    wait_for_log(tmp_path, 2)
     os.killpg(run.pid, signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM, run.output
     assert re.search(r"SIGTERM: stopped (after|within) .* the newest checkpoint is ", run.output)

@@ -6,24 +6,18 @@ import os
 import warnings
 
 import pytest
-from accelerate.state import AcceleratorState
-from command_line import hierens
-from made_up import jpeg, write_cifar, write_folders, write_shards
 from PIL import Image
 
 import hierens as library
 from hierens.export.export import MANIFEST
 from hierens.training.config import DataConfig
 from hierens.training.data.loaders import class_names, count_classes, create_datasets, create_held_out, create_loaders
+from support.command_line import hierens
+from support.made_up import jpeg, write_cifar, write_folders, write_shards
 
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5,), "std": (0.25,), "workers": 0}
 FLAGS = ["--input-size", 3, 16, 16, "--workers", 0, "--epochs", 1, "--batch-size", 6, "--cpu", "--blocks", 2]
 FLAGS += ["--backbone", "resnet8_cifar"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def config(root, **settings):

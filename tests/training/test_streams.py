@@ -2,32 +2,23 @@
 
 import dataclasses
 import json
-import os
 import random
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.state import AcceleratorState
-from made_up import jpeg, write_shards
 
 import hierens
 from hierens.training.config import DataConfig, TrainConfig
 from hierens.training.data.loaders import create_loaders, data_signature
-from hierens.training.data.unreadable import check_readable
 from hierens.training.trainer import Trainer
+from support.accelerator import reset_accelerator
+from support.made_up import jpeg, write_shards
+from support.processes import environment, script
 
-HERE = Path(__file__)
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5,), "std": (0.25,)}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +34,7 @@ def config(root, workers=0, dataset="wds/made-up", **settings):
 
 def epochs(data, numbers, skip=0, seed=0, batch_size=8):
     """Images and targets of whole epochs, as the trainer reads them."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     loader = Accelerator(cpu=True).prepare(create_loaders(data, batch_size, 4, seed, cpu=True)[0])
     found = []
     for epoch in numbers:
@@ -77,7 +68,7 @@ class StoppedError(Exception):
 
 def test_a_run_stopped_within_an_epoch_ends_in_the_same_bits(shards, tmp_path):
     def trained(output, stop_at=None):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerator()
         torch.manual_seed(0)
         loaders = create_loaders(config(shards, 2), 8, 4, cpu=True)
         backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 8), num_classes=3)
@@ -120,10 +111,9 @@ def test_the_order_depends_on_workers_and_says_so(shards):
 
 def test_two_processes_share_shards_without_waiting_for_each_other(shards, tmp_path):
     """Shards do not divide evenly in validation (3 of them), and batches are counted over both processes."""
-    port = str(random.Random(os.getpid()).randint(20000, 40000))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     settings = json.dumps(dataclasses.asdict(config(shards)))
-    run = subprocess.run([*launch, str(HERE), settings, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    command = script("read_shards", settings, tmp_path, processes=2)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     for workers in (0, 2):
         first, second = (json.loads((tmp_path / f"{rank}-{workers}.json").read_text()) for rank in (0, 1))
@@ -188,25 +178,3 @@ def test_a_lost_shard_is_counted(tmp_path):
     _, val = create_loaders(config(root), 8, 4, cpu=True)
     assert sum(len(targets) for _, targets in val) == 8
     assert "validation-0001.tar" in val.dataset.unreadable.counts[2][0]
-
-
-def read_in_one_of_several_processes(settings, directory):
-    """What the process of a distributed run is given, as JSON: two epochs of training, one of validation."""
-    settings |= {key: tuple(settings[key]) for key in ("input_size", "mean", "std")}
-    for workers in (0, 2):
-        data = DataConfig(**settings | {"augment": "none", "workers": workers})
-        train, val = create_loaders(data, 8, 4, cpu=True)
-        accelerator = Accelerator(cpu=True)
-        train, val = accelerator.prepare(train, val)
-        found = []
-        for epoch in (0, 1):
-            train.set_epoch(epoch)
-            found.append([images.flatten(1)[:, ::50].tolist() for images, _ in train])
-        targets = [target for _, batch in val for target in batch.tolist()]
-        record = {"train": found, "val": targets, "signature": data_signature(train)}
-        record["reported"] = check_readable(val, "validation", over=True)[:2]
-        (Path(directory) / f"{accelerator.process_index}-{workers}.json").write_text(json.dumps(record))
-
-
-if __name__ == "__main__":
-    read_in_one_of_several_processes(json.loads(sys.argv[1]), sys.argv[2])

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from test_trainer import made_up_data, trainer
 from torch.utils.data import TensorDataset
 
 from hierens.evaluation.metrics import LeafMetrics
 from hierens.training.targets import TargetCheck
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
+from support.accelerator import reset_accelerator
+from support.runs import made_up_data, trainer
 
 
 def with_labels(change):
@@ -50,7 +45,7 @@ def test_the_position_is_that_in_the_batch():
 def test_other_whole_numbers_train_the_same(tmp_path, dtype):
     losses = []
     for name, change in (("a", lambda t: t), ("b", lambda t: t.to(dtype))):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerator()
         losses.append(trainer(tmp_path / name, data=with_labels(change), epochs=1).fit()[-1]["val_loss"])
     assert losses[0] == losses[1]
 

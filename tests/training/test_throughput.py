@@ -3,13 +3,11 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from hierens.training import throughput
 
 
 def test_waiting_is_told_from_working(monkeypatch):
-    AcceleratorState._reset_state(reset_partial_state=True)
     now = 0.0
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
 

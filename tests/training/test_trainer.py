@@ -2,95 +2,27 @@
 
 import dataclasses
 import itertools
-import json
-import os
-import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import hierens
 from hierens.core.labels import label_names
 from hierens.training.checkpoints.files import MANIFEST, seal
 from hierens.training.checkpoints.selection import choose_checkpoint, newest_checkpoint
-from hierens.training.config import TeacherConfig, TrainConfig
+from hierens.training.config import TeacherConfig
 from hierens.training.divergence import TrainingDivergedError
-from hierens.training.trainer import Trainer
-
-DEMO = Path(__file__).with_name("demo_run.py")
+from support.runs import log, made_up_data, trainer, weights
 
 
-def start(output, settings, processes=1):
-    """The preset `digits` in processes of their own."""
-    launch = [sys.executable]
-    if processes > 1:
-        port = str(random.Random(os.getpid()).randint(20000, 40000))
-        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [*launch, str(DEMO), str(output), json.dumps(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def log(directory):
-    return [json.loads(line) for line in (Path(directory) / "log.jsonl").read_text().splitlines()]
-
-
-def weights(directory):
-    return (Path(directory) / "model" / "model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Two epochs of 42 steps, run through."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    finish(start(directory, {}))
-    return directory
-
-
-def test_workers_do_not_change_the_result(undisturbed, tmp_path):
-    finish(start(tmp_path, {"workers": 2}))
+def test_workers_do_not_change_the_result(launcher, short_run, tmp_path):
+    settings, undisturbed = short_run
+    launcher.start(tmp_path, settings | {"workers": 2}).finish()
     assert weights(tmp_path) == weights(undisturbed)
-
-
-def made_up_data(images=96, seed=0):
-    """Two classes that differ in brightness, so that a few steps suffice."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.arange(images) % 2
-    return TensorDataset(torch.randn(images, 1, 16, 16, generator=generator) + targets[:, None, None, None], targets)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate remembers its first settings for the life of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def trainer(
-    directory, batch_size=32, data=None, init="reinit", blocks=3, teacher=None, teacher_config=None, **settings
-):
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 8), num_classes=2, in_chans=1)
-    model = hierens.hierensify(backbone, blocks, init=init, seed=0, looped={})
-    defaults = {"epochs": 2, "lr": 0.02, "cpu": True, "log_steps": 1, "checkpoint_steps": 100}
-    config = TrainConfig(output_dir=str(directory), batch_size=batch_size, **defaults | settings)
-    micro = batch_size // config.accumulation
-    data = data or made_up_data()
-    loaders = DataLoader(data, micro, shuffle=True, drop_last=True), DataLoader(made_up_data(40, 1), 32)
-    return Trainer(model, config, *loaders, teacher, teacher_config)
 
 
 def test_it_learns_and_saves_what_it_validated(tmp_path):

@@ -8,8 +8,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from made_up import jpeg
 from PIL import Image
 
 import hierens
@@ -19,13 +17,10 @@ from hierens.training.data.loaders import create_loaders
 from hierens.training.data.unreadable import Unreadable, UnreadableDataError
 from hierens.training.evaluation import evaluate
 from hierens.training.trainer import Trainer
+from support.accelerator import reset_accelerator
+from support.made_up import jpeg
 
 SMALL = {"input_size": (3, 16, 16), "mean": (0.5,), "std": (0.25,)}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def png(size):
@@ -99,7 +94,7 @@ def test_a_missing_file_and_a_mistake_in_a_transform_differ(tmp_path):
 
 
 def trainer(root, output, **settings):
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 8), num_classes=2)
     config = TrainConfig(str(output), epochs=2, batch_size=10, lr=0.01, cpu=True, log_steps=1, ema_decay=0.9)
     return Trainer(hierens.hierensify(backbone, 2, init="reinit", looped={}), config, *loaders(root, **settings))

@@ -1,8 +1,8 @@
-"""Saves models over each other without end, and is killed: FOLDER SEED KILLS.
+"""Saves models over each other until it is killed: python -m support.saver FOLDER SEED KILLS.
 
-A parent that has imported everything forks the one that saves, kills it at a random moment or while its files are being
-moved, and forks the next when somebody has loaded what that left: readers write a byte to stdin for every load. It
-prints a line when the first model is there, and at last how often what was hit.
+A parent that has imported everything forks a process that saves. It kills that process at a random moment or while
+files are being moved, waits until a reader has loaded what is there, and forks the next. A reader writes a byte to
+stdin after every load. The parent prints a line when the first model is saved, and at the end the places of its kills.
 """
 
 import json
@@ -15,27 +15,23 @@ import time
 from itertools import cycle
 from pathlib import Path
 
-import timm
 import torch
 
-import hierens
 from hierens.inference.policies import Confidence, FixedDepth
+from support.networks import tiny_tree
 
 POLICIES = [Confidence((0.9,)), FixedDepth(1), None]
 RESULTS = {"accuracy (%)": [90.0, 91.0, 92.0]}
 
 
 def models():
-    """Two that differ in weights only, and a smaller one."""
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", channels=(8, 8, 16), in_chans=1)
-    whole = hierens.hierensify(backbone, 3, init="reinit", seed=0, looped={}).eval()
-    other = hierens.hierensify(backbone, 3, init="reinit", seed=1, looped={}).eval()
+    """Two that differ only in their weights, and a smaller one."""
+    whole, other = tiny_tree(seed=0), tiny_tree(seed=1)
     return [mark(model, number) for number, model in enumerate((whole, other, other.at_depth(1)))]
 
 
 def mark(model, number):
-    """Every weight of a model says which one it is."""
+    """Fill all weights with the number of the model."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(number + 1)
@@ -43,7 +39,7 @@ def mark(model, number):
 
 
 def marks(model):
-    """Which models the weights are of."""
+    """The numbers of the models whose weights these are."""
     return {int(value) - 1 for parameter in model.parameters() for value in parameter.unique().tolist()}
 
 
@@ -53,7 +49,7 @@ def save(made, number, folder):
 
 
 def await_load():
-    """Wait for a load that began after now: the second one to end from now on."""
+    """Wait for a load that begins after this call: the second one that ends."""
     os.set_blocking(0, False)
     while os.read(0, 4096) if select.select([0], [], [], 0)[0] else b"":
         pass

@@ -4,16 +4,15 @@ import contextlib
 import io
 from dataclasses import dataclass
 
-from accelerate.state import AcceleratorState
-
 from hierens import cli
+from support.accelerator import reset_accelerator
 
 SMALL = ["--preset", "digits", "--epochs", "1", "--batch-size", "64", "--blocks", "2"]
 
 
 @dataclass
 class Done:
-    """What a command left: its exit code and what it printed."""
+    """The exit code of a command and what it printed."""
 
     code: int
     out: str
@@ -22,7 +21,7 @@ class Done:
 
 def hierens(*arguments):
     """Run a command."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -1,4 +1,4 @@
-"""The paper's equations written out plainly, one loop per sum, in float64: the measure of the library."""
+"""The paper's equations in float64 with one loop per sum: the expected values of tests."""
 
 import itertools
 import math

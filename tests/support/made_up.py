@@ -1,4 +1,4 @@
-"""Data sets made up for tests: shards and folders of JPEGs of differing sizes, and torchvision's CIFAR files."""
+"""Data sets on disk: shards and folders of JPEGs of different sizes, and torchvision's CIFAR files."""
 
 import io
 import json
@@ -16,7 +16,7 @@ DAMAGES = {
 
 
 def jpeg(number, size=(48, 64)):
-    """An image that tells its number: blocks of random colours, drawn by it."""
+    """An image of blocks of random colours, drawn by its number as the seed."""
     pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize(size).save(file, "JPEG", quality=95)
@@ -51,7 +51,7 @@ def write_shards(root, split="train", shards=4, images=12, classes=3, damaged=()
 
 
 def write_cifar(root, classes=10, images=20):
-    """torchvision's layout of CIFAR-10 or CIFAR-100: pickles by the right names, but other checksums."""
+    """torchvision's layout of CIFAR-10 or CIFAR-100: pickles with the right names and other checksums."""
     generator = np.random.default_rng(0)
     labels = [number % classes for number in range(images)]
     content = {"data": generator.integers(0, 256, (images, 3072), dtype=np.uint8)}
@@ -69,7 +69,7 @@ def write_cifar(root, classes=10, images=20):
 
 
 def write_folders(root, splits):
-    """An image folder: {split: {class: images}}. Classes that are called by a colour show it."""
+    """An image folder: {split: {class: number of images}}. Classes named red, green or blue show that colour."""
     for split, classes in splits.items():
         for name, count in classes.items():
             folder = root / split / name

@@ -1,26 +1,26 @@
-"""Starts the demo again and again without its imports: a warm parent forks a process per run.
+"""Starts training runs without the time of their imports: a parent that has imported everything forks per run.
 
-As a script it is that parent. It reads a JSON line per run, {"output", "settings", "log", "environment"}, and answers
-with the process's number; then, unasked, with its return code (negative: the signal that ended it).
+As a script it is that parent. For every line of JSON, {"output", "settings", "log", "environment"}, it forks a run and
+writes the number of its process, and later its return code (negative: the signal that ended it).
 """
 
 import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+from support.processes import environment, free_port, script
+
 TIMEOUT = 240
-CLOCKED = ("images_per_s", "data_wait")
 
 
 class Run:
-    """A process that trains: what the tests do to it."""
+    """A process that trains."""
 
     def __init__(self, launcher, pid, log):
         self.launcher, self.pid, self.log, self.returncode = launcher, pid, Path(log), None
@@ -45,15 +45,12 @@ class Run:
 
 
 class Launcher:
-    """The warm parent; a context manager."""
+    """The parent process; a context manager."""
 
     def __enter__(self):
-        command = [sys.executable, __file__]
         self.runs, self.answers = {}, queue.Queue()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.parent = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        self.parent = subprocess.Popen(script("launcher"), env=environment(), **pipes)
         threading.Thread(target=self._read, daemon=True).start()
         return self
 
@@ -75,48 +72,35 @@ class Launcher:
         else:
             self.runs[pid].returncode = code
 
-    def start(self, output, settings=None, **environment):
+    def start(self, output, settings=None, **variables):
+        """Start a run in a folder, with these variables of the environment."""
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
         self.log, self.last = str(output / f"output-{time.monotonic_ns()}.txt"), None
-        request = {"output": str(output), "settings": settings or {}, "log": self.log, "environment": environment}
+        request = {"output": str(output), "settings": settings or {}, "log": self.log, "environment": variables}
         self.parent.stdin.write(json.dumps(request) + "\n")
         while self.last is None:
+            assert self.parent.poll() is None, "the parent process has ended"
             self.listen(TIMEOUT)
         return self.last
 
-    def start_several(self, processes, output, settings=None, **environment):
+    def start_several(self, processes, output, settings=None, **variables):
         """Processes that train together over gloo, or one that trains alone."""
         if processes == 1:
-            return [self.start(output, settings, **environment)]
+            return [self.start(output, settings, **variables)]
         port = str(free_port())
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **environment}
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **variables}
         return [
             self.start(output, settings, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(processes)
         ]
 
 
-def weights(directory):
-    return (Path(directory) / "model" / "model.safetensors").read_bytes()
-
-
-def log(directory):
-    """The records of the log, but for what a clock says."""
-    records = [json.loads(line) for line in (Path(directory) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in CLOCKED} for record in records]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def serve():
-    """Fork for every line, say what became of it."""
-    import demo_run  # and with it everything else; no import starts a thread, which a fork would lose
+    """Fork a run per line of stdin."""
     import sklearn.datasets
     import sklearn.model_selection  # noqa: F401
+
+    from support import demo_run  # imports everything else; no import starts a thread, which a fork would lose
 
     def answer(*what):
         os.write(1, (json.dumps(what) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Uploads that a server must refuse, and survive: two hundred of them, a dozen kinds, by raw sockets."""
+"""Uploads of about twenty kinds that a server must refuse and survive, sent through raw sockets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Send = Callable[[socket.socket], None]
 
 @dataclass(frozen=True)
 class Case:
-    """An upload and the statuses that may answer it."""
+    """An upload, and the statuses that the server may respond with."""
 
     name: str
     payload: bytes
@@ -31,14 +31,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What came back."""
+    """The response."""
 
     status: int
     body: bytes
 
 
 def cases(count: int, max_bytes: int, seed: int = 0) -> Iterator[Case]:
-    """So many uploads, the kinds in turn, each a little different."""
+    """`count` uploads, the kinds in turn, each drawn by the seed."""
     draw = random.Random(seed)
     for number in range(count):
         yield KINDS[number % len(KINDS)](draw, max_bytes)

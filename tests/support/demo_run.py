@@ -1,4 +1,4 @@
-"""The preset `digits`, shortened, as a process of its own that tests can kill or start twice: OUTPUT_DIR [JSON]."""
+"""A short run of the preset `digits` as a process: python -m support.demo_run OUTPUT_DIR [SETTINGS AS JSON]."""
 
 import dataclasses
 import json
@@ -14,8 +14,12 @@ from hierens.training.run import Run, train
 
 def main(output_dir, settings):
     torch.set_num_threads(1)
+    if isinstance(settings, list):  # one run after the other in this process
+        for number, own in enumerate(settings):
+            main(f"{output_dir}/{number}", own)
+        return
     if sharded := settings.pop("sharded", None):
-        for number, value in enumerate(sharded):  # one run after the other in this process
+        for number, value in enumerate(sharded):
             if value:
                 os.environ["ACCELERATE_USE_FSDP"] = value
             main(f"{output_dir}/{number}", dict(settings))
@@ -37,7 +41,7 @@ def main(output_dir, settings):
 
 
 def run_as(executor):
-    """Every level of the trees made from now on runs this way."""
+    """Let every level of the trees that are made from now on run with this executor."""
     create = hierens.training.run.create_ensemble
 
     def created(*args):

@@ -1,8 +1,8 @@
-"""The calls of the Hugging Face Hub's HTTP interface that publishing and loading a model need, on loopback.
+"""A server on loopback with the part of the Hugging Face Hub's HTTP interface that publishing and loading need.
 
-Branches are folders of files in memory; every commit gets an id by which its files can be asked for ever after. Weights
-take the road of large files: uploaded by their SHA-256, downloaded by way of a redirection, from any byte on. `trouble`
-makes the next requests fail; a client in another process asks for it by POST /trouble, and for what came by GET /seen.
+Branches are sets of files in memory, and every commit has an id by which its files stay available. Weights are
+transferred as large files: uploaded by their SHA-256, downloaded through a redirection, from any byte on. `trouble`
+makes the next requests fail; a client in another process sets it by POST /trouble and reads the log by GET /seen.
 """
 
 import base64
@@ -34,7 +34,7 @@ class HubServer(ThreadingHTTPServer):
 
     @property
     def elsewhere(self) -> str:
-        """The address of large files: to huggingface_hub another host, which is not told the token."""
+        """The address of large files: for huggingface_hub it is another host, which does not get the token."""
         return f"http://localhost:{self.server_port}"
 
     def commit(self, branch: str, changes: dict[str, bytes]) -> str:

@@ -1,6 +1,6 @@
-"""What a stranger's machine does with the Hub, in a process of its own, since its address is read on import.
+"""Publishes to a Hub and loads from it, also when it fails. A process of its own: the address is read on import.
 
-python tests/hub_client.py SAVED ADDRESS CACHE    prints what was found, as JSON
+python -m support.hub_client SAVED ADDRESS CACHE    prints what was found, as JSON
 """
 
 import json
@@ -22,14 +22,14 @@ REPOSITORY = "somebody/digits"
 
 
 def call(address, path, **body):
-    """Talk to the server itself."""
+    """A request to the server itself."""
     data = json.dumps(body).encode() if body else None
     with urllib.request.urlopen(urllib.request.Request(address + path, data)) as answer:
         return json.loads(answer.read())
 
 
 def refused(function, *args, **kwargs):
-    """What the error says that this must end in."""
+    """The message of the ValueError that this must raise."""
     try:
         function(*args, **kwargs)
     except ValueError as error:
@@ -38,7 +38,7 @@ def refused(function, *args, **kwargs):
 
 
 def main(saved, address, cache):
-    """Publish and load, in fair weather and in foul."""
+    """Publish and load, with and without failures of the server."""
     found, x = {}, torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
 
     def total(model):

@@ -1,0 +1,1 @@
+"""What several test modules share: networks, data, runs, servers, attacks and oracles. It contains no tests."""
