@@ -70,7 +70,7 @@ def test_half_precision_is_summed_in_full():
 
 
 def test_nothing_seen_is_said():
-    with pytest.raises(ValueError, match="no image with a label was seen"):
+    with pytest.raises(ValueError, match="no image has a label"):
         LeafMetrics().compute()
 
 
