@@ -55,7 +55,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 KEPT = ROOT / "runs" / "adaptive"
 PARTS = ("curve", "uncertainty", "deadline")
-SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)  # budgets: fractions between the costs of depth 0 and full depth
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)  # budgets, from the cost of depth 0 to full cost
 DATA = "fashion_mnist"
 OBJECTIVES = {"L_I": "tree-labels", "L_I + L_HD": "tree-distilled"}  # rows of benchmarks/comparison/recipes.py
 MISS_RATE = 0.05
@@ -240,7 +240,7 @@ def _detection(model: Any, loader: DataLoader[Any], unknown: Tensor) -> dict[str
 
 
 def deadline(settings: Settings) -> dict[str, Any]:
-    """Requests with random deadlines between the times of the first and last depth; alone, and beside a busy process."""
+    """Requests with random deadlines between the times of the first and last depth, alone and beside a busy process."""
     images, labels = (torch.cat(parts) for parts in zip(*test_loader(settings), strict=True))
     model = models(settings, "L_I + L_HD")[0].fuse()
     draw = random.Random(0)
@@ -437,8 +437,8 @@ def _deadline_page(found: dict[str, Any]) -> str:
 
 {found["requests"]:,} requests of {found["images"]} images have deadlines drawn uniformly between
 {found["fastest"]:.1f} ms, the 99th percentile of the time of depth 0, and {found["slowest"]:.1f} ms, the median time of
-depth 3 (leaf by leaf, fused, one thread, no other process). The pause between requests is 20 ms on average. The busy process uses one core fully for
-0.05 to 0.95 s, then rests for 0.05 to 0.95 s.
+depth 3 (leaf by leaf, fused, one thread, no other process). The pause between requests is 20 ms on average. The
+busy process uses one core fully for 0.05 to 0.95 s, then rests for 0.05 to 0.95 s.
 
 {table(header, rows)}
 """

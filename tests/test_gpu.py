@@ -396,7 +396,7 @@ def test_unknown_steps_and_a_missing_gpu_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no step 'sped': choose speed, switching"):
         run("sped", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="speed measures a GPU, and there is none here; --tiny"):
+    with pytest.raises(ValueError, match="speed needs a GPU, and there is none; --tiny"):
         gpu.main(gpu.Settings("speed", runs=tmp_path))
     with pytest.raises(ValueError, match="no precision 'fp8': choose bf16, tf32, fp32"):
         run("speed", tmp_path, precisions=("fp8",))
