@@ -278,10 +278,10 @@ def _copies() -> str:
     header = ("", "networks", "correct", "accuracy (%)", "same class", "largest logit difference")
     return f"""{title}
 
-The tree consists of {record["leaves"][-1]} copies of the pretrained backbone. It is evaluated on {count:,} ImageNet
-images, one per class, at {record["input_size"][1]} pixels with the backbone's preprocessing. *same class*: the number of
-images for which the tree predicts the same class as the backbone. The weights were probably trained on these images, so the
-accuracies do not measure the quality of the weights.
+The tree has {record["leaves"][-1]} copies of the pretrained backbone. It is evaluated on {count:,} ImageNet
+images, one per class, at {record["input_size"][1]} pixels with the backbone's preprocessing. *same class*: the number
+of images for which the tree predicts the same class as the backbone. The weights were probably trained on these images,
+so the accuracies do not measure the quality of the weights.
 
 {table(header, rows)}"""
 

@@ -200,9 +200,7 @@ def _single(groups: Mapping[str, Group]) -> str:
         return ""
     last = Group("", [0.0], [{**r, "accuracy": r["accuracy"][-1:]} for r in groups["exits"].records])
     found = difference(last, groups[SINGLE])
-    return (
-        f"Gain of the last exit over the same network without early exits: {found[0]} points." if found else ""
-    )
+    return f"Gain of the last exit over the same network without early exits: {found[0]} points." if found else ""
 
 
 def _panels(groups: Mapping[str, Group], data: str) -> dict[str, dict[str, list]]:

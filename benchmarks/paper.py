@@ -55,7 +55,9 @@ CLAIMS = (
     Claim("co-distillation helps one network", "tree-plain-distillation", "tree-labels", "first"),
     Claim("co-distillation makes the full ensemble worse", "tree-labels", "tree-plain-distillation"),
     Claim(
-        "with a smaller alpha, the full ensemble is better", "tree-plain-distillation-small-alpha", "tree-plain-distillation"
+        "with a smaller alpha, the full ensemble is better",
+        "tree-plain-distillation-small-alpha",
+        "tree-plain-distillation",
     ),
     Claim("hierarchical co-distillation helps one network", "tree-distilled", "tree-labels", "first"),
     Claim("hierarchical co-distillation beats plain co-distillation", "tree-distilled", "tree-plain-distillation"),
@@ -65,7 +67,7 @@ CLAIMS = (
     Claim("multi-branch is better for one network", "multi-branch", "tree-distilled", "first"),
     Claim("the full tree is better than full multi-branch", "tree-distilled", "multi-branch"),
     Claim("sharing one trunk lowers diversity", "tree-distilled", "multi-branch", "last", "std"),
-    Claim("L_I + L_HD: one network of the tree beats the same network trained alone", "tree-distilled", SINGLE, "first"),
+    Claim("L_I + L_HD: one network of the tree beats it trained alone", "tree-distilled", SINGLE, "first"),
     Claim("L_H + L_HD: the same", "hierarchical-distilled", SINGLE, "first"),
 )
 
@@ -130,10 +132,10 @@ def page(data: str, directory: Path) -> str:
     return f"""# The tree on {TITLES[data]}
 
 A tree of eight networks with four blocks is compared with its alternatives. All rows use the same recipe: networks
-of the family `resnet8_cifar` (stem of stride 2; {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH} channels unless
-stated otherwise), {train["epochs"]} epochs, AdamW, crops and flips, float32. {some["test_images"]:,} test images.
-Rows have up to three seeds (single networks with {BASE_WIDTH} channels: eight). Differences are paired by seed and given
-with their standard errors. *yes* and *no* mean that a difference exceeds twice its standard error.
+of the family `resnet8_cifar` (stem of stride 2; {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH} channels
+unless stated otherwise), {train["epochs"]} epochs, AdamW, crops and flips, float32, {some["test_images"]:,} test
+images. Rows have up to three seeds (single networks with {BASE_WIDTH} channels: eight). Differences are paired by seed and
+given with their standard errors. *yes* and *no* mean that a difference exceeds twice its standard error.
 
 {body}
 

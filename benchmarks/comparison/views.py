@@ -20,7 +20,7 @@ class TwoViews(DeviceImages):
         super().__init__(split, config, device, seed, training)
 
     def set_epoch(self, epoch: int) -> None:
-        """Batches fetched from now on belong to this epoch."""
+        """Set the epoch of the following batches."""
         super().set_epoch(epoch)
         self.second.set_epoch(epoch)
 
@@ -31,7 +31,7 @@ class TwoViews(DeviceImages):
 
 
 class TwoViewTrainer(Trainer):
-    """Trains the first half of the leaves (the sub-tree of the first branch of level 1) on one view, the rest on the other.
+    """Trains the first half of the leaves, below the first branch of level 1, on one view and the rest on the other.
 
     Both views pass through the whole tree, and half of each result is discarded. This costs twice as much as splitting
     the batch at level 1 and gives the same gradients. Running statistics include both views.

@@ -56,8 +56,8 @@ without TF32; `tf32`: float32 with TF32 in matrix products and convolutions. Wei
 """
 SWITCHING = """## Switching depth
 
-In bfloat16; fused, unless the row is marked *tree*. The device is synchronised after every call. *overhead*: the time of
-a call when calls alternate between the first and the last depth, minus the mean time of calls at a constant depth.
+In bfloat16; fused, unless the row is marked *tree*. The device is synchronised after each call. *overhead*: the time of
+a call if calls alternate between the first and the last depth, minus the mean time of calls at a constant depth.
 *first call*: the time of the first call at the first and at the last depth, including compilation or capture.
 """
 TRAINING = """## Training
@@ -183,7 +183,7 @@ def plan(record: dict[str, Any] | None) -> str:
 
 
 def training(results: Path, objective: str) -> str:
-    """The last step's accuracies."""
+    """Accuracies of the last step of a training."""
     steps = sorted(results.glob(f"train-{objective}-*.json"), key=lambda file: int(file.stem.split("-")[-1]))
     record = read(results, steps[-1].stem) if steps else None
     title = f"### {OBJECTIVES[objective]}\n\n"
@@ -203,9 +203,9 @@ def training(results: Path, objective: str) -> str:
 
 
 def measured_on(record: dict[str, Any]) -> str:
-    """Device and versions, and whether the figures mean anything."""
+    """Device, versions and number of missing cells."""
     about = record["machine"]
-    tiny = "**Tiny settings: these figures say nothing of speed.** " if record["tiny"] else ""
+    tiny = "**Tiny settings: these times are meaningless.** " if record["tiny"] else ""
     clocks = about.get("clocks") or {}
     clock = f", {clocks['clocks.max.sm']} at most" if clocks.get("clocks.max.sm") else ""
     left = f" Not yet measured: {record['left']} cells." if record.get("left") else ""
