@@ -50,9 +50,9 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 8)
     """images per call of inference"""
     seconds: float = 3.0
-    """duration of the rounds of one cell; at least five rounds are run"""
+    """for the rounds of one cell; at least five rounds are run"""
     record: Path | None = field(default=RECORD)
-    """file for the measured cells"""
+    """the file that cells are kept in"""
 
 
 class Checkout:

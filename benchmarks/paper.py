@@ -133,9 +133,10 @@ def page(data: str, directory: Path) -> str:
 
 A tree of eight networks with four blocks is compared with its alternatives. All rows use the same recipe: networks
 of the family `resnet8_cifar` (stem of stride 2; {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH} channels
-unless stated otherwise), {train["epochs"]} epochs, AdamW, crops and flips, float32, {some["test_images"]:,} test
-images. Rows have up to three seeds (single networks with {BASE_WIDTH} channels: eight). Differences are paired by seed and
-given with their standard errors. *yes* and *no* mean that a difference exceeds twice its standard error.
+unless stated otherwise), {train["epochs"]} epochs, AdamW, crops and flips, float32. Accuracies are on
+{some["test_images"]:,} test images. Rows have up to three seeds (single networks with {BASE_WIDTH} channels: eight).
+Differences are paired by seed and given with their standard errors. *yes* and *no* mean that a difference exceeds
+twice its standard error.
 
 {body}
 

@@ -231,8 +231,8 @@ noise, all other differences come from rounding, which differs between machines.
 
 Short runs start from the ImageNet weights, with Gaussian noise relative to each weight's standard deviation
 (`symmetry_noise`, `break_symmetry`), or with a separately initialised classifier for every leaf (`reset_classifier`)
-and no noise. Accuracies are on the held-out images. *spread*: the standard deviation of the networks' logits around their
-mean, relative to that of the mean over images.
+and no noise. Accuracies are on the held-out images. *spread*: the standard deviation of the networks' logits around
+their mean, relative to that of the mean over images.
 
 {noise_table(noises)}
 
