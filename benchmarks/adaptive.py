@@ -1,11 +1,11 @@
-"""What policies buy: accuracy against mean cost, deadlines held on a busy machine, and answers that know their worth.
+"""Measures policies and calibration: accuracy against mean cost, deadlines on a busy machine, uncertainty.
 
 python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-labels tree-distilled    trains the models
-python benchmarks/adaptive.py --data-dir DIR                   writes docs/results/adaptive.md and its pictures
-python benchmarks/adaptive.py --data-dir DIR --only deadline   one part anew, the others as kept
+python benchmarks/adaptive.py --data-dir DIR                   writes docs/results/adaptive.md and its figures
+python benchmarks/adaptive.py --data-dir DIR --only deadline   measures one part again; the others are read from files
 
-Held-out images are one half of the test set, judged on the other, and the other way round, so that every test image is
-judged once and none chooses its own thresholds.
+Each half of the test set serves as calibration set for the other half. Every test image is therefore evaluated once,
+with thresholds that were chosen on other images.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 KEPT = ROOT / "runs" / "adaptive"
 PARTS = ("curve", "uncertainty", "deadline")
-SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)  # of what full depth costs beyond depth 0
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)  # budgets, from the cost of depth 0 to full cost
 DATA = "fashion_mnist"
 OBJECTIVES = {"L_I": "tree-labels", "L_I + L_HD": "tree-distilled"}  # rows of benchmarks/comparison/recipes.py
 MISS_RATE = 0.05
@@ -63,24 +63,24 @@ MISS_RATE = 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     data_dir: str = ""
-    """where the data lies"""
+    """folder of the data"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """of the trained models"""
+    """seeds of the trained models"""
     only: tuple[str, ...] = PARTS
-    """parts to measure anew"""
+    """parts to measure again"""
     requests: int = 1000
-    """with a deadline"""
+    """number of requests with a deadline"""
     images: int = 256
-    """per request"""
+    """images per request"""
     threads: int = 1
     """CPU threads"""
 
 
 def main(settings: Settings) -> None:
-    """Measure, keep, and write the page."""
+    """Measure, save the results, and write the page."""
     torch.set_num_threads(settings.threads)
     KEPT.mkdir(parents=True, exist_ok=True)
     if unknown := set(settings.only) - set(PARTS):
@@ -99,17 +99,17 @@ def models(settings: Settings, objective: str) -> list[Any]:
     """The trained models of an objective, one per seed."""
     folders = [Path("runs/comparison", DATA, OBJECTIVES[objective], f"{seed}", "model") for seed in settings.seeds]
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ValueError(f"{missing[0]} is not there: train it by benchmarks/paper.py --data fashion_mnist.")
+        raise ValueError(f"{missing[0]} does not exist: train it with benchmarks/paper.py --data fashion_mnist.")
     return [hierens.from_pretrained(folder).eval() for folder in folders]
 
 
 def test_loader(settings: Settings) -> DataLoader[Any]:
-    """The images that no model was trained on."""
+    """The test images in batches."""
     return DataLoader(test_images(configured(DATA, "tree-labels", 0, settings.data_dir, ""), DATA), 500)
 
 
 def halves(answers: CalibrationSet) -> list[CalibrationSet]:
-    """Every other image, and the others."""
+    """The images with even indices, and those with odd indices."""
     return [
         dataclasses.replace(
             answers, logits=answers.logits[i::2], votes=answers.votes[i::2], labels=answers.labels[i::2]
@@ -122,7 +122,7 @@ def halves(answers: CalibrationSet) -> list[CalibrationSet]:
 
 
 def curve(settings: Settings) -> dict[str, Any]:
-    """Accuracy and mean MACs of fixed depths, of budgets, and of one threshold for all depths."""
+    """Accuracy and mean MACs of fixed depths, of thresholds per depth, and of one threshold for all depths."""
     found: dict[str, Any] = {}
     for objective in OBJECTIVES:
         runs = [_curve(collect(model, test_loader(settings))) for model in models(settings, objective)]
@@ -155,7 +155,7 @@ def _curve(answers: CalibrationSet) -> dict[str, Any]:
 
 
 def _same_for_all(answers: CalibrationSet, measure: Measure, budget: float) -> tuple[float, ...]:
-    """One threshold for all depths: the one of a grid that costs nearly the budget on held-out images."""
+    """One threshold for all depths: of a grid, the one whose cost on held-out images is closest to the budget."""
     sure = answers.certainties(measure)
     below = sure.shape[1] - 1
     grid = sure[:, 0].double().quantile(torch.linspace(0, 1, 201, dtype=torch.float64)).tolist()
@@ -175,21 +175,21 @@ def _mean(both: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def above(found: dict[str, Any], way: str) -> list[float]:
-    """How far a curve lies above that of fixed depths, straight lines between them, in points of accuracy."""
+    """Differences between a curve and that of fixed depths, interpolated linearly, in points of accuracy."""
     macs, accuracy = found[way]
     return (np.array(accuracy) - np.interp(macs, *found["fixed"])).tolist()
 
 
-# --- what an answer is worth ------------------------------------------------------------------------------------------
+# --- uncertainty ------------------------------------------------------------------------------------------------------
 
 
 def uncertainty(settings: Settings) -> dict[str, Any]:
-    """Quality of probabilities per depth, before and after calibration, and strangers told apart."""
+    """Quality of probabilities per depth before and after calibration, and detection of out-of-distribution images."""
     found: dict[str, Any] = {}
     loader = test_loader(settings)
     mean_, std = 0.286, 0.353  # the recipe's
     digits = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
-    strangers = (F.interpolate(digits, (28, 28), mode="bilinear") - mean_) / std
+    unknown = (F.interpolate(digits, (28, 28), mode="bilinear") - mean_) / std
     for objective in OBJECTIVES:
         records: list[dict[str, list[float]]] = []
         for model in models(settings, objective):
@@ -198,14 +198,14 @@ def uncertainty(settings: Settings) -> dict[str, Any]:
             one, other = halves(answers)
             for name, values in _calibrated(one, other).items():
                 record[name] = [(a + b) / 2 for a, b in zip(values, _calibrated(other, one)[name], strict=True)]
-            record.update(_strangers(model, loader, strangers))
+            record.update(_detection(model, loader, unknown))
             records.append(record)
         found[objective] = records
     return found
 
 
 def _calibrated(held_out: CalibrationSet, judged: CalibrationSet) -> dict[str, list[float]]:
-    """Calibration error after a temperature per depth; how often and how large prediction sets are."""
+    """Calibration error with a temperature per depth; coverage and size of prediction sets."""
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     temperatures, sets = fit_temperatures(held_out), fit_prediction_sets(held_out, MISS_RATE)
@@ -221,10 +221,10 @@ def _calibrated(held_out: CalibrationSet, judged: CalibrationSet) -> dict[str, l
 
 
 @torch.no_grad()
-def _strangers(model: Any, loader: DataLoader[Any], strangers: Tensor) -> dict[str, list[float]]:
-    """AUROC of digits among clothes, by entropy of the answer and by mutual information."""
+def _detection(model: Any, loader: DataLoader[Any], unknown: Tensor) -> dict[str, list[float]]:
+    """AUROC of detecting digits among clothes, by entropy of the prediction and by mutual information."""
     known = torch.cat([model(images, reduce=False) for images, _ in loader])
-    others = torch.cat([model(images, reduce=False) for images in strangers.split(500)])
+    others = torch.cat([model(images, reduce=False) for images in unknown.split(500)])
     sizes = [2**b for b in range(len(model.macs()))]
     scores = {
         "ood_entropy": lambda logits: torch.special.entr(logits.mean(1).softmax(-1)).sum(-1),
@@ -240,13 +240,13 @@ def _strangers(model: Any, loader: DataLoader[Any], strangers: Tensor) -> dict[s
 
 
 def deadline(settings: Settings) -> dict[str, Any]:
-    """Requests with deadlines drawn between the fastest and the slowest depth, alone and beside a process that hogs."""
+    """Requests with random deadlines between the times of the first and last depth, alone and beside a busy process."""
     images, labels = (torch.cat(parts) for parts in zip(*test_loader(settings), strict=True))
     model = models(settings, "L_I + L_HD")[0].fuse()
     draw = random.Random(0)
 
     def requests(count: int, answer: Callable[[Tensor], Prediction]) -> list[tuple[float, Prediction, float]]:
-        """Milliseconds, answers and their accuracy; the same traffic for all, with pauses in which caches cool."""
+        """Milliseconds, prediction and accuracy of each request, with random pauses between requests."""
         found = []
         for _ in range(count):
             chosen = slice(first := draw.randrange(len(images) - settings.images), first + settings.images)
@@ -259,13 +259,13 @@ def deadline(settings: Settings) -> dict[str, Any]:
         return found
 
     fastest = float(np.quantile([taken for taken, *_ in requests(300, lambda x: FixedDepth(0)(model, x))], 0.99))
-    everything = Deadline(1e6)  # leaf by leaf, to the last
+    everything = Deadline(1e6)  # evaluates all leaves, one by one
     slowest = float(np.median([taken for taken, *_ in requests(100, lambda x: everything(model, x))]))
     found: dict[str, Any] = {"fastest": fastest, "slowest": slowest, **dataclasses.asdict(settings)}
-    for name, hogs in (("alone", 0), ("beside a hog", 1)):
+    for name, busy_processes in (("alone", 0), ("beside a busy process", 1)):
         policy, limits = Deadline(slowest), [draw.uniform(fastest, slowest) for _ in range(settings.requests)]
         remaining = iter(limits)
-        busy = [multiprocessing.Process(target=_hog, args=(seed,), daemon=True) for seed in range(hogs)]
+        busy = [multiprocessing.Process(target=_keep_busy, args=(seed,), daemon=True) for seed in range(busy_processes)]
         for process in busy:
             process.start()
         try:
@@ -287,8 +287,8 @@ def deadline(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _hog(seed: int) -> None:
-    """Use a core fully for a while, then not at all for as long in the mean."""
+def _keep_busy(seed: int) -> None:
+    """Alternate between random periods of full load on one core and of rest."""
     draw = random.Random(seed)
     while True:
         until = time.perf_counter() + draw.uniform(0.05, 0.95)
@@ -304,8 +304,8 @@ def page(settings: Settings, kept: dict[str, dict[str, Any]]) -> str:
     """The results page."""
     return f"""# Adaptive inference
 
-Models of [the paper's comparisons](paper.md): Fashion-MNIST, eight networks, {len(settings.seeds)} seeds. Whatever is
-chosen on held-out images is chosen on one half of the 10,000 test images, judged on the other, and the other way round.
+The models are those of [the paper's comparisons](paper.md): Fashion-MNIST, eight networks, {len(settings.seeds)} seeds.
+Each half of the 10,000 test images is the calibration set for the other half.
 
 {_curve_page(kept["curve"]) if "curve" in kept else ""}
 {_uncertainty_page(kept["uncertainty"]) if "uncertainty" in kept else ""}
@@ -328,8 +328,9 @@ def _curve_page(found: dict[str, Any]) -> str:
 
 ![Accuracy against mean multiply-accumulates](adaptive.png)
 
-*Budget*: a threshold per depth by `calibrate(budget=...)`. *Confidence*: one threshold for all depths, chosen for the
-same cost. *Fixed depths*: straight lines between them, which is what drawing the depth at random for each image gives.
+*Budget*: a threshold per depth, chosen by `calibrate(budget=...)`. *Confidence*: one threshold for all depths, chosen
+for the same cost. *Fixed*: linear interpolation between the fixed depths, the result of choosing a depth at random for
+each image.
 """
     for objective in OBJECTIVES:
         these = found[objective]
@@ -355,7 +356,7 @@ same cost. *Fixed depths*: straight lines between them, which is what drawing th
             *(f"{way}, {m}" for way in ("budget", "confidence") for m in MEASURES),
         )
         lowest = {way: min(above(these, way)) for way in these if way not in ("fixed", "off")}
-        rows.append(("least lead over fixed", "", "", *(f"{lowest[name]:+.2f}" for name in header[3:])))
+        rows.append(("smallest difference to fixed", "", "", *(f"{lowest[name]:+.2f}" for name in header[3:])))
         text += f"""
 ### Trained with {objective}
 
@@ -363,8 +364,9 @@ Fixed depths: {", ".join(f"{right:.2f} % at {millions(macs)}" for macs, right in
 
 {table(header, rows)}
 
-Cost on the judged half against the budget: within {100 * max(map(abs, these["off"])):.1f} % of it for each of the
-{len(these["off"])} calibrations (seed, half, measure, budget), {100 * mean(map(abs, these["off"])):.1f} % in the mean.
+The cost on the other half differs from the budget by at most {100 * max(map(abs, these["off"])):.1f} % in each of the
+{len(these["off"])} calibrations (seed, half, measure, budget), and by {100 * mean(map(abs, these["off"])):.1f} % on
+average.
 """
     return text
 
@@ -387,11 +389,11 @@ def _draw(found: dict[str, Any]) -> None:
 
 
 def _uncertainty_page(found: dict[str, Any]) -> str:
-    text = f"""## What an answer is worth
+    text = f"""## Uncertainty
 
-Per depth, mean over seeds. Temperatures and sets are fitted on the held-out half; sets promise to miss the true class
-in at most {100 * MISS_RATE:.0f} % of images. Strangers are scikit-learn's digits, enlarged to 28 pixels, among
-Fashion-MNIST's test images: 50 % is chance.
+Values per depth, mean over seeds. Temperatures and prediction sets are fitted on the calibration half; the sets may
+miss the true class in at most {100 * MISS_RATE:.0f} % of the images. The out-of-distribution images are scikit-learn's
+digits, enlarged to 28 pixels, to be detected among Fashion-MNIST's test images; an AUROC of 50 % is chance level.
 """
     rows_of = {
         "accuracy": ("accuracy (%)", 2),
@@ -399,14 +401,14 @@ Fashion-MNIST's test images: 50 % is chance.
         "brier": ("Brier score", 3),
         "ece": ("calibration error", 3),
         "temperature": ("fitted temperature", 2),
-        "ece_after": ("calibration error, with it", 3),
+        "ece_after": ("calibration error with this temperature", 3),
         "aurc": ("area under risk-coverage", 4),
-        "hit": (f"sets that hold the class (%), promised {100 * (1 - MISS_RATE):.0f}", 1),
+        "hit": (f"sets that contain the class (%), target {100 * (1 - MISS_RATE):.0f}", 1),
         "size": ("classes per set", 2),
         "mutual_information": ("mutual information (nats)", 3),
         "variance": ("variance between networks", 4),
-        "ood_entropy": ("strangers told by entropy (AUROC, %)", 1),
-        "ood_information": ("by mutual information (AUROC, %)", 1),
+        "ood_entropy": ("digits detected by entropy (AUROC, %)", 1),
+        "ood_information": ("digits detected by mutual information (AUROC, %)", 1),
     }
     for objective in OBJECTIVES:
         rows = [
@@ -433,10 +435,10 @@ def _deadline_page(found: dict[str, Any]) -> str:
     header = ("machine", "in time (%)", "latest (ms after the deadline)", "time used (%)", "networks", "accuracy (%)")
     return f"""## Deadlines
 
-{found["requests"]:,} requests of {found["images"]} images, with deadlines drawn evenly between what the fastest and the
-slowest depth take of the same traffic: {found["fastest"]:.1f} ms, the 99th percentile of depth 0, and
-{found["slowest"]:.1f} ms, the median of depth 3, leaf by leaf, fused, one thread, alone. Requests come 20 ms
-after each other in the mean. A hog uses a core fully for 0.05 to 0.95 s, then rests as long.
+{found["requests"]:,} requests of {found["images"]} images have deadlines drawn uniformly between
+{found["fastest"]:.1f} ms, the 99th percentile of the time of depth 0, and {found["slowest"]:.1f} ms, the median time of
+depth 3 (leaf by leaf, fused, one thread, no other process). The pause between requests is 20 ms on average. The
+busy process uses one core fully for 0.05 to 0.95 s, then rests for 0.05 to 0.95 s.
 
 {table(header, rows)}
 """

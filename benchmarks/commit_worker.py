@@ -1,6 +1,6 @@
-"""Times calls of the checkout that PYTHONPATH leads to, on behalf of benchmarks/commits.py.
+"""Worker of benchmarks/commits.py: times calls of the checkout on PYTHONPATH.
 
-It runs in older checkouts, too, so it imports nothing of hierens but what those have.
+It also runs with older checkouts, so it imports only what those contain.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import hierens
 
 try:
     from hierens.objectives import Objective
-except ModuleNotFoundError:  # where some older checkouts have it
+except ModuleNotFoundError:  # its place in some older checkouts
     from hierens.losses import Objective
 
-SMALL = "resnet8_cifar"  # the network of docs/results/cifar100.md, where a step is bound by calls
+SMALL = "resnet8_cifar"  # the network of docs/results/cifar100.md; the overhead of calls dominates its training step
 SMALL_ARGUMENTS = {"channels": [24, 48, 96], "stem_stride": 2, "num_classes": 100}
 
 
 def serve() -> None:
-    """Time what each line of the input asks for; runs in a process whose path leads to one checkout."""
+    """Time the cell named on each line of the input, and print the result."""
     warnings.filterwarnings("ignore")
     made: dict[str, Any] = {}
 

@@ -1,10 +1,10 @@
-"""Time and memory of two checkouts of hierens, call by call in turn; writes docs/results/commits.md.
+"""Compares time and memory of two checkouts of hierens; writes docs/results/commits.md.
 
 python benchmarks/commits.py OLD_CHECKOUT                       # about half an hour on two cores
 python benchmarks/commits.py OLD_CHECKOUT --networks resnet18 --ways unfused
 
-Each checkout runs in a process of its own, and the two take turns within every round, so that whatever disturbs the
-machine meets both. A cell is the median over rounds of the rounds' own ratios, new over old. Leave the machine alone.
+Each checkout runs in its own process. The two alternate within every round, so that disturbances affect both. A cell is
+the median over rounds of the ratio new / old of each round. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ TRAINING_BATCH, MAX_ROUNDS, STEPS = 8, 41, 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     old: tyro.conf.Positional[str]
     """folder of the older checkout"""
     new: str = str(ROOT)
-    """folder of the newer one"""
+    """folder of the newer checkout"""
     networks: tuple[str, ...] = (*NETWORKS, SMALL)
     """backbones, cut into four blocks"""
     ways: tuple[str, ...] = WAYS
-    """of fused, unfused, training"""
+    """ways to run: fused, unfused, training"""
     batch_sizes: tuple[int, ...] = (1, 8)
     """images per call of inference"""
     seconds: float = 3.0
@@ -74,7 +74,7 @@ class Checkout:
         )
 
     def time(self, cell: tuple[str, str, int, int], times: int = 1) -> dict[str, float]:
-        """Seconds of one call, the mean of some, and the highest memory so far in MB."""
+        """Mean seconds of a call over `times` calls, and the peak memory in MB."""
         return self._ask({"cell": cell, "times": times})
 
     def losses(self, network: str, steps: int) -> list[float]:
@@ -88,7 +88,7 @@ class Checkout:
         return dict(json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self.process.kill()
 
 
@@ -137,7 +137,7 @@ def trained(settings: Settings) -> dict[str, list[list[float]]]:
 
 
 def cells(name: str, way: str, batch_sizes: tuple[int, ...]) -> Iterator[tuple[str, str, int, int]]:
-    """Network, way, batch size, depth."""
+    """The cells of a network: network, way, batch size, depth."""
     if way == "training":
         yield name, way, 128 if name == SMALL else TRAINING_BATCH, 3
     else:
@@ -148,7 +148,7 @@ def cells(name: str, way: str, batch_sizes: tuple[int, ...]) -> Iterator[tuple[s
 def measured(
     old: Checkout, new: Checkout, cell: tuple[str, str, int, int], seconds: float, least: int
 ) -> dict[str, Any]:
-    """A cell: both in turn, in alternating order."""
+    """Time both checkouts in rounds, in alternating order."""
     first = max(checkout.time(cell)["s"] for checkout in (old, new))
     times = max(1, int(0.05 / first))
     rounds = min(MAX_ROUNDS, max(least, int(seconds / (2 * times * first))))
@@ -207,13 +207,14 @@ def page(record: dict[str, Any]) -> str:
         for name, (old, new) in record["training"]["losses"].items()
     ]
     first_and_last = ("network", "loss of step 1", f"of step {STEPS}", "largest relative difference, old to new")
-    return f"""# Ordinary branches against packed ones
+    return f"""# Ordinary branches compared with packed ones
 
-Levels used to hold their branches' weights packed in single tensors; now each branch is an ordinary module, and a
-grouped call is derived from the modules when it runs. This page compares the last commit with packed levels
-(`{record["old"]}`) with the commit `{record["new"]}`. Each runs in a process of its own; the two take turns in every
-round. Ratios are medians over rounds; below 1 the new code is faster. *Peak memory* is the highest resident memory of
-the process during the cell's calls, old / new. *training*: forward, loss, backward and SGD at all eight networks.
+In earlier versions, a level packed the weights of its branches into single tensors. Now each branch is an ordinary
+module, and a grouped call is derived from the modules when it runs. This page compares the last commit with packed
+levels (`{record["old"]}`) and the commit `{record["new"]}`. Each runs in its own process, and the two alternate within
+every round. Ratios are medians over rounds; below 1, the new code is faster. *Peak memory*: the largest resident memory
+of the process during the calls of a cell, old / new. *training*: forward, loss, backward and SGD step of all eight
+networks.
 
 Measured on {machine["cores"]} cores of {machine["processor"]} ({machine["instructions"]}), torch {machine["torch"]}.
 
@@ -233,7 +234,7 @@ python benchmarks/commits.py OLD_CHECKOUT
 
 
 def commit(folder: str) -> str:
-    """The commit of a checkout."""
+    """The commit that a checkout is at."""
     command = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

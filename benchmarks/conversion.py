@@ -1,9 +1,9 @@
-"""What conversion costs in time and memory; writes docs/results/conversion.md.
+"""Measures time and memory of `hierensify`; writes docs/results/conversion.md.
 
 python benchmarks/conversion.py
 
-Each backbone is converted in a process of its own. Time is given in seconds and in forward passes of the backbone (one
-image, same process), memory beside the weights of the tree.
+Each backbone is converted in its own process. Time is given in seconds and in forward passes of the backbone (one
+image, same process), memory in addition to the weights of the tree.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BACKBONES = ("resnet50", "efficientnet_b4", "vit_base_patch16_224", "convnext_ba
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     backbones: tuple[str, ...] = BACKBONES
-    """timm's names; each is cut into four blocks"""
+    """names of timm models; each is cut into four blocks"""
 
 
 def convert(name: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def convert(name: str) -> dict[str, Any]:
     return {
         "backbone": name,
         "seconds": seconds,
-        "pass_s": (before + after) / 2,  # the machine may be faster or slower by then
+        "pass_s": (before + after) / 2,  # the speed of the machine may change meanwhile
         "weights_mb": weights,
         "above_weights_mb": peak - resident - weights,
         "grouped": sum(level.grouped for level in tree.levels if level.branches > 1),
@@ -72,7 +72,7 @@ def convert(name: str) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    """Convert each in turn, and write the page."""
+    """Convert each backbone and write the page."""
     rows = []
     for name in settings.backbones:
         done = subprocess.run([sys.executable, __file__, "one", name], stdout=subprocess.PIPE, text=True, check=True)
@@ -104,10 +104,10 @@ def page(record: dict[str, Any]) -> str:
     about = record["machine"]
     return f"""# The cost of conversion
 
-`hierensify(backbone, blocks=4)` cuts the backbone, copies its blocks into a tree of eight networks, and checks every
-grouped level against a loop. *Passes beyond 3 s*: the conversion less three seconds, in forward passes of the backbone
-on one image in the same process. *Peak above them*: the highest resident memory during the conversion, less what the
-process held before and less the weights of the tree.
+`hierensify(backbone, blocks=4)` cuts the backbone, copies its blocks into a tree of eight networks, and compares every
+grouped block with a loop. *Passes beyond 3 s*: the time of the conversion minus three seconds, in forward passes of the
+backbone on one image in the same process. *Peak above them*: the largest resident memory during the conversion, minus
+the memory that the process used before and minus the weights of the tree.
 
 {table(header, cells)}
 

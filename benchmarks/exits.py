@@ -1,7 +1,7 @@
-"""Multi-exit networks beside each other and beside trees, on one recipe.
+"""Compares multi-exit networks with each other and with trees, on one recipe.
 
-python benchmarks/exits.py --data-dir DIR     trains what has no record yet, then writes docs/results/cifar100_exits.md
-python benchmarks/exits.py --no-train         the page from the records alone
+python benchmarks/exits.py --data-dir DIR     trains the rows without a record, writes docs/results/cifar100_exits.md
+python benchmarks/exits.py --no-train         writes the page from the records
 
 The recipe, the records and the trees are those of benchmarks/paper.py.
 """
@@ -53,10 +53,10 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     data: Literal["cifar100", "cifar10", "fashion_mnist"] = "cifar100"
-    """the recipe; benchmarks/comparison/recipes.py holds them"""
+    """name of the recipe, from benchmarks/comparison/recipes.py"""
     data_dir: str = ""
     """folder with `train` and `test`, a folder per class in each; for Fashion-MNIST the idx files"""
     runs: Path = Path("runs/comparison")
@@ -66,11 +66,11 @@ class Settings:
     threads: int = 1
     """CPU threads of training"""
     train: bool = True
-    """--no-train writes the page from the records that are there"""
+    """--no-train writes the page from the existing records"""
 
 
 def main(settings: Settings) -> None:
-    """Train what is missing, then write the page."""
+    """Train the rows without a record, then write the page."""
     torch.set_num_threads(settings.threads)
     if settings.train:
         write_variances(settings.data, settings.data_dir)
@@ -82,7 +82,7 @@ def main(settings: Settings) -> None:
 
 
 def page(data: str, directory: Path) -> str:
-    """The results page; its pictures are drawn into the directory.
+    """The results page; its figures are written to the directory.
 
     Raises:
         ValueError: no network with exits has a record.
@@ -98,22 +98,21 @@ def page(data: str, directory: Path) -> str:
     everything = [p for of in points(shown | weighted, "macs", {}).values() for p in of]
     return f"""# Multi-exit networks on {TITLES[data]}
 
-[Multi-exit networks](../explanation/exits.md) of one backbone beside the [trees]({TREES_PAGES[data]}.md) made of
-it: {record["test_images"]:,} test images, `resnet8_cifar` with {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH}
+[Multi-exit networks](../explanation/exits.md) are compared with [trees]({TREES_PAGES[data]}.md) of the same backbone:
+{record["test_images"]:,} test images, `resnet8_cifar` with {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH}
 channels, {record["config"]["train"]["epochs"]} epochs, AdamW, one recipe for all, up to three seeds. Early exits have
-convolutional heads. Depths of a network with exits are its exits; those of a tree are 1, 2, 4 and 8 networks; a tree
-with exits has three exits before them.
+convolutional heads. The depths of a multi-exit network are its exits. The depths of a tree are 1, 2, 4 and 8 networks;
+a tree with exits has three exits before them.
 
 ![Accuracy against multiply-accumulates and against time]({stem}.png)
 
-What a given cost is best spent on: of all networks and depths on this page, those that nothing cheaper reaches in mean
-accuracy.
+The Pareto front of this page: the networks and depths for which no cheaper one has at least the same mean accuracy.
 
 {front_table(everything, UNITS["macs"])}
 
 {comparison(list(shown.values()))}
 
-One-for-all distillation has gamma 0.9 and T 3, after one epoch of labels.
+One-for-all distillation uses gamma = 0.9 and T = 3, after one epoch with labels only.
 
 {verdicts(groups, CLAIMS)}
 
@@ -121,7 +120,7 @@ One-for-all distillation has gamma 0.9 and T 3, after one epoch of labels.
 
 ## Exits on a tree
 
-The same tree with three exits on the way to its first network, beside the exits without a tree and the tree without
+The tree with three exits on the path to its first network, compared with the exits without a tree and the tree without
 exits: differences in points, paired by seed, with their standard errors.
 
 {on_a_tree(groups)}
@@ -129,7 +128,8 @@ exits: differences in points, paired by seed, with their standard errors.
 ## Gradient equilibrium
 
 The variance of each block's gradient over 40 batches of 32 images, before training, as a multiple of the mean variance
-of the gradients that the single exits behind it send. IMTA argues that equilibrium bounds it: of a mean, at most 1.
+of the gradients from the single exits behind it. According to IMTA, equilibrium bounds it: the variance of a mean of
+gradients is at most 1 in this unit.
 
 {_variances(data)}
 
@@ -137,13 +137,13 @@ of the gradients that the single exits behind it send. IMTA argues that equilibr
 
 ![Accuracy of weighted ensembles]({stem}_weights.png)
 
-Trained on every exit's loss and the ensemble's. Accuracy of the ensembles of the first 1 to 4 exits:
+Trained with the losses of all exits and of the ensemble. Accuracy of the ensembles of the first 1 to 4 exits:
 
 {comparison(list(weighted.values())) if weighted else "Not run yet."}
 
-After `prune(tolerance={TOLERANCE}, batches)`, chosen on one half of the test images and judged on the other: exits with
-a smaller share of the weights go, and all beyond the depth at which the ensemble answers best. Kept exits are those of
-each seed; the last three columns say how much was saved.
+Results of `prune(tolerance={TOLERANCE}, batches)` with one half of the test images, evaluated on the other half. It
+removes the exits with a smaller share of the weights, and all exits after the depth at which the ensemble is most
+accurate. *exits kept*: per seed. The last two columns list the savings.
 
 {pruned(list(weighted.values()))}
 
@@ -156,7 +156,7 @@ python benchmarks/exits.py --data {data} --data-dir DIR
 
 
 def on_a_tree(groups: Mapping[str, Group]) -> str:
-    """What exits and networks give each other, where they share a trunk."""
+    """Exits and networks of a tree with exits, compared with exits alone and networks alone."""
     both = groups.get("tree-with-exits")
     if both is None:
         return "Not run yet."
@@ -174,7 +174,7 @@ def on_a_tree(groups: Mapping[str, Group]) -> str:
 
 
 def pruned(groups: Sequence[Group]) -> str:
-    """The weightings before and after pruning."""
+    """A table of the weightings before and after pruning."""
     rows = []
     for group in groups:
         found = [record["pruning"] for record in group.records if "pruning" in record]
@@ -200,9 +200,7 @@ def _single(groups: Mapping[str, Group]) -> str:
         return ""
     last = Group("", [0.0], [{**r, "accuracy": r["accuracy"][-1:]} for r in groups["exits"].records])
     found = difference(last, groups[SINGLE])
-    return (
-        f"What early exits give the last one over the same network without exits: {found[0]} points." if found else ""
-    )
+    return f"Gain of the last exit over the same network without early exits: {found[0]} points." if found else ""
 
 
 def _panels(groups: Mapping[str, Group], data: str) -> dict[str, dict[str, list]]:

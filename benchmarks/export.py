@@ -1,8 +1,8 @@
-"""Exported models beside PyTorch: do they answer the same, how fast, how large, and what 8 bits cost in accuracy.
+"""Compares exported models with PyTorch: differences of outputs, latency, size, and accuracy of 8-bit models.
 
 python benchmarks/export.py --model DIR --data-dir DIR      writes docs/results/export.md
 
-The model is one of Fashion-MNIST, as `hierens train --preset fashion-mnist` leaves it; the data, its idx files.
+The model is trained on Fashion-MNIST by `hierens train --preset fashion-mnist`; the data are its idx files.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ CALIBRATION = 512  # images
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     model: str
     """folder of a saved model"""
     data_dir: str
     """folder with Fashion-MNIST's idx files"""
     rounds: int = 200
-    """of each latency; every way is run once per round"""
+    """rounds of latency measurements; every way is run once per round"""
 
 
 def main(settings: Settings) -> None:
-    """Export in every format, measure, write the page."""
+    """Export the model in every format, measure, and write the page."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     model = hierens.from_pretrained(settings.model)
@@ -106,7 +106,7 @@ def _runs(model: Any, folders: dict[str, Path]) -> dict[str, list[Run]]:
 
 
 def _in_parts(method: Any, images: torch.Tensor) -> torch.Tensor:
-    """The answers of a program that takes few images at a time."""
+    """Run a program with a maximum batch size on many images."""
     return torch.cat([method.execute([part.contiguous()])[0].clone() for part in images.split(BATCHES[-1])])
 
 
@@ -122,7 +122,7 @@ def _off(run: Run, eager: Run, images: torch.Tensor) -> float:
 
 
 def _times(runs: dict[str, list[Run]], images: torch.Tensor, rounds: int) -> dict[str, list[str]]:
-    """Milliseconds, 10th percentile and median, every way and depth in turn."""
+    """Milliseconds (10th percentile and median) of all ways and depths, which alternate."""
     taken: dict[str, list[list[float]]] = {name: [[] for _ in each] for name, each in runs.items()}
     for _ in range(rounds):
         for name, each in runs.items():
@@ -156,15 +156,15 @@ A hierarchical ensemble of {model.leaves} networks trained on Fashion-MNIST,
 {millions(model.macs()[0])} MACs at depth 0 and {millions(model.macs()[-1])} at the last,
 [exported](../how-to/export.md) in every format.
 
-## The same answers
+## Differences from PyTorch
 
-Largest difference to PyTorch's eager mode over 500 test images, relative to the largest logit.
+Largest difference from PyTorch's eager mode over 500 test images, relative to the largest logit.
 
 {rows(off, ".1e")}
 
 ## Size
 
-MB of the folder with all depths, and of the weights that they share; the model's parameters are {weights / 1e6:.2f} MB.
+Size in MB of the folder with all depths and of the shared weights; the model's parameters take {weights / 1e6:.2f} MB.
 
 {table(("", "folder", "weights.bin"), bytes_)}
 
@@ -177,7 +177,7 @@ On the 10,000 test images, %; `int8` was calibrated on {CALIBRATION} training im
 ## Latency
 
 Milliseconds, 10th percentile / median of {settings.rounds} rounds in which each way is run once, one thread.
-`eager` is the model as trained, `fused` is `model.fuse()`, not tuned; `int8` is ONNX.
+`eager` is the trained model, `fused` is `model.fuse()` without tuning, `int8` is ONNX.
 
 {latency}
 

@@ -1,4 +1,4 @@
-"""Train a small ensemble on all of Fashion-MNIST on a CPU, and write docs/results/fashion_mnist.md.
+"""Trains a small ensemble on Fashion-MNIST on a CPU; writes docs/results/fashion_mnist.md.
 
 python benchmarks/fashion_mnist.py --data-dir /folder/of/idx/files
 """
@@ -30,7 +30,7 @@ RESULTS = ROOT / "docs" / "results"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     data_dir: str
     """folder with the four idx files"""
@@ -39,11 +39,11 @@ class Settings:
     threads: int = 2
     """CPU threads"""
     seed: int = 0
-    """of everything random"""
+    """random seed"""
 
 
 def main(settings: Settings) -> None:
-    """One run, one table, one picture."""
+    """Train, then write the page and the figure."""
     torch.set_num_threads(settings.threads)
     run = configure(settings)
     model, record = train(run)
@@ -57,7 +57,7 @@ def main(settings: Settings) -> None:
 
 
 def configure(settings: Settings) -> Run:
-    """The example's recipe for Fashion-MNIST, with the settings put in."""
+    """The preset for Fashion-MNIST with the given settings."""
     recipe = PRESETS["fashion-mnist"]
     directory = f"runs/fashion_mnist/{settings.epochs}-epochs-seed-{settings.seed}"
     training = dataclasses.replace(
@@ -80,16 +80,17 @@ def page(settings: Settings, run: Run, report: str) -> str:
     shown = json.dumps({name: to_json(getattr(run, name)) for name in ("model", "train")}, indent=2)
     return f"""# Fashion-MNIST
 
-All 60,000 training images, 28x28 padded to 32x32, randomly flipped; accuracy on the 10,000 test images after the last
-epoch. A tree of three blocks, four networks of `resnet8_cifar`, {settings.epochs} epochs of hierarchical
-co-distillation, one seed, on a CPU with {settings.threads} threads. Latency is of one image, eager.
+Trained on all 60,000 training images, padded from 28x28 to 32x32 and randomly flipped. Accuracies are those on the
+10,000 test images after the last epoch. A tree of three blocks and four networks of `resnet8_cifar`,
+{settings.epochs} epochs of hierarchical co-distillation, one seed, on a CPU with {settings.threads} threads.
+Latencies are for one image in eager mode.
 
 ![Accuracy against multiply-accumulates](fashion_mnist.png)
 
 {report}
 
 {speed(run)}
-One seed tells no small differences apart.
+With one seed, small differences are not significant.
 
 ## How to repeat it
 

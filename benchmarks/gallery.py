@@ -1,10 +1,10 @@
-"""Trained models that travel: finished runs into models/, in the Hub's layout, with cards; writes docs/gallery.md.
+"""Publishes finished runs as the trained models in models/, in the Hub's format; writes docs/gallery.md.
 
 hierens train --preset digits
 python benchmarks/paper.py --data fashion_mnist --data-dir DIR --only tree-distilled
 python benchmarks/gallery.py --digits runs/digits --fashion-mnist RUN --data-dir DIR
 
-What is not given stays as it is on the page. benchmarks/clothing.py publishes its tree by the same functions.
+Sections of models that are not named stay unchanged. benchmarks/clothing.py publishes its tree with the same functions.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from hierens.training.presets import load_run
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
-ORDER = ("clothing-tree", "digits-tree", "fashion-mnist-tree")  # of the page, by the models' folders
+ORDER = ("clothing-tree", "digits-tree", "fashion-mnist-tree")  # of the sections of the page, by model folder
 SECTION = re.compile(r"^## .*?`models/(.+?)`\n.*?(?=^## |^```bash)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Finished runs, and where their test images lie."""
+    """Finished runs, and the location of their test images."""
 
     digits: str = ""
     """output directory of a run on scikit-learn's digits"""
@@ -58,15 +58,15 @@ class Entry:
     """A model of the gallery.
 
     Attributes:
-        name: of its folder.
-        dataset: what it was trained on, as the card's metadata say it.
-        label_names: of the classes, in order.
+        name: name of its folder.
+        dataset: the training data, as named in the card's metadata.
+        label_names: names of the classes, in order.
         title: heading on the page.
-        about: of the data and what training began from, on the page and on the card.
-        budget: mean cost that the policy is chosen for, as a share of the full one.
-        chosen_by: the images that choose it, in words.
-        judged_on: the images that judge it.
-        base_model: the repository whose weights training began from, if any.
+        about: text about the data and the initial weights, for the page and the card.
+        budget: mean cost that the policy is calibrated for, as a fraction of the full cost.
+        chosen_by: the calibration images, in words.
+        judged_on: the images that the policy is evaluated on, in words.
+        base_model: the repository of the initial weights, if any.
     """
 
     name: str
@@ -85,25 +85,25 @@ DIGITS = Entry(
     "scikit-learn/digits",
     [*map(str, range(10))],
     "Digits",
-    "Scikit-learn's scans of 8x8 pixels, enlarged to 16x16: 1,347 to learn from, 450 to test on.",
+    "Scikit-learn's scans of 8x8 pixels, enlarged to 16x16: 1,347 for training, 450 for testing.",
 )
 FASHION_MNIST = Entry(
     "fashion-mnist-tree",
     "zalando-datasets/fashion_mnist",
     CLOTHES,
     "Fashion-MNIST",
-    "Photographs of clothes of 28x28 pixels: 60,000 to learn from, 10,000 to test on.",
+    "Photographs of clothes of 28x28 pixels: 60,000 for training, 10,000 for testing.",
 )
 
 
 def main(settings: Settings) -> None:
-    """Publish the runs that are given, and write the page."""
+    """Publish the given runs, and write the page."""
     given = ((DIGITS, settings.digits), (FASHION_MNIST, settings.fashion_mnist))
     write_page({entry.name: publish_run(entry, Path(run), settings.data_dir) for entry, run in given if run})
 
 
 def publish_run(entry: Entry, run: Path, data_dir: str) -> str:
-    """Publish a run as its last epoch was validated, with a policy that half of the test images chose."""
+    """Publish a run with its last validation results and a policy calibrated on half of the test images."""
     record = json.loads((run / "results.json").read_text())
     results = {title: record[field] for field, title in COLUMNS.items()}
     _, images = create_datasets(dataclasses.replace(load_run(run / "run.json").data, data_dir=data_dir))
@@ -122,15 +122,15 @@ def publish(
     """Save a model with its card and a policy.
 
     Args:
-        entry: what it is.
-        model: as trained.
+        entry: description of the model.
+        model: the trained model.
         results: columns of the card's table, a value per depth.
-        choosing: images and labels that choose the policy.
-        judging: others, that it is judged on.
-        half: store the weights as float16: `rounded` says what that makes of them.
+        choosing: calibration images and labels for the policy.
+        judging: other images, on which the policy is evaluated.
+        half: store the weights as float16 (see `rounded`).
 
     Returns:
-        Its part of the page.
+        Its section of the page.
     """
     directory = ROOT / "models" / entry.name
     policy = hierens.calibrate(model, choosing, model.macs()[-1] * entry.budget)
@@ -155,10 +155,10 @@ def publish(
 
 
 def rounded(model: Adaptive) -> Adaptive:
-    """The model with its weights rounded to half precision, in float32 as before: what a file of halves loads as.
+    """Round the weights to half precision, but keep them in float32: what a file with float16 weights loads as.
 
     Raises:
-        ValueError: a weight too large for half precision.
+        ValueError: a weight is too large for half precision.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -175,7 +175,7 @@ def _halved(tensor: Tensor) -> Tensor:
 
 
 def measured(policy: Confidence, model: Adaptive, batches: DataLoader) -> tuple[float, float, float]:
-    """On images that did not choose a policy: its accuracy, that of all networks (percent), and its mean MACs."""
+    """The accuracy of a policy and of all networks (percent), and the mean MACs of the policy."""
     right, all_right, macs = [], [], []
     for x, labels in batches:
         answer = policy(model, x)
@@ -190,7 +190,7 @@ def measured(policy: Confidence, model: Adaptive, batches: DataLoader) -> tuple[
 def section(
     entry: Entry, model: Adaptive, results: dict[str, list[float]], accuracy: float, of_all: float, macs: float
 ) -> str:
-    """What the page says of a model."""
+    """The section of a model on the page."""
     rows = [
         (f"{depth}", f"{leaves}", millions(cost), millions(count), *(f"{v[depth]:.2f}" for v in results.values()))
         for depth, (leaves, cost, count) in enumerate(
@@ -207,38 +207,39 @@ def section(
 
 ![Accuracy against multiply-accumulates](results/gallery-{entry.name}.png)
 
-With the policy beside it, which {entry.chosen_by} chose for {100 * entry.budget:.0f} % of the full cost,
-{entry.judged_on} take {millions(macs)} MACs in the mean ({100 * macs / model.macs()[-1]:.0f} %) for an accuracy of
-{accuracy:.2f} %; all networks give {of_all:.2f} % on these.
+The policy in the folder was calibrated on {entry.chosen_by} for a mean cost of {100 * entry.budget:.0f} % of the full
+cost. On {entry.judged_on} it takes {millions(macs)} MACs on average ({100 * macs / model.macs()[-1]:.0f} %) and reaches
+an accuracy of {accuracy:.2f} %. All networks together reach {of_all:.2f} % on these images.
 """
 
 
 def write_page(sections: Mapping[str, str]) -> Path:
-    """Write the gallery with these sections, by the name of the model, in place of those that it has."""
+    """Write the page, with these sections (by model name) in place of the existing ones."""
     file = ROOT / "docs" / "gallery.md"
     file.write_text(page(read_sections(file.read_text()) | dict(sections)))
     return file
 
 
 def read_sections(text: str) -> dict[str, str]:
-    """The sections of the page, by the name of the model."""
+    """The sections of the page, by model name."""
     return {match[1]: match[0].rstrip() + "\n" for match in SECTION.finditer(text)}
 
 
 def page(sections: Mapping[str, str]) -> str:
-    """The gallery."""
+    """The whole page."""
     shown = [name for name in ORDER if name in sections]
     return f"""# Trained models
 
-Small enough to travel with the repository, each with its card and a policy, as [the Hub](how-to/hub.md) takes them.
-All are trained by the paper's objective; figures are of the test images after the last epoch.
+The repository contains these small trained models, each with its model card and a policy, in the format of
+[the Hub](how-to/hub.md). All are trained with the paper's objective. Accuracies are those on the test images after the
+last epoch.
 
 ```python
 import hierens
 from hierens.inference.policies import load_policy
 
 model = hierens.from_pretrained("models/{shown[0]}")
-policy = load_policy("models/{shown[0]}")  # every image leaves once its answer is sure enough
+policy = load_policy("models/{shown[0]}")  # every image exits at the first confident prediction
 model.pretrained_cfg["label_names"]
 ```
 

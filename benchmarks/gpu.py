@@ -1,22 +1,22 @@
-"""What a GPU shows, in named steps of at most eight minutes each; writes docs/results/runs/gpu/*.json.
+"""GPU benchmark in named steps of at most eight minutes each; writes docs/results/runs/gpu/*.json.
 
-python benchmarks/gpu.py speed                                # time of every depth, by every way to run it
-python benchmarks/gpu.py switching                            # what going from one depth to another costs
+python benchmarks/gpu.py speed                                # time of every depth with every way to run it
+python benchmarks/gpu.py switching                            # cost of switching between depths
 python benchmarks/gpu.py train-distilled-1 --data-dir DIR     # the paper's CIFAR network; then train-distilled-2, ...
-python benchmarks/gpu.py train-labels-1 --data-dir DIR        # the same for labels only
-python benchmarks/gpu.py report                               # docs/results/gpu.md, of what there is
-python benchmarks/gpu.py pack --data-dir DIR                  # images as files small enough to travel one by one
-python benchmarks/gpu.py join                                 # those that have arrived, put together
-python benchmarks/gpu.py plan                                 # epochs for the time; train-distilled-1 does it otherwise
+python benchmarks/gpu.py train-labels-1 --data-dir DIR        # the same with labels only
+python benchmarks/gpu.py report                               # writes docs/results/gpu.md from the existing results
+python benchmarks/gpu.py pack --data-dir DIR                  # packs the images into small files
+python benchmarks/gpu.py join                                 # decodes the packed files that exist
+python benchmarks/gpu.py plan                                 # sets the epochs; by default train-distilled-1 does this
 
-A step that runs out of time says what is left, and goes on when it is called again.
+A step that runs out of time prints what is left. Run it again to continue.
 """
 
 from __future__ import annotations
 
 import time
 
-START = time.monotonic()  # before torch is imported, which counts to a step's time
+START = time.monotonic()  # before torch is imported, so that a step's time includes the import
 
 import re
 import warnings
@@ -41,50 +41,50 @@ WITHOUT_GPU = ("pack", "join", "report")
 
 @dataclass(frozen=True)
 class Settings:
-    """Which step, and how."""
+    """Settings of the benchmark."""
 
     step: tyro.conf.Positional[str]
     """speed, switching, plan, train-distilled-N, train-labels-N, pack, join or report"""
     data_dir: str = ""
-    """CIFAR-100 as train/CLASS/ and test/CLASS/; empty for what `join` put together"""
+    """CIFAR-100 as train/CLASS/ and test/CLASS/; by default the images decoded by `join`"""
     packed: Path | None = None
-    """folder of the parts that `pack` writes and `join` reads; RUNS/packed by default"""
+    """folder of the files that `pack` writes and `join` reads; RUNS/packed by default"""
     results: Path | None = None
     """folder of the JSON files; docs/results/runs/gpu by default"""
     runs: Path | None = None
     """folder of checkpoints and images; runs/gpu by default"""
     page: Path | None = None
-    """what `report` writes; docs/results/gpu.md by default"""
+    """output of `report`; docs/results/gpu.md by default"""
     minutes: float = 8.0
-    """a step is over by then"""
+    """maximum duration of a step"""
     tiny: bool = False
-    """tiny networks and few of them, also without a GPU: shows that every step works; writes to runs/gpu-tiny"""
+    """tests every step with a few tiny networks, also without a GPU; writes to runs/gpu-tiny"""
     precisions: tuple[str, ...] = ("bf16", "fp32")
-    """of `speed`: bf16, fp32 or tf32"""
+    """precisions for `speed`: bf16, fp32 or tf32"""
     batch_sizes: tuple[int, ...] = field(default=())
     """images per call; 1 32 256 for `speed` and 1 32 for `switching` by default"""
     seconds: float = 0.4
-    """for the rounds of one cell; at least three rounds are run"""
+    """duration of the rounds of one cell; at least three rounds are run"""
     train_steps: int = 3
-    """steps that each training is spread over: sets its epochs, when it begins"""
+    """number of steps of each training; determines the number of epochs when training starts"""
     epochs: int | None = None
-    """in place of as many as fit into the steps' time"""
+    """number of epochs; by default as many as fit into the steps' time"""
     train_precision: str = "bf16"
-    """Accelerate's mixed precision for training: bf16, fp16 or no"""
+    """mixed precision of training, as in Accelerate: bf16, fp16 or no"""
     updates: int | None = None
-    """a training step stops after so many updates, in place of its time"""
+    """stop a training step after this number of updates instead of its time"""
     part_megabytes: float = 30.0
-    """size of a part at most"""
+    """maximum size of a packed file"""
 
 
 def main(settings: Settings) -> str:
     """Run a step.
 
     Returns:
-        What is left for another call, in words; empty if nothing is.
+        A description of the remaining work; empty if there is none.
 
     Raises:
-        ValueError: an unknown step, no GPU where one is needed, or missing data.
+        ValueError: the step is unknown, it needs a GPU and there is none, or data are missing.
     """
     steps = _steps(settings)
     if settings.step not in steps and not TRAINING_STEP.fullmatch(settings.step):
@@ -92,7 +92,7 @@ def main(settings: Settings) -> str:
             f"there is no step {settings.step!r}: choose {', '.join(steps)}, train-distilled-1, train-labels-1, ..."
         )
     if settings.step not in WITHOUT_GPU and not settings.tiny and not torch.cuda.is_available():
-        raise ValueError(f"{settings.step} measures a GPU, and there is none here; --tiny shows that a step works.")
+        raise ValueError(f"{settings.step} needs a GPU, and there is none; --tiny tests a step without one.")
     warnings.filterwarnings("ignore")
     left = (steps.get(settings.step) or _training(settings))()
     print(f"left: {left}" if left else "nothing is left", flush=True)
@@ -100,7 +100,7 @@ def main(settings: Settings) -> str:
 
 
 def context_of(settings: Settings) -> Context:
-    """Where a step reads and writes; tiny ones stay away from results."""
+    """The folders and the deadline of a step; tiny steps do not write to the results."""
     runs = settings.runs or ROOT / "runs" / ("gpu-tiny" if settings.tiny else "gpu")
     usual = runs / "results" if settings.tiny else ROOT / "docs" / "results" / "runs" / "gpu"
     return Context(settings.results or usual, runs, settings.tiny, Deadline(60 * settings.minutes, START))

@@ -1,4 +1,4 @@
-"""Files of strangers, by the thousand: what becomes of them, memory and time; writes docs/results/hostile.md.
+"""Loads thousands of malicious files and records outcome, memory and time; writes docs/results/hostile.md.
 
 python benchmarks/hostile.py            # about twenty minutes on one core
 """
@@ -31,14 +31,14 @@ RESULTS = ROOT / "docs" / "results"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     share: float = 1.0
-    """of the full number of attacks"""
+    """fraction of the full number of attacks to run"""
     seed: int = 1
-    """of the attacks"""
+    """seed of the attacks"""
     part: str = ""
-    """one kind of attack, whose outcomes are printed; by default all, each in a process of its own"""
+    """one kind of attack, whose outcomes are printed; by default all kinds, each in a separate process"""
 
 
 def main(settings: Settings) -> None:
@@ -74,29 +74,30 @@ def page(found: dict[str, dict[str, float]], settings: Settings) -> str:
     ]
     table = "\n".join(rows)
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return f"""# Files of strangers
+    return f"""# Untrusted files
 
-Whatever lies in a folder, a policy, a tuning file or a checkpoint, loading it ends in what was asked for or in one line
-that names the file, the field and the value. These are files with values replaced, removed and added, cut short,
-swapped, compressed, of other types, nested too deeply, or of another program, drawn by a seed.
+Loading a saved model, a policy, a tuning file or a checkpoint either succeeds or raises an error of one line that names
+the file, the field and the value. This page tests it on malicious files, drawn by a seed: values are replaced, removed,
+added or nested too deeply, and files are truncated, swapped, compressed, of other types, or written by other programs.
 
 | kind | tried | loaded | refused in one line | most memory (MiB) | longest (s of CPU) | longest (s) |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 
-An attack counts as passed if it loads, or raises a `ValueError` of a single line of at most 1,200 characters, prints no
-more than 20 lines, and never runs out of memory: each may take 1 GiB of address space beyond what the process has. None
-did otherwise. "Most memory" is by how much the process grew at its largest during one attack.
+An attack passes if the file is loaded, or if a `ValueError` with a single line of at most 1,200 characters is raised.
+It must also print at most 20 lines and not run out of memory: each attack may use 1 GiB of address space in addition to
+what the process already uses. All attacks passed. "Most memory" is the largest growth of the process during one attack.
 
-- Configs: values that JSON can say, in the config of a tree, a multi-exit network, a tree with exits and a transformer;
-  then the model counts its multiply-accumulates.
-- Folders: files missing, cut, flipped, swapped with another model's, of other types, symbolic links and pipes in their
-  place.
-- Policies: loaded, then asked to answer two images; a depth that the model does not have is refused there.
-- Tuning files: read by `tune`; then the model answers, as it did before.
-- Checkpoints: a run goes on from them for one epoch. 85 % are sealed again after the damage, as whoever forges one
-  would do; the others are seen by their manifest, put aside, and the run starts anew, which counts as loaded. Files
-  that would run code if they were unpickled are among them; none did.
+- Configs: any values that JSON can represent, in the config of a tree, a multi-exit network, a tree with exits and a
+  transformer. A loaded model then counts its multiply-accumulates.
+- Folders: files are missing, truncated, bit-flipped, swapped with those of another model, of other types, or replaced
+  by symbolic links and pipes.
+- Policies: the policy is loaded and evaluates two images. It refuses a depth that the model does not have at that
+  point.
+- Tuning files: `tune` reads the file. The model's outputs must not change.
+- Checkpoints: a run is resumed from the checkpoint for one epoch. In 85 % of the cases the manifest is rewritten after
+  the damage, as a forger would do. In the others the trainer finds the damage by the manifest, sets the checkpoint
+  aside and starts from scratch, which counts as loaded. Some files would run code if they were unpickled; none did.
 
 ## How to repeat it
 
@@ -104,10 +105,10 @@ did otherwise. "Most memory" is by how much the process grew at its largest duri
 python benchmarks/hostile.py --seed {settings.seed}
 ```
 
-A sample runs with the tests (`tests/test_hostile_files.py`).
+The tests run a sample (`tests/test_hostile_files.py`).
 
 hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()},
-{platform.machine()}, {threads} of {os.cpu_count()} cores that did other work as well.
+{platform.machine()}, {threads} of {os.cpu_count()} cores, which also ran other programs.
 """
 
 

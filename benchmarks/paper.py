@@ -1,11 +1,11 @@
-"""The tree on real images: the HNE paper's comparisons, and what a user would pick instead of a tree.
+"""Repeats the HNE paper's comparisons and compares the tree with its alternatives.
 
-python benchmarks/paper.py --data-dir DIR          trains what has no record yet, then writes docs/results/cifar100.md
-python benchmarks/paper.py --no-train              the page from the records alone
-python benchmarks/paper.py --no-train --measure    measures latencies first: with nothing else running
+python benchmarks/paper.py --data-dir DIR          trains the rows without a record, writes docs/results/cifar100.md
+python benchmarks/paper.py --no-train              writes the page from the records
+python benchmarks/paper.py --no-train --measure    measures latencies first: run nothing else meanwhile
 
-DIR holds `train` and `test` with a folder per class. Every finished run leaves a record under docs/results/runs, and
-the page is made of these alone. Runs can be stopped, go on where they were, and be shared by several processes
+DIR holds `train` and `test` with a folder per class. Every finished run writes a record under docs/results/runs, and
+the page is made from the records only. Interrupted runs are resumed. Several processes can share the work
 (`--share 0/2`, `--share 1/2`).
 """
 
@@ -47,35 +47,37 @@ SINGLE = f"single-{BASE_WIDTH}"
 
 CLAIMS = (
     Claim("labels for each network beat labels for nested ensembles", "tree-labels", "tree-hierarchical", "every"),
-    Claim("adding L_H to L_I costs the full ensemble", "tree-labels", "tree-both-labelled"),
+    Claim("adding L_H to L_I makes the full ensemble worse", "tree-labels", "tree-both-labelled"),
     Claim("L_I + L_HD beats L_I", "tree-distilled", "tree-labels", "every"),
     Claim("L_I + L_HD beats L_H", "tree-distilled", "tree-hierarchical", "every"),
     Claim("L_I + L_HD beats L_I + L_H", "tree-distilled", "tree-both-labelled", "every"),
     Claim("L_H + L_HD, not in the paper, beats L_I + L_HD", "hierarchical-distilled", "tree-distilled", "every"),
     Claim("co-distillation helps one network", "tree-plain-distillation", "tree-labels", "first"),
-    Claim("co-distillation costs the full ensemble", "tree-labels", "tree-plain-distillation"),
+    Claim("co-distillation makes the full ensemble worse", "tree-labels", "tree-plain-distillation"),
     Claim(
-        "a smaller alpha costs the full ensemble less", "tree-plain-distillation-small-alpha", "tree-plain-distillation"
+        "with a smaller alpha, the full ensemble is better",
+        "tree-plain-distillation-small-alpha",
+        "tree-plain-distillation",
     ),
-    Claim("hierarchical helps one network", "tree-distilled", "tree-labels", "first"),
-    Claim("hierarchical beats plain co-distillation", "tree-distilled", "tree-plain-distillation"),
+    Claim("hierarchical co-distillation helps one network", "tree-distilled", "tree-labels", "first"),
+    Claim("hierarchical co-distillation beats plain co-distillation", "tree-distilled", "tree-plain-distillation"),
     Claim("co-distillation lowers diversity", "tree-labels", "tree-plain-distillation", "last", "std"),
-    Claim("hierarchical keeps more of it", "tree-distilled", "tree-plain-distillation", "last", "std"),
+    Claim("hierarchical co-distillation lowers it less", "tree-distilled", "tree-plain-distillation", "last", "std"),
     Claim("the tree beats independent networks", "tree-distilled", "independent", "every"),
     Claim("multi-branch is better for one network", "multi-branch", "tree-distilled", "first"),
-    Claim("the tree is better than multi-branch in full", "tree-distilled", "multi-branch"),
+    Claim("the full tree is better than full multi-branch", "tree-distilled", "multi-branch"),
     Claim("sharing one trunk lowers diversity", "tree-distilled", "multi-branch", "last", "std"),
-    Claim("L_I + L_HD: one network of the tree beats the same one trained alone", "tree-distilled", SINGLE, "first"),
+    Claim("L_I + L_HD: one network of the tree beats it trained alone", "tree-distilled", SINGLE, "first"),
     Claim("L_H + L_HD: the same", "hierarchical-distilled", SINGLE, "first"),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     data: Literal["cifar100", "cifar10", "fashion_mnist"] = "cifar100"
-    """the recipe; benchmarks/comparison/recipes.py holds them"""
+    """name of the recipe, from benchmarks/comparison/recipes.py"""
     data_dir: str = ""
     """folder with `train` and `test`, a folder per class in each; for Fashion-MNIST the idx files"""
     runs: Path = Path("runs/comparison")
@@ -87,19 +89,19 @@ class Settings:
     threads: int = 1
     """CPU threads of training"""
     processes: int = 0
-    """train so many runs at a time, on the GPU if there is one, with the images of `joined` in memory"""
+    """number of runs to train at the same time, on the GPU if available, with the images of `joined` in memory"""
     joined: Path = Path("runs/gpu/images")
-    """what `benchmarks/gpu.py pack` and `join` made of the images"""
+    """folder of images written by `benchmarks/gpu.py join`"""
     executor: str = "auto"
-    """of trees, with `processes`"""
+    """executor of trees, with `processes`"""
     train: bool = True
-    """--no-train writes the page from the records that are there"""
+    """--no-train writes the page from the existing records"""
     measure: bool = False
     """measure the latency of every row before the page is written"""
 
 
 def main(settings: Settings) -> None:
-    """Train what is missing, then write the page."""
+    """Train the rows without a record, then write the page."""
     torch.set_num_threads(settings.threads)
     if settings.train and settings.processes:
         train_in_memory(
@@ -115,10 +117,10 @@ def main(settings: Settings) -> None:
 
 
 def page(data: str, directory: Path) -> str:
-    """The results page; its pictures are drawn into the directory.
+    """The results page; its figures are written to the directory.
 
     Raises:
-        ValueError: there is no record at all.
+        ValueError: there is no record.
     """
     groups, stem = read_records(data), PAGES[data]
     if not groups:
@@ -129,19 +131,20 @@ def page(data: str, directory: Path) -> str:
     body = "\n\n".join(part(groups, directory, stem, data) for part in parts)
     return f"""# The tree on {TITLES[data]}
 
-Eight networks in one tree of four blocks, beside what one would use instead. Every row has the same recipe: networks
-of the family `resnet8_cifar` (stem of stride 2; {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH} channels unless the
-row says otherwise), {train["epochs"]} epochs, AdamW, crops and flips, float32. {some["test_images"]:,} test images.
-Rows have up to three seeds (single networks of {BASE_WIDTH} channels: eight). Differences are paired by seed and given
-with their standard errors; *yes* and *no* stand where a difference is more than twice its standard error.
+A tree of eight networks with four blocks is compared with its alternatives. All rows use the same recipe: networks
+of the family `resnet8_cifar` (stem of stride 2; {BASE_WIDTH}, {2 * BASE_WIDTH} and {4 * BASE_WIDTH} channels
+unless stated otherwise), {train["epochs"]} epochs, AdamW, crops and flips, float32. Accuracies are on
+{some["test_images"]:,} test images. Rows have up to three seeds (single networks with {BASE_WIDTH} channels: eight).
+Differences are paired by seed and given with their standard errors. *yes* and *no* mean that a difference exceeds
+twice its standard error.
 
 {body}
 
 ## How to repeat it
 
 ```bash
-python benchmarks/paper.py --data {data} --data-dir DIR              # trains what has no record yet
-python benchmarks/paper.py --data {data} --processes 12              # the same on a GPU: see --help for its images
+python benchmarks/paper.py --data {data} --data-dir DIR              # trains the rows that have no record yet
+python benchmarks/paper.py --data {data} --processes 12              # the same on a GPU; --help describes the images
 python benchmarks/paper.py --data {data} --no-train --measure        # this page, with latencies of your machine
 ```
 
@@ -158,7 +161,7 @@ python benchmarks/paper.py --data {data} --no-train --measure        # this page
 
 
 def _choice(groups: Mapping[str, Group], directory: Path, stem: str, data: str) -> str:
-    """What a given cost is best spent on."""
+    """The most accurate rows at each cost."""
     shown = {row: _counted(groups[row], row) for row in (*TREES, *RIVALS) if row in groups}
     times = read_times(data)
     panels, tables = {}, []
@@ -172,7 +175,7 @@ def _choice(groups: Mapping[str, Group], directory: Path, stem: str, data: str) 
     draw_costs(panels, directory / f"{stem}_costs.png")
     titles = {**{row: entry.title for row, entry in ROWS.items()}, DEEP_ENSEMBLE: "deep ensemble"}
     missing = ", ".join(titles[row] for row in (*TREES, *RIVALS) if row not in shown)
-    missing = f"**Not run yet, and so not in this comparison: {missing}.**\n\n" if missing else ""
+    missing = f"**Not run yet, and therefore not in this comparison: {missing}.**\n\n" if missing else ""
     whole = [
         (group.name, f"{group.records[0]['parameters'][-1] * 4 / 1e6:.2f}")
         for row, group in shown.items()
@@ -181,29 +184,29 @@ def _choice(groups: Mapping[str, Group], directory: Path, stem: str, data: str) 
     if all(row in shown for row in SINGLES):
         total = sum(shown[row].records[0]["parameters"][-1] for row in SINGLES)
         whole.append((f"{len(SINGLES)} single networks together", f"{total * 4 / 1e6:.2f}"))
-    return f"""## What to choose for a budget
+    return f"""## The best choice for a budget
 
 ![Accuracy against MACs, latency and megabytes]({stem}_costs.png)
 
-{missing}Of all rows and depths, those that nothing cheaper reaches in mean accuracy. Neighbours can be within the
-noise of each other.
+{missing}The tables list the Pareto front: the rows and depths for which no cheaper one has at least the same mean
+accuracy. Differences between neighbours may be within the noise.
 
 {chr(10).join(f"{part}{chr(10)}" for part in tables)}
 ### To serve every budget from one machine
 
-Megabytes of float32 weights that have to be there for all depths of a row:
+Megabytes of float32 weights for all depths of a row:
 
 {table(("", "MB"), whole)}"""
 
 
 def _counted(group: Group, row: str) -> Group:
-    """The row with the number of its seeds in its name, if they are fewer than intended."""
+    """The row, with its number of seeds in the title if runs are missing."""
     few = row in ROWS and len(group.records) < len(ROWS[row].seeds)
     return dataclasses.replace(group, name=f"{group.name} (seeds: {len(group.records)})") if few else group
 
 
 def _drawn(of_unit: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
-    """Few enough rows to tell apart; the single networks make one curve."""
+    """The rows shown in the figure; the single networks form one curve."""
     curves = {row: list(of_unit[row]) for row in DRAWN if of_unit.get(row)}
     singles = [point for row in SINGLES for point in of_unit.get(row, ())]
     if singles:
@@ -214,7 +217,7 @@ def _drawn(of_unit: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
 
 
 def _sentence(of_all: Sequence[Point], label: str) -> str:
-    """Which rows are the best choice, from which cost on."""
+    """The best rows by range of cost, in words."""
     kept = front(of_all)
     runs: list[tuple[str, float, float]] = []
     for point in kept:
@@ -250,7 +253,7 @@ Expected calibration error (15 bins):
 def _orderings(groups: Mapping[str, Group], directory: Path, stem: str, data: str) -> str:
     return f"""## Which of the paper's orderings hold
 
-Differences in points of accuracy, or of the logits' standard deviation, at each depth that the claim speaks of.
+Differences in accuracy (points), or in the logits' standard deviation, at each depth that the claim is about.
 
 {verdicts(groups, CLAIMS)}"""
 
@@ -271,7 +274,7 @@ Standard deviation of the logits over the networks evaluated, mean over classes 
 
 {comparison(found, "std", 3)}
 
-As figure 9, each network alone (bars) and the first networks together:
+As in figure 9: each network alone (bars), and the ensembles of the first networks:
 
 ![Accuracy of single networks and of ensembles]({stem}_leaves.png)"""
 
@@ -293,7 +296,7 @@ All trained with L_I + L_HD.
 def _candidates(groups: Mapping[str, Group], directory: Path, stem: str, data: str) -> str:
     return f"""## What beats the paper's objective
 
-Gain in points over L_I + L_HD at the same number of epochs, losers included.
+Gain in points over L_I + L_HD at the same number of epochs, including the variants that are worse.
 
 {gains(groups, "tree-distilled", CANDIDATES)}"""
 

@@ -1,4 +1,4 @@
-"""What the paper's networks cost, beside what the paper says of them; writes docs/results/paper_networks.md.
+"""Computes the costs of the paper's networks; writes docs/results/paper_networks.md.
 
 python benchmarks/paper_networks.py
 """
@@ -18,9 +18,9 @@ INTRODUCTION = """# The paper's networks
 
 Multiply-accumulates per image and parameters of the networks of Ruiz & Verbeek
 ([arXiv 2003.01474](https://arxiv.org/abs/2003.01474), version 2), computed by `python benchmarks/paper_networks.py`.
-The paper gives no table of costs: what it says in words stands under each table. It calls a multiply-accumulate a FLOP.
-What its tables of layers leave open, and how that was decided, is told by the
-[entry points](../reference/architectures.md).
+The paper has no table of costs; its statements about costs are quoted below each table. It calls a multiply-accumulate
+a FLOP. The [entry points](../reference/architectures.md) document the details that its tables of layers leave open, and
+the choices made here.
 """
 NETWORKS = [
     (
@@ -45,7 +45,7 @@ NETWORKS = [
     ),
 ]
 SHARING = """
-## Three ways to share
+## Sharing schemes
 
 The paper's figure 5 compares sharing schemes of the same blocks: independent networks, one backbone for the first three
 blocks and 16 branches of the last two, and the tree. Each is `timm.create_model("hne_resnet50_cifar", branching=...)`.
@@ -58,7 +58,7 @@ SCHEMES = {
 
 
 def main() -> None:
-    """Compute and write."""
+    """Write the page."""
     PAGE.write_text(page())
 
 
@@ -80,7 +80,7 @@ def page() -> str:
 
 
 def costs(model: hierens.HierarchicalEnsemble) -> str:
-    """A row per depth."""
+    """A table of costs, with a row per depth."""
     columns = zip(nested_sizes(model.tree.leaves), model.macs(), model.parameter_counts(), strict=True)
     rows = [
         (str(depth), str(leaves), millions(macs), millions(parameters))

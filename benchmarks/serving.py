@@ -1,7 +1,7 @@
-"""The server example under a surge, a killed replica and hostile uploads; writes docs/results/serving.md.
+"""Tests the example server: a load surge, a killed replica, malicious uploads; writes docs/results/serving.md.
 
-python benchmarks/serving_model.py --data-dir DIR          # the model that is served, in runs/serving/model
-python benchmarks/serving.py --data-dir DIR                # six minutes on two cores that do nothing else
+python benchmarks/serving_model.py --data-dir DIR          # trains the model, runs/serving/model
+python benchmarks/serving.py --data-dir DIR                # six minutes on two otherwise idle cores
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     data_dir: str
     """folder with the four idx files"""
     model: str = "runs/serving/model"
-    """of serving_model.py"""
+    """folder written by serving_model.py"""
     output: str = "runs/serving"
-    """for what was measured"""
+    """folder for the measurements"""
     only: tuple[str, ...] = ()
-    """surge, kill or hostile; what was measured before is read from `output`"""
+    """parts to measure: surge, kill, attack; the others are read from `output`"""
     per_request: int = 4
-    """images"""
+    """images per request"""
     target_ms: float = 500
-    """of the 99th percentile"""
+    """target for the 99th percentile of latencies"""
     calm_s: float = 20
-    """before and after the surge"""
+    """seconds of low load before and after the surge"""
     surge_s: float = 30
-    """of three times what full depth carries"""
+    """seconds of the surge"""
     surge: float = 3.0
-    """over the capacity at full depth"""
+    """load of the surge, as a multiple of the capacity at full depth"""
     kill_s: float = 60
-    """of load, in which a replica is killed after a quarter"""
+    """seconds of load; a replica is killed after a quarter of them"""
     uploads: int = 200
-    """hostile ones"""
+    """number of malicious uploads"""
     port: int = 8765
-    """on loopback"""
+    """port on the loopback address"""
 
 
 def main(settings: Settings) -> None:
-    """Measure what is asked for, write the page of all that there is."""
+    """Measure the parts asked for, and write the page from all measurements."""
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
     images, labels = fashion_mnist(DataConfig(dataset="fashion_mnist", data_dir=settings.data_dir), False)
@@ -92,7 +92,7 @@ def main(settings: Settings) -> None:
 
 @contextmanager
 def server(settings: Settings, **flags: Any) -> Iterator[psutil.Process]:
-    """The example in processes of its own."""
+    """Run the example server in separate processes."""
     given = {"model": settings.model, "port": settings.port, "target_ms": settings.target_ms, **flags}
     command = [sys.executable, str(ROOT / "examples" / "serve.py")]
     for name, value in ({"max_batch": 1, "queue_high": 2, "threads": 1} | given).items():
@@ -108,7 +108,7 @@ def server(settings: Settings, **flags: Any) -> Iterator[psutil.Process]:
 
 
 def wait_ready(settings: Settings, seconds: float) -> None:
-    """Until /readyz says so."""
+    """Wait until /readyz returns 200."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -121,7 +121,7 @@ def wait_ready(settings: Settings, seconds: float) -> None:
 
 
 def load(settings: Settings, **flags: Any) -> subprocess.Popen[bytes]:
-    """Start a load; `rows` waits for it."""
+    """Start a load generator; `rows` waits for it."""
     output = Path(settings.output)
     command = [sys.executable, str(ROOT / "benchmarks" / "serving_load.py"), "--per-request", str(settings.per_request)]
     command += ["--url", f"http://127.0.0.1:{settings.port}/predict", "--images", str(output / "images.npy")]
@@ -133,7 +133,7 @@ def load(settings: Settings, **flags: Any) -> subprocess.Popen[bytes]:
 
 
 def rows(settings: Settings, loading: subprocess.Popen[bytes]) -> Rows:
-    """What came of a load."""
+    """Wait for a load generator and return its records."""
     if loading.wait(600):
         raise RuntimeError("the load failed.")
     return [json.loads(line) for line in (Path(settings.output) / "load.jsonl").read_text().splitlines()]
@@ -143,7 +143,7 @@ def rows(settings: Settings, loading: subprocess.Popen[bytes]) -> Rows:
 
 
 def surge(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
-    """Calm, three times what full depth carries, calm: at a fixed full depth, and at the depth that load allows."""
+    """Low load, a surge, low load: at full depth, and with the load policy."""
     found: dict[str, Any] = {"calibration": depths(settings, images, labels)}
     with server(settings, policy="fixed"):
         rows(settings, load(settings, workers=4, seconds=4))  # warm
@@ -154,13 +154,13 @@ def surge(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
     with server(settings, policy="load"):
         rows(settings, load(settings, workers=2, seconds=4))
         wait_ready(settings, 10)
-        time.sleep(5)  # without load it goes back to full depth
+        time.sleep(5)  # without load the policy returns to full depth
         found["load"] = compact(rows(settings, load(settings, phases=phases)), labels, settings)
     return found
 
 
 def compact(measured: Rows, labels: Any, settings: Settings) -> Rows:
-    """Without the classes: how many of a request's images were classified rightly."""
+    """Replace the classes by the number of images classified correctly."""
     kept = []
     for row in measured:
         answers = (row.pop("reply", None) or {}).get("answers", [])
@@ -172,7 +172,7 @@ def compact(measured: Rows, labels: Any, settings: Settings) -> Rows:
 
 @torch.no_grad()
 def depths(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
-    """What every depth gives on all test images, and takes for a request, here and now."""
+    """Accuracy of every depth on all test images, and its time for one request."""
     torch.set_num_threads(1)
     model = hierens.from_pretrained(settings.model)
     right = np.load(Path(settings.model) / "right.npy")  # (depths, images), of serving_model.py
@@ -191,7 +191,7 @@ def depths(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
 
 
 def normalised(images: Any) -> torch.Tensor:
-    """As the model takes them."""
+    """Images (N, H, W) as the model takes them, (N, 1, H, W)."""
     return torch.from_numpy(np.array(images)).float().div(255).sub(0.286).div(0.353)[:, None]
 
 
@@ -199,12 +199,12 @@ def normalised(images: Any) -> torch.Tensor:
 
 
 def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
-    """SIGKILL for one of two replicas while both work."""
+    """Kill one of two replicas while both are working."""
     capacity = json.loads((Path(settings.output) / "surge.json").read_text())["capacity"]
     with server(settings, policy="load", replicas=2) as process, watching():
         rows(settings, load(settings, workers=2, seconds=3))
         loading = load(settings, phases=[(settings.kill_s, 1.5 * capacity)])
-        time.sleep(settings.kill_s / 4 + 3)  # it makes its PNGs first
+        time.sleep(settings.kill_s / 4 + 3)  # the load generator encodes its PNGs first
         replicas(process)[0].kill()
         killed, noticed, again = time.perf_counter(), None, None
         while again is None and loading.poll() is None:
@@ -238,7 +238,7 @@ def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
 
 
 def replicas(process: psutil.Process) -> list[psutil.Process]:
-    """The processes that hold the model."""
+    """The replica processes."""
     found = []
     for child in process.children(recursive=True):
         try:
@@ -251,7 +251,7 @@ def replicas(process: psutil.Process) -> list[psutil.Process]:
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Look into the server's Ray."""
+    """Connect to the server's Ray instance."""
     ray.init("auto", log_to_driver=False, logging_level="ERROR")
     try:
         yield
@@ -261,7 +261,7 @@ def watching() -> Iterator[None]:
 
 @torch.no_grad()
 def compare(settings: Settings, measured: Rows, images: Any) -> tuple[int, int]:
-    """How many answers are not the model's own at the depth that they name, of how many."""
+    """The number of predictions that differ from the model's at their depth, and the number compared."""
     model = hierens.from_pretrained(settings.model).fuse()
     wanted: dict[int, list[tuple[int, dict[str, Any]]]] = {}
     for row in measured:
@@ -285,13 +285,11 @@ def compare(settings: Settings, measured: Rows, images: Any) -> tuple[int, int]:
 
 
 def attack(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
-    """Every kind of upload that must be refused."""
+    """Send every kind of upload that must be refused."""
     with server(settings, policy="load") as process:
         flags = {"workers": 4, "seconds": 3}
         rows(settings, load(settings, **flags))
-        for case in hostile_uploads.cases(
-            len(hostile_uploads.KINDS), 8_000_000, seed=1
-        ):  # what is imported on the way stays
+        for case in hostile_uploads.cases(len(hostile_uploads.KINDS), 8_000_000, seed=1):  # warm-up: loads imports
             hostile_uploads.send("127.0.0.1", settings.port, case)
         before, alive = resident(process), {p.pid for p in process.children(recursive=True)}
         peak, statuses, unexpected = before, {}, []
@@ -312,7 +310,7 @@ def attack(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
 
 
 def resident(process: psutil.Process) -> dict[str, float]:
-    """Megabytes of the proxy, the gateway and the replica."""
+    """Resident memory of the proxy, the gateway and the replica in megabytes."""
     found = {}
     for child in process.children(recursive=True):
         try:

@@ -1,6 +1,6 @@
-"""Load for benchmarks/serving.py, in a process of its own: requests that keep to a timetable, whatever becomes of them.
+"""Load generator of benchmarks/serving.py: sends requests at scheduled times, whether or not earlier ones returned.
 
-A latency counts from the moment at which a request was due, not from when this process came to send it.
+A latency is measured from the scheduled time of a request, not from the time at which it was sent.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the load is."""
+    """Settings of the load generator."""
 
     url: str
-    """of /predict"""
+    """URL of /predict"""
     images: str
     """an .npy file of grey images (N, H, W)"""
     output: str
-    """a line of JSON per request goes here"""
+    """output file, with one line of JSON per request"""
     phases: tuple[tuple[float, float], ...] = ()
-    """seconds and requests per second, one after another; Poisson arrivals"""
+    """duration in seconds and requests per second of successive phases; Poisson arrivals"""
     workers: int = 0
-    """in place of phases: so many clients, each sending as soon as it is answered"""
+    """instead of phases: number of clients, each of which sends its next request when it receives a response"""
     seconds: float = 10
-    """of the workers"""
+    """duration of a load by workers"""
     per_request: int = 4
-    """images"""
+    """images per request"""
     timeout_s: float = 10
-    """a request is given up after"""
+    """time after which a request is cancelled"""
     seed: int = 0
-    """of arrivals"""
+    """seed of the arrival times"""
 
 
 def bodies(images: np.ndarray, per_request: int) -> list[bytes]:
-    """The images as PNGs in forms, made beforehand; request i holds images i * per_request and the next ones."""
+    """Bodies of the requests, with PNG images in forms; request i starts with image i * per_request."""
     top = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n'.encode()
     files = []
     for image in images:
@@ -61,7 +61,7 @@ def bodies(images: np.ndarray, per_request: int) -> list[bytes]:
 
 
 async def ask(client: httpx.AsyncClient, url: str, index: int, body: bytes, due: float, start: float) -> dict[str, Any]:
-    """One request, and all that came of it."""
+    """Send one request and return its record."""
     row: dict[str, Any] = {"index": index, "due": due - start, "status": 0}
     try:
         response = await client.post(url, content=body, headers=HEADERS)
@@ -72,7 +72,7 @@ async def ask(client: httpx.AsyncClient, url: str, index: int, body: bytes, due:
 
 
 async def timetable(settings: Settings, client: httpx.AsyncClient, sent: list[bytes]) -> list[dict[str, Any]]:
-    """Open loop: Poisson arrivals."""
+    """Open loop: requests at Poisson arrival times."""
     draw, tasks, due = random.Random(settings.seed), [], 0.0
     start, end = time.perf_counter() + 0.1, 0.0
     for seconds, rate in settings.phases:
@@ -86,7 +86,7 @@ async def timetable(settings: Settings, client: httpx.AsyncClient, sent: list[by
 
 
 async def workers(settings: Settings, client: httpx.AsyncClient, sent: list[bytes]) -> list[dict[str, Any]]:
-    """Closed loop: as much as is answered."""
+    """Closed loop: each worker sends a request when the previous one has returned."""
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
 
@@ -100,7 +100,7 @@ async def workers(settings: Settings, client: httpx.AsyncClient, sent: list[byte
 
 
 async def main(settings: Settings) -> None:
-    """Run, and write what came back."""
+    """Run the load and write the records."""
     sent = bodies(np.load(settings.images), settings.per_request)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
     async with httpx.AsyncClient(timeout=settings.timeout_s, limits=limits) as client:

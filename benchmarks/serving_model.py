@@ -1,9 +1,9 @@
-"""Train the model that benchmarks/serving.py serves: a tree of 16 networks, heavy enough for a server to feel.
+"""Trains the model that benchmarks/serving.py serves: a tree of 16 networks whose cost exceeds the server's own.
 
 python benchmarks/serving_model.py --data-dir /folder/of/idx/files --output runs/serving/model
 
-One network is trained first and then copied to all branches, which are told apart and trained a little together: on a
-CPU this is the cheapest way to sixteen good networks.
+One network is trained first and copied to all branches. Noise makes the branches differ, and the tree is then trained
+for a short time. On a CPU this is the cheapest way to obtain sixteen good networks.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ SIZE, MEAN, STD = (1, 28, 28), 0.286, 0.353
 
 @dataclass(frozen=True)
 class Settings:
-    """What the training takes."""
+    """Settings of the training."""
 
     data_dir: str
     """folder with the four idx files"""
     output: str = "runs/serving/model"
-    """where the model goes"""
+    """folder for the model"""
     channels: tuple[int, ...] = (64, 128, 256)
     """widths of resnet8_cifar's stages"""
     branching: tuple[int, ...] = (1, 4, 2, 2)
-    """children per branch and level"""
+    """number of children of every branch of the level above, per level"""
     single_images: int = 60_000
-    """seen by the one network"""
+    """training images for the single network"""
     tree_images: int = 12_000
-    """seen by the tree"""
+    """training images for the tree"""
     batch_size: int = 64
     """images per step"""
     threads: int = 2
@@ -49,7 +49,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Two short runs, and what every depth gives."""
+    """Train the network, then the tree, and evaluate every depth."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     images, labels = fashion_mnist(settings.data_dir, training=True)
@@ -77,7 +77,7 @@ def fashion_mnist(directory: str, training: bool) -> tuple[Tensor, Tensor]:
 
 
 def fit(model: Any, loss: Any, images: Tensor, labels: Tensor, count: int, lr: float, settings: Settings) -> None:
-    """One cycle of AdamW over so many images, flipped at random, in bfloat16."""
+    """Train with AdamW, one learning rate cycle, random flips and bfloat16 on `count` images."""
     model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
     steps = count // settings.batch_size
@@ -103,7 +103,7 @@ def fit(model: Any, loss: Any, images: Tensor, labels: Tensor, count: int, lr: f
 
 @torch.no_grad()
 def answers(model: Any, images: Tensor, labels: Tensor) -> np.ndarray:
-    """Whether every depth is right about every image: (depths, images)."""
+    """Whether each depth classifies each image correctly: (depths, images)."""
     fused = model.eval().fuse()
     right = []
     for x, y in zip(images.split(100), labels.split(100), strict=True):

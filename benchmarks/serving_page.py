@@ -1,4 +1,4 @@
-"""The page and the picture of benchmarks/serving.py."""
+"""The page and the figure of benchmarks/serving.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 def per_second(measured: Rows, settings: Any) -> list[dict[str, float]]:
-    """What the requests that were due in each second met."""
+    """Outcomes of the requests scheduled in each second."""
     seconds: dict[int, Rows] = {}
     for row in measured:
         seconds.setdefault(int(row["due"]), []).append(row)
@@ -38,13 +38,13 @@ def per_second(measured: Rows, settings: Any) -> list[dict[str, float]]:
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """The smallest value that so many percent do not exceed."""
+    """The percentile of some values: the smallest value that `percent` of them do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
 def draw(found: dict[str, Any], settings: Any, path: Path) -> None:
-    """Both runs under the same load: rate, latency, depth, accuracy."""
+    """Plot both runs under the same load: rate, latency, depth, accuracy."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(7.2, 8.0), dpi=150, layout="constrained")
@@ -77,7 +77,7 @@ def draw(found: dict[str, Any], settings: Any, path: Path) -> None:
 
 
 def coarse(measured: Rows, settings: Any, seconds: int = 5) -> tuple[list[float], list[float]]:
-    """Accuracy of what was due in every five seconds, where at least fifty images were answered."""
+    """Accuracy of the requests scheduled in each interval in which at least fifty images were answered."""
     bins: dict[int, Rows] = {}
     for row in measured:
         if row["status"] == 200:
@@ -88,22 +88,22 @@ def coarse(measured: Rows, settings: Any, seconds: int = 5) -> tuple[list[float]
 
 
 def paired(measured: Rows, full: list[int], settings: Any) -> str:
-    """What giving way cost, on the images of the surge: the answers given beside those of full depth."""
+    """Accuracy during the surge, compared with full depth on the same images."""
     end = settings.calm_s + settings.surge_s
     those = [row for row in measured if settings.calm_s <= row["due"] < end and row["status"] == 200]
     at = settings.per_request
     whole = [sum(full[row["index"] * at : (row["index"] + 1) * at]) for row in those]
     count = at * len(those)
-    apart = [row["right"] - w for row, w in zip(those, whole, strict=True)]
-    error = statistics.stdev(apart) * math.sqrt(len(apart)) / count
+    differences = [row["right"] - w for row, w in zip(those, whole, strict=True)]
+    error = statistics.stdev(differences) * math.sqrt(len(differences)) / count
     return (
         f"{100 * sum(row['right'] for row in those) / count:.2f} % against {100 * sum(whole) / count:.2f} %, a "
-        f"difference of {100 * sum(apart) / count:+.2f} ± {100 * error:.2f} points on {count} images"
+        f"difference of {100 * sum(differences) / count:+.2f} ± {100 * error:.2f} points on {count} images"
     )
 
 
 def summary(measured: Rows, settings: Any) -> list[tuple[str, ...]]:
-    """A line for each phase."""
+    """A table row for each phase."""
     ends = (0.0, settings.calm_s, settings.calm_s + settings.surge_s, 2 * settings.calm_s + settings.surge_s)
     lines = []
     for name, start, end in zip(("calm", "surge", "calm again"), ends, ends[1:], strict=False):
@@ -133,7 +133,7 @@ PHASE = ("phase", "per s", "sent", "503", "lost", "p50 (ms)", "p99 (ms)", "late 
 
 
 def markdown(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A table."""
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---:",) * len(header), *lines))
 
 
@@ -194,11 +194,10 @@ def page(settings: Any, found: dict[str, Any]) -> str:
 
 TEXT = """# Serving
 
-What [the server](../how-to/serve.md) does under a surge, when a replica is killed, and when strangers send what they
-should not. Measured on {machine}, which also carried the load generator, all of Ray and other work: times
-are what this leaves. {versions}.
+This page tests [the server](../how-to/serve.md) under a load surge, when a replica is killed, and with malicious
+uploads. Measured on {machine}, which also ran the load generator, Ray and other programs. {versions}.
 
-## A surge of three times what full depth carries
+## A surge of three times the capacity at full depth
 
 ![Rate, latency, depth and accuracy over time](serving.png)
 
@@ -210,50 +209,52 @@ Fixed full depth (`--policy fixed`), the same arrivals:
 
 {fixed}
 
-*sent*: Poisson arrivals that keep to a timetable, whatever becomes of the requests; latencies count from when one was
-due. *503*: refused at once, with Retry-After. *lost*: no answer within 10 s, another status or no connection. *late*:
-answered after the target. Accuracy of the answers given, on Fashion-MNIST's test images, with its standard error.
-At full depth the server carries {capacity:.1f} requests ({images_per_s:.0f} images) per second in a closed loop of four
+*sent*: requests, at Poisson arrival times that do not depend on the responses; a latency is measured from the scheduled
+time of its request. *503*: refused at once, with Retry-After. *lost*: no response within 10 s, another status or no
+connection. *late*: answered later than the target. *accuracy*: of the answered images, from Fashion-MNIST's test set,
+with its standard error.
+The capacity at full depth is {capacity:.1f} requests ({images_per_s:.0f} images) per second in a closed loop of four
 clients.
 
-What giving way cost in the surge, beside what full depth says of the very same images:
-{paired}. This model, trained for
-minutes, gains nothing that could be told from noise by depth.
+Accuracy during the surge, compared with full depth on the same images:
+{paired}.
+This model was trained for a few minutes; its accuracy does not increase significantly with depth.
 
-What each depth costs and gives, on all 10,000 test images:
+Cost and accuracy of each depth on all 10,000 test images:
 
 {depths}
 
-### What was chosen, and why
+### Choices and reasons
 
 - Ray, HTTP and the client need about 20 ms of CPU time per request on these cores. The Fashion-MNIST networks of the
-  other pages take under a millisecond, so that a server of theirs would measure Ray. The model here is a tree of 16
-  `resnet8_cifar` of 64, 128 and 256 channels (`benchmarks/serving_model.py`), and a request carries
-  {settings.per_request} images, each a PNG of its own: compute is the larger part.
-- One replica with one thread, for the other core carries the gateway, Ray and the load generator.
-- One request at a time (`--max-batch 1`), for its images are a batch already and a larger one would only come later; so
-  batching over requests is not measured here. The policy gives way from 2 waiting requests on (`--queue-high 2`).
-- The load generator is a process of its own (`benchmarks/serving_load.py`) and makes its PNGs before it starts.
+  other pages take less than a millisecond, so a server with one of them would mostly measure Ray. The model here is a
+  tree of 16 `resnet8_cifar` with 64, 128 and 256 channels (`benchmarks/serving_model.py`), and a request holds
+  {settings.per_request} PNG images, so most of the time is spent in the model.
+- There is one replica with one thread, because the other core runs the gateway, Ray and the load generator.
+- Requests are processed one at a time (`--max-batch 1`), because the images of a request already form a batch, and a
+  larger batch would only take longer. Batching over requests is therefore not measured here. The policy reduces the
+  depth when 2 requests are waiting (`--queue-high 2`).
+- The load generator is a separate process (`benchmarks/serving_load.py`) and encodes its PNGs before it starts.
 
 ## A replica is killed
 
-Two replicas under {killed[rate]:.1f} requests per second; one gets SIGKILL after a quarter of {settings.kill_s:g} s.
+Two replicas receive {killed[rate]:.1f} requests per second; one is killed (SIGKILL) after a quarter of
+{settings.kill_s:g} s.
 
-- {killed[sent]} requests: {statuses}. Sentences of errors: {errors}. Without any answer: {lost}.
-- Wrong answers: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the depth that
-  each answer names (within 0.0001).
-- Ray counts the replica as gone after {noticed}, a new one runs after {again}. The slowest answer took
-  {killed[slowest_ms]:.0f} ms. Requests that the dead replica held, and that were asked once more of the other:
-  {second_tries}.
+- {killed[sent]} requests: {statuses}. Error messages: {errors}. Without a response: {lost}.
+- Wrong answers: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the depth of each
+  answer (within 0.0001).
+- Ray reports the replica as dead after {noticed}; a new one runs after {again}. The slowest response took
+  {killed[slowest_ms]:.0f} ms. Requests of the dead replica that were sent to the other one: {second_tries}.
 
 ## Hostile uploads
 
-{count} uploads, one after another, in {attacked[seconds]:.0f} s; {unexpected} were answered otherwise than documented.
-Processes that died: {attacked[died]}. Good requests afterwards: {served}.
+{count} uploads, one after another, in {attacked[seconds]:.0f} s; {unexpected} received an undocumented response.
+Processes that died: {attacked[died]}. Valid requests afterwards: {served}.
 
 {kinds}
 
-*closed*: without a status; those that hung up did so by themselves. Memory that is resident:
+*closed*: the connection was closed without a status, in all these cases by the client. Resident memory:
 
 {memory}
 

@@ -1,11 +1,11 @@
-"""Time and memory of ensembles against named rivals, in one process; writes docs/results/speed.md and its pictures.
+"""Time and memory of ensembles compared with alternatives; writes docs/results/speed.md and its figures.
 
-python benchmarks/speed.py                                     # everything: about an hour on two cores
+python benchmarks/speed.py                                     # all parts: about an hour on two cores
 python benchmarks/speed.py --parts inference --networks resnet18
 
-Every cell runs all ways in turn, several rounds, so that a disturbance hits all alike; medians and quartiles of the
-rounds. Results are kept in runs/speed/, a file for each part and network, so that a part can be measured again alone.
-Leave the machine alone while it runs.
+All ways to run a cell alternate in one process for several rounds, so that disturbances affect all of them. Results are
+saved in runs/speed/, in one file per part and network, so a part can be measured again separately. Run nothing else on
+the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ Way = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     parts: tuple[str, ...] = PARTS
-    """of inference, compiled, training, memory, growth"""
+    """parts to measure: inference, compiled, training, memory, growth"""
     networks: tuple[str, ...] = NETWORKS
     """backbones, each cut into four blocks"""
     batch_sizes: tuple[int, ...] = field(default_factory=lambda: (1, 32, 256) if DEVICE.type == "cuda" else (1, 8, 32))
     """images per call"""
     seconds: float = 4.0
-    """for the rounds of one cell; at least five rounds are run"""
+    """duration of the rounds of one cell; at least five rounds are run"""
     size: int = 224
-    """pixels"""
+    """height and width of the images"""
 
 
 def main(settings: Settings) -> None:
-    """Measure what is asked for, then write the page from all that is kept."""
+    """Measure the parts asked for, then write the page from all saved results."""
     warnings.filterwarnings("ignore")
     KEPT.mkdir(parents=True, exist_ok=True)
     for part, name in product(settings.parts, settings.networks):
@@ -87,7 +87,7 @@ def main(settings: Settings) -> None:
 
 
 def tree_of(name: str, leaves: int = 8) -> hierens.HierarchicalEnsemble:
-    """A tree of independent networks of a kind, in evaluation mode."""
+    """A tree of networks with independent random weights, in evaluation mode."""
     if name.startswith("hne_"):
         return timm.create_model(name, num_classes=1000).eval().to(DEVICE)
     backbone = timm.create_model(name)
@@ -96,7 +96,7 @@ def tree_of(name: str, leaves: int = 8) -> hierens.HierarchicalEnsemble:
 
 
 class Vmapped:
-    """A tree level by level, each level one `torch.func.vmap` of its block over parameters that were stacked once."""
+    """Runs each level as one `torch.func.vmap` of its block over stacked parameters."""
 
     def __init__(self, model: hierens.HierarchicalEnsemble, depth: int) -> None:
         self.model, self.leaves = model, model.tree.leaves_at(depth)
@@ -119,7 +119,7 @@ class Vmapped:
 
 
 def packed_ensemble(name: str, networks: int) -> nn.Module | None:
-    """As many independent networks as grouped convolutions, by torch-uncertainty's packed layers."""
+    """Independent networks as grouped convolutions, with torch-uncertainty's packed layers."""
     arch = {"resnet18": 18, "resnet50": 50}.get(name)
     if arch is None or networks == 1:
         return None
@@ -131,16 +131,16 @@ def packed_ensemble(name: str, networks: int) -> nn.Module | None:
 
 
 def rounds(ways: dict[str, Way], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every way in every round, the first of which is to warm up.
+    """Milliseconds of every way in every round, after a round for warm-up.
 
-    Ways that the first round shows to be far behind, in calls of more than a second, keep that one figure.
+    A way that is much slower in the warm-up round, with calls of more than a second, is measured only there.
     """
     first = {name: timed(way) for name, way in ways.items()}
-    hopeless = {name for name, ms in first.items() if ms > 1000 and ms > FAR_BEHIND * first.get(OURS, ms)}
-    times: dict[str, list[float]] = {name: [first[name]] if name in hopeless else [] for name in ways}
+    much_slower = {name for name, ms in first.items() if ms > 1000 and ms > FAR_BEHIND * first.get(OURS, ms)}
+    times: dict[str, list[float]] = {name: [first[name]] if name in much_slower else [] for name in ways}
     start = time.perf_counter()
     for count in range(1, MAX_ROUNDS + 1):
-        for name in (name for name in ways if name not in hopeless):
+        for name in (name for name in ways if name not in much_slower):
             times[name].append(timed(ways[name]))
         elapsed = time.perf_counter() - start
         if count >= MIN_ROUNDS and elapsed > (seconds if count >= MIN_ROUNDS + 2 else 4 * seconds):
@@ -149,7 +149,7 @@ def rounds(ways: dict[str, Way], seconds: float) -> dict[str, list[float]]:
 
 
 def timed(way: Way) -> float:
-    """Milliseconds of one call, of several where one is short."""
+    """Milliseconds of one call; the mean of several calls if one is short."""
     return call_ms(way, DEVICE, 0.05)
 
 
@@ -158,7 +158,7 @@ def timed(way: Way) -> float:
 
 @torch.no_grad()
 def inference(name: str, settings: Settings) -> list[dict[str, Any]]:
-    """Every depth and batch, in eager mode."""
+    """Time every depth and batch size in eager mode."""
     model = tree_of(name)
     plain = model.at_depth(0)
     fused, backbone = model.fuse(), plain.fuse()
@@ -192,7 +192,7 @@ def inference(name: str, settings: Settings) -> list[dict[str, Any]]:
 
 
 def by_executor(model: hierens.HierarchicalEnsemble, x: Tensor, depth: int) -> Callable[[str], Way]:
-    """A call of the model that is not fused, by one executor."""
+    """A function that returns a call of the unfused model with a given executor."""
 
     def choose(executor: Any) -> Way:
         def way() -> Tensor:
@@ -206,7 +206,7 @@ def by_executor(model: hierens.HierarchicalEnsemble, x: Tensor, depth: int) -> C
 
 @torch.no_grad()
 def compiled(name: str, settings: Settings) -> list[dict[str, Any]]:
-    """The same ways after `torch.compile` with frozen weights; batch 1 and the second, the first and the last depth."""
+    """Time compiled models with frozen weights: the first two batch sizes, the first and the last depth."""
     import torch._inductor.config as inductor
 
     model, rows = tree_of(name), []
@@ -236,7 +236,7 @@ def compiled(name: str, settings: Settings) -> list[dict[str, Any]]:
 
 
 def training(name: str, settings: Settings) -> list[dict[str, Any]]:
-    """A step of stochastic gradient descent on the mean of the leaves' losses: forward, backward, update."""
+    """Time a step of SGD with the mean of the leaves' losses: forward, backward, update."""
     rows = []
     model = tree_of(name).train()
     macs = model.macs()
@@ -278,7 +278,7 @@ def training(name: str, settings: Settings) -> list[dict[str, Any]]:
 
 
 def memory(name: str, settings: Settings) -> list[dict[str, Any]]:
-    """The largest sum of activations alive at once: at inference at every depth, and in a training step."""
+    """Peak memory of activations at every depth, at inference and in a training step."""
     model = tree_of(name)
     rows = inference_memory(model, settings)
     x = torch.randn(settings.batch_sizes[1], model.in_chans, settings.size, settings.size, device=DEVICE)
@@ -286,7 +286,7 @@ def memory(name: str, settings: Settings) -> list[dict[str, Any]]:
     for depth, checkpointing in product(range(model.tree.depths), (False, True)):
         tree = model.at_depth(depth).train()
         tree.set_grad_checkpointing(checkpointing)
-        tree(x).sum().backward()  # the gradients' own memory is there from now on
+        tree(x).sum().backward()  # allocates the gradients
         measured = peak(lambda tree=tree: tree(x).sum().backward())
         rows.append({"batch": x.shape[0], "depth": depth, "checkpointing": checkpointing, "bytes": measured})
     return rows
@@ -294,7 +294,7 @@ def memory(name: str, settings: Settings) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def inference_memory(model: hierens.HierarchicalEnsemble, settings: Settings) -> list[dict[str, Any]]:
-    """At every depth, beside what the formula says."""
+    """Peak memory of activations at inference at every depth, and its bound."""
     fused, rows = model.fuse(), list[dict[str, Any]]()
     for batch in settings.batch_sizes[:2]:
         x = torch.randn(batch, model.in_chans, settings.size, settings.size, device=DEVICE)
@@ -311,10 +311,10 @@ def inference_memory(model: hierens.HierarchicalEnsemble, settings: Settings) ->
 
 
 def one_branch(model: hierens.HierarchicalEnsemble, x: Tensor) -> tuple[list[int], list[int]]:
-    """For one branch of each level: the bytes it needs at most while it runs, and those of what it hands on."""
+    """For one branch of each level: the peak memory while it runs, and the size of its output, in bytes."""
     own, kept, value = [], [], model._prepared(x)
     for level in list(model.all_levels())[: model.tree.levels]:
-        level.run_branch(0, value)  # orders the weights
+        level.run_branch(0, value)  # reorders the weights
         own.append(peak(lambda level=level, value=value: level.run_branch(0, value)))
         value = level.run_branch(0, value)
         kept.append(sum(t.nbytes for t in (value if isinstance(value, tuple) else (value,))))
@@ -322,7 +322,7 @@ def one_branch(model: hierens.HierarchicalEnsemble, x: Tensor) -> tuple[list[int
 
 
 def peak(call: Way) -> int:
-    """The most bytes that a call has allocated at once."""
+    """Peak memory that a call allocates, in bytes."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -340,7 +340,7 @@ def peak(call: Way) -> int:
 
 @torch.no_grad()
 def growth(name: str, settings: Settings) -> list[dict[str, Any]]:
-    """Time against the number of networks, 1 to 64, and against the size of the images."""
+    """Time for 1 to 64 networks, and for several image sizes."""
     rows: list[dict[str, Any]] = []
     backbone = timm.create_model(name)
     tree = hierens.hierensify(backbone, branching=(1, 2, 4, 8), init="reinit").eval().to(DEVICE)
@@ -365,14 +365,14 @@ def growth(name: str, settings: Settings) -> list[dict[str, Any]]:
 
 
 def machine() -> str:
-    """Where it was measured."""
+    """Device and versions."""
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     versions = f"torch {torch.__version__}, timm {timm.__version__}, hierens {hierens.__version__}"
     return f"{device}, {platform.machine()}, fp32, {versions}"
 
 
 def kept(part: str) -> dict[str, dict[str, Any]]:
-    """What was measured of a part, by network."""
+    """The saved results of a part, by network."""
     files = {name: KEPT / f"{part}-{name}.json" for name in NETWORKS}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
@@ -383,7 +383,7 @@ def middle(row: dict[str, Any], way: str = OURS) -> float:
 
 
 def over(row: dict[str, Any], rival: str) -> float:
-    """The ensemble's time over a rival's: the median over rounds, in which both met the same disturbances."""
+    """The ensemble's time divided by an alternative's: the median of the ratios of the rounds."""
     own, other = row["ms"][OURS], row["ms"][rival]
     if len(own) != len(other):
         return middle(row) / middle(row, rival)
@@ -391,12 +391,12 @@ def over(row: dict[str, Any], rival: str) -> float:
 
 
 def per_mac(row: dict[str, Any], base: float, rival: str = BACKBONE) -> float:
-    """Time per multiply-accumulate, in relation to the backbone's in the same cell."""
+    """Time per multiply-accumulate, relative to the backbone's in the same cell."""
     return over(row, rival) / (row["macs"] / base)
 
 
 def page() -> str:
-    """The results page, of all that is kept."""
+    """The results page, from all saved results."""
     parts = [INTRODUCTION.format(machine=next(iter(kept("inference").values()))["machine"])]
     if found := {name: [r for r in v["rows"] if "ms" in r] for name, v in kept("inference").items()}:
         draw_ratios(found, RESULTS / "speed.png")
@@ -417,63 +417,66 @@ def page() -> str:
 
 INTRODUCTION = """# Speed
 
-What saved multiply-accumulates are worth in milliseconds. Every cell below was measured in one process, all ways in
-turn, at least three rounds, most of them five or more; times are medians, ratios medians of the rounds' own.
-Nothing here is said of GPUs: they have [a page of their own](gpu.md). Measured on {machine}.
+This page compares the latency of trees with their MACs. All ways to run a cell alternate in one process, for at least
+three rounds (five or more in most cells). Times are medians over rounds; ratios are medians of the ratio of each round.
+[Another page](gpu.md) covers GPUs. Measured on {machine}.
 
 - *hierens*: `model.fuse()`, then `tune()`. All networks have independent random weights, 224 pixels, 1000 classes.
 - *backbone, fused*: the tree's first network alone, `model.at_depth(0).fuse()`: the backbone run in the same way.
-- *time per MAC*: milliseconds over multiply-accumulates, in relation to that backbone in the same cell. Below 1.00 the
-  ensemble turns its MACs into time better than the backbone does.
+- *time per MAC*: milliseconds divided by multiply-accumulates, relative to that backbone in the same cell. Below 1.00,
+  the ensemble needs less time per MAC than the backbone.
+- *vs. best alternative*: the ensemble's time divided by that of the fastest alternative. *speed-up*: over the same
+  number of independent networks, fused, to be compared with the *ratio of MACs*.
 
 ![Time per MAC at every depth](speed.png)
 """
 COMPILED = """## Compiled
 
-`torch.compile(model, fullgraph=True)` with Inductor and frozen weights (`torch._inductor.config.freezing`); medians in
-milliseconds; an empty cell was not measured. Each depth is one graph: going back to a depth compiles nothing
-(`tests/test_compiling.py`).
+`torch.compile(model, fullgraph=True)` with Inductor and frozen weights (`torch._inductor.config.freezing`). Medians in
+milliseconds; empty cells were not measured. Each depth is one graph, and returning to an earlier depth does not compile
+again (`tests/test_compiling.py`).
 """
 TRAINING = """## Training step
 
-Forward, backward and the update of SGD on the mean of the leaves' losses, channels last. *per MAC*: as above, in
-relation to the backbone's step in channels last. Without `fuse()`, which is for inference.
+Forward, backward and SGD update with the mean of the leaves' losses, channels last. *per MAC*: as above, relative to
+the backbone's step in channels last. Without `fuse()`, which is for inference only.
 """
 MEMORY = """## Memory at inference
 
-The most bytes of activations alive at once, from the allocator's record, fused, every level run as it is by default.
-The bound: the images in channels-last order, and the largest over the levels of *branches times what one branch needs
-alone, plus what the level before has handed on*. In these networks the first level, of one branch, needs the most at
-every depth: more networks cost no activations beyond the backbone's. Weights come on top: those of all
-branches once, and oneDNN's reordered copy of those that ran.
+The peak memory of activations, from the allocator's record, for fused models with the default executor. The bound is
+the size of the images in channels-last order, plus the maximum over the levels of *the number of branches times the
+peak of one branch, plus the outputs of the previous level*. In these networks the first level, which has one branch,
+needs the most memory at every depth, so more networks need no more activation memory than the backbone. Weights are
+not included: those of all branches once, and oneDNN's reordered copy of those that ran.
 """
-GROWTH = """## As work grows
+GROWTH = """## Time against networks and image size
 
-One image; `resnet18`, a tree of 64 networks at 128 pixels (`branching=(1, 2, 4, 8)`), and one of eight at 64 to 352.
+One image and `resnet18`: a tree of 64 networks at 128 pixels (`branching=(1, 2, 4, 8)`), and a tree of eight networks
+at 64 to 352 pixels.
 
 ![Time against networks and against pixels](speed_growth.png)
 """
-EVERYTHING = """## Every way in every cell
+EVERYTHING = """## All measurements
 
-Medians in milliseconds; the largest distance between quartiles, in relation to the median, stands last.
+Medians in milliseconds. *spread*: the largest interquartile range, relative to the median.
 """
 REPEAT = """## How to repeat it
 
 ```bash
-pip install torch-uncertainty lightning  # one of the rivals; left out if it is missing
+pip install torch-uncertainty lightning  # one of the alternatives; left out if it is not installed
 python benchmarks/speed.py
 ```
 """
 
 
 def best_rival(row: dict[str, Any]) -> tuple[float, str]:
-    """The ensemble's time over that of the fastest other way to get what the cell gives, and which that is."""
+    """The ensemble's time divided by that of the fastest alternative with the same outputs, and its name."""
     alone = {"backbone", "backbone, channels last", BACKBONE} if row["depth"] else set()
     return max((over(row, way), way) for way in row["ms"] if way != OURS and way not in alone)
 
 
 def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
-    """What the issue of speed comes down to."""
+    """The summary of the page."""
     ratios = {(name, r["batch"], r["depth"]): per_mac(r, rows[0]["macs"]) for name, rows in found.items() for r in rows}
     deeper = {key: ratio for key, ratio in ratios.items() if key[2]}
     behind = {(name, r["batch"], r["depth"]): best_rival(r)[0] for name, rows in found.items() for r in rows}
@@ -489,28 +492,28 @@ def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
     gains = []
     for name, rows in found.items():
         for r in (r for r in rows if r["depth"] == max(q["depth"] for q in rows)):
-            promised = 2 ** r["depth"] * rows[0]["macs"] / r["macs"]
+            expected = 2 ** r["depth"] * rows[0]["macs"] / r["macs"]
             measured = 1 / over(r, INDEPENDENT)
-            gains.append((measured / promised, name, r["batch"], measured, promised))
-    kept_promises = sum(gain[0] >= 1 for gain in gains)
+            gains.append((measured / expected, name, r["batch"], measured, expected))
+    reached = sum(gain[0] >= 1 for gain in gains)
     least = min(gains)
-    return f"""## In short
+    return f"""## Summary
 
-- Time per MAC: **{statistics.geometric_mean(ratios.values()):.2f} of the backbone's** in the geometric mean over
+- Time per MAC: **{statistics.geometric_mean(ratios.values()):.2f} of the backbone's**, as the geometric mean over
   {len(ratios)} cells ({statistics.geometric_mean(deeper.values()):.2f} without depth 0), at most {ratios[worst]:.2f}
   ({worst[0]}, batch {worst[1]}, depth {worst[2]}); above 1.10 in {sum(r > 1.1 for r in ratios.values())} cells.
-- Against the fastest rival of the same cell: {max(behind.values()):.2f} times its time at worst; slower by more than
-  3 % in {len(slower)} of {len(behind)} cells{": " + "; ".join(slower) if slower else ""}.
-- How much of that is noise: at depth 0 *backbone, fused* and *independent networks, fused* are the same call of one
-  network, and differ by up to {noise - 1:.0%}.
-- The whole ensemble against as many independent networks, both fused: at least the speed-up that the MACs promise in
-  {kept_promises} of {len(gains)} cells; at worst {least[3]:.2f} times faster where {least[4]:.2f} were promised
+- Compared with the fastest alternative of each cell: at most {max(behind.values()):.2f} times its time; more than 3 %
+  slower in {len(slower)} of {len(behind)} cells{": " + "; ".join(slower) if slower else ""}.
+- Noise: at depth 0, *backbone, fused* and *independent networks, fused* are the same call of one network, but their
+  times differ by up to {noise - 1:.0%}.
+- The full ensemble compared with the same number of independent networks, both fused: the speed-up reaches the ratio of
+  the MACs in {reached} of {len(gains)} cells. In the worst cell it is {least[3]:.2f} instead of {least[4]:.2f}
   ({least[1]}, batch {least[2]}).
 """
 
 
 def inference_table(name: str, rows: list[dict[str, Any]]) -> str:
-    """One line per cell."""
+    """A table row per cell."""
     lines = []
     for row in rows:
         rival, which = best_rival(row)
@@ -527,12 +530,12 @@ def inference_table(name: str, rows: list[dict[str, Any]]) -> str:
                 f"{networks * rows[0]['macs'] / row['macs']:.2f}",
             )
         )
-    header = ("batch", "networks", "MACs", "ms", "time per MAC", "over the best rival", "over independent", "promised")
+    header = ("batch", "networks", "MACs", "ms", "time per MAC", "vs. best alternative", "speed-up", "ratio of MACs")
     return f"## {name}\n\n{table(header, lines)}\n"
 
 
 def ways_table(name: str, rows: list[dict[str, Any]]) -> str:
-    """All ways' medians."""
+    """The median times of all ways."""
     ways = list(dict.fromkeys(way for row in rows for way in row["ms"]))
     lines = []
     for row in rows:
@@ -543,7 +546,7 @@ def ways_table(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def spread_of(times: list[float]) -> float:
-    """The distance between the quartiles, in relation to the median."""
+    """The interquartile range, relative to the median."""
     if len(times) == 1:
         return 0.0
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -551,7 +554,7 @@ def spread_of(times: list[float]) -> float:
 
 
 def training_table(name: str, rows: list[dict[str, Any]]) -> str:
-    """All ways' medians, and the time per MAC."""
+    """The median times of all ways, and the time per MAC."""
     base = "backbone, channels last"
     ways = list(dict.fromkeys(way for row in rows for way in row["ms"]))
     lines = []
@@ -563,7 +566,7 @@ def training_table(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def memory_table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Measured and bound, in megabytes."""
+    """Measured peak memory and its bound, in megabytes."""
     lines = [
         (name, f"{r['batch']}", f"{r['depth']}", f"{r['bytes'] / 1e6:.1f}", f"{r['bound'] / 1e6:.1f}")
         for name, rows in found.items()
@@ -578,13 +581,13 @@ def memory_table(found: dict[str, list[dict[str, Any]]]) -> str:
     inferring = table(("network", "batch", "depth", "measured (MB)", "bound (MB)"), lines)
     stepping = table(("network", "batch", "depth", "step (MB)", "with checkpointing (MB)"), steps)
     return (
-        f"{inferring}\n\nA training step, and the same with `set_grad_checkpointing()`, which keeps only what "
-        f"passes between levels:\n\n{stepping}\n"
+        f"{inferring}\n\nA training step without and with `set_grad_checkpointing()`, which stores only the "
+        f"activations between levels:\n\n{stepping}\n"
     )
 
 
 def draw_ratios(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Time per MAC against depth, an axis for each network."""
+    """Plot time per MAC against depth, with a panel for each network."""
     figure, panels = axes(len(found))
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
         for batch, marker in zip(dict.fromkeys(r["batch"] for r in rows), "osD", strict=False):
@@ -601,7 +604,7 @@ def draw_ratios(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against networks and against pixels, with the line that the MACs would give."""
+    """Plot time against networks and image size, with a line proportional to the MACs."""
     figure, (left, right) = axes(2, 3.4)
     leaves = [r for r in rows if "leaves" in r]
     first = leaves[0]
@@ -621,7 +624,7 @@ def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def axes(count: int, width: float = 2.6) -> tuple[Any, Sequence[Any]]:
-    """Panels in a row, drawn as everywhere in these pages."""
+    """A row of panels in the style of these pages."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(width * count, 3.2), dpi=150, layout="constrained")

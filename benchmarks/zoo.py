@@ -1,9 +1,9 @@
-"""Hierensify every architecture of timm and write down what came of it: docs/results/zoo.md.
+"""Converts timm's architectures and checks the results; writes docs/results/zoo.md.
 
-python benchmarks/zoo.py                     # the smallest variant of every model file, examined in full
-python benchmarks/zoo.py --registry 2000     # and every variant of the registry cut, on the meta device
+python benchmarks/zoo.py                     # the smallest variant of every model file, with all checks
+python benchmarks/zoo.py --registry 2000     # also cuts every variant of the registry, on the meta device
 
-Results are kept in runs/zoo/ as they come, so that an interrupted sweep goes on where it was.
+Results are saved in runs/zoo/ as they are found, so an interrupted sweep can be resumed.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.networks import difference, few_pixels, randomize
 
 RESULTS, KEPT = ROOT / "docs" / "results", ROOT / "runs" / "zoo"
-_PER_POOL = 40  # architectures until processes are renewed
+_PER_POOL = 40  # architectures after which worker processes are replaced
 EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
-LARGE = 25.0  # million parameters from which a tree has four networks instead of eight, and compilers are not tried
-HUGE = 200.0  # and from which it has two
+LARGE = 25.0  # million parameters above which a tree has four networks instead of eight and is not compiled
+HUGE = 200.0  # million parameters above which it has two networks
 TOO_LARGE = 500.0  # million parameters from which a variant is only cut, without weights
-SHALLOW: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 8}}  # of 32 equal layers, for memory
+SHALLOW: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 8}}  # 8 of its 32 equal layers, to save memory
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the sweep takes."""
+    """Settings of the sweep."""
 
     registry: int = 0
-    """cut this many variants of the registry too, without weights, in an order drawn once"""
+    """number of registry variants to cut as well, without weights, in a fixed random order"""
     processes: int = 2
-    """architectures at a time, one thread each"""
+    """worker processes, with one thread each"""
     only: tuple[str, ...] = ()
-    """model files to examine, all by default; the page is not written then"""
+    """model files to examine; the page is then not written. All by default"""
 
 
 def main(settings: Settings) -> None:
-    """Examine, then write the page."""
+    """Run the checks, then write the page."""
     KEPT.mkdir(parents=True, exist_ok=True)
     sizes = _kept("sizes", measure, architectures(), settings.processes)
     smallest = smallest_variants(sizes)
@@ -89,12 +89,12 @@ def main(settings: Settings) -> None:
 
 
 def architectures() -> list[str]:
-    """Every variant that is timm's own."""
+    """All variants that timm itself registers."""
     return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm.")]
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Millions of parameters of a variant, and the file it is made in."""
+    """Millions of parameters of a variant, and the model file that defines it."""
     with torch.device("meta"):
         model = timm.create_model(name)
     file = model_entrypoint(name).__module__.rpartition(".")[2]
@@ -102,7 +102,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def smallest_variants(sizes: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The variant with the fewest parameters in every model file."""
+    """The variant with the fewest parameters of every model file."""
     chosen: dict[str, str] = {}
     for name, size in sorted(sizes.items(), key=lambda item: item[1].get("millions", float("inf"))):
         if "file" in size:
@@ -111,7 +111,7 @@ def smallest_variants(sizes: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def cut_only(name: str) -> dict[str, Any]:
-    """Cut a variant that has shapes but no values."""
+    """Cut a variant on the meta device."""
     with torch.device("meta"):
         backbone = timm.create_model(name, num_classes=10).eval()
     return {"at": cut(backbone, BLOCKS).at}
@@ -119,7 +119,7 @@ def cut_only(name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def examine(name: str, thorough: bool = True) -> dict[str, Any]:
-    """All that the page says of one architecture; without compilers unless `thorough`."""
+    """All checks of one architecture; compilers are only tried if `thorough`."""
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=10, **SHALLOW.get(name, {})).eval()
     randomize(backbone)
@@ -173,14 +173,14 @@ def _looped_layers(model: hierens.HierarchicalEnsemble) -> dict[str, str]:
 
 
 def _packed_against_looped(model: hierens.HierarchicalEnsemble, x: Tensor, training: bool) -> float:
-    """The largest difference between the two ways to run a tree of networks that differ; dropout off."""
+    """The largest difference between the executors, for a tree of different networks without dropout."""
     tree = copy.deepcopy(model)
     tree.break_symmetry(noise=0.3)
     if tree.tree.leaves == 8:
         try:
             tree.double().set_executor("looped")
             tree(x.double(), depth=0)
-        except Exception:  # it makes values of single precision itself
+        except Exception:  # the model creates float32 values itself
             tree.float()
     outputs = []
     for executor in ("looped", "grouped"):
@@ -215,7 +215,7 @@ def _kept(
     names: Iterable[str],
     processes: int,
 ) -> dict[str, dict[str, Any]]:
-    """Results by name, from the file of earlier ones or new; an architecture that fails says why."""
+    """Results by name: saved ones and new ones. The record of an architecture that fails contains the error."""
     file = KEPT / f"{what}.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     found = {record.pop("name"): record for record in map(json.loads, lines)}
@@ -232,7 +232,7 @@ def _kept(
 def _spread(
     examine_one: Callable[[str], dict[str, Any]], names: list[str], processes: int
 ) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Over processes that are renewed now and then, since compilers and allocators keep what they saw."""
+    """Run in worker processes that are replaced regularly, because compilers and allocators keep memory."""
     for start in range(0, len(names), _PER_POOL):
         with ProcessPoolExecutor(processes, get_context("spawn"), _quiet) as pool:
             waiting = {pool.submit(_safely, examine_one, name): name for name in names[start : start + _PER_POOL]}
@@ -240,7 +240,7 @@ def _spread(
                 for future in as_completed(waiting):
                     yield waiting[future], future.result()
             except BrokenProcessPool as error:
-                raise SystemExit("a process died, probably for lack of memory: go on with --processes 1") from error
+                raise SystemExit("a process died, probably out of memory: resume with --processes 1") from error
 
 
 def _quiet() -> None:
@@ -281,25 +281,26 @@ def page(
         mode: sum(isinstance(row[mode], float) and row[mode] <= EXACT for row in converted.values())
         for mode in ("eval", "train")
     }
-    return f"""# The whole zoo
+    return f"""# Supported architectures
 
-The smallest variant of each of timm's {len(rows)} model files, cut into {BLOCKS} blocks and made a tree of eight
-networks (four from {LARGE:g} million parameters on, two from {HUGE:g}). Weights are random, also those that
-initialisation leaves at zero; two images.
-Only cut, for their size: {", ".join(f"`{name}`" for name in skipped) or "none"}. With fewer of their equal layers, for
-memory: {", ".join(f"`{name}` ({settings})" for name, settings in SHALLOW.items())}.
+The smallest variant of each of timm's {len(rows)} model files is cut into {BLOCKS} blocks and converted into a tree of
+eight networks (four above {LARGE:g} million parameters, two above {HUGE:g}). All weights are random, also those that
+initialisation sets to zero. The inputs are two images.
+Only cut, because of their size: {", ".join(f"`{name}`" for name in skipped) or "none"}. Built with fewer of their equal
+layers, to save memory: {", ".join(f"`{name}` ({settings})" for name, settings in SHALLOW.items())}.
 
-- **{len(exact)} of {len(rows)} model files convert exactly**: copies of the backbone answer within {EXACT:g} of it
-  (relative to the largest logit) at every depth.
-- Of {sum(levels.values())} blocks {", ".join(f"{count} are {name}" for name, count in levels.most_common())}.
-  *Grouped*: branches side by side in channels. *Batched*: in places one after another in the batch, with batched matrix
-  products.
-- Packed equals looped, with other weights in every branch, for {packed["eval"]} of {len(converted)} in evaluation and
-  {packed["train"]} in training; the self-check compares running statistics too, the tests gradients of a sample.
-- {checks["deepcopy"]} survive `copy.deepcopy`, {checks["saved"]} come back the same from `save_pretrained`, and
-  {checks["bfloat16"]} give finite logits in bfloat16, {checks["float16"]} in float16 on the CPU. Of {len(tried)} tried,
-  `torch.compile` (without code generation) gives the same for {checks["compiled"]} and `torch.export` for
-  {checks["exported"]}, both at two networks.
+- **{len(exact)} of {len(rows)} model files convert exactly**: at every depth, the logits of a tree of copies differ
+  from the backbone's by at most {EXACT:g} of the largest logit.
+- Of {sum(levels.values())} blocks, {", ".join(f"{count} are {name}" for name, count in levels.most_common())}.
+  *Grouped*: the feature maps of the branches are concatenated along the channels. *Batched*: some layers concatenate
+  the branches along the batch and use batched matrix products.
+- The grouped executor gives the outputs of the looped one, with different weights in every branch, for
+  {packed["eval"]} of {len(converted)} in evaluation and {packed["train"]} in training. The self-check also compares
+  running statistics; the tests compare gradients for a sample of architectures.
+- {checks["deepcopy"]} give the same outputs after `copy.deepcopy`, and {checks["saved"]} after saving and loading.
+  {checks["bfloat16"]} give finite logits in bfloat16 on the CPU, {checks["float16"]} in float16. Of {len(tried)} tried
+  at two networks, {checks["compiled"]} give the same outputs with `torch.compile` (without code generation) and
+  {checks["exported"]} with `torch.export`.
 {_registry_line(registry, len(sizes))}
 ## What does not convert
 
@@ -307,8 +308,9 @@ memory: {", ".join(f"`{name}` ({settings})" for name, settings in SHALLOW.items(
 
 ## By model file
 
-*copy*: largest difference to the backbone over all depths; *eval*, *train*: packed against looped. Every block's
-executor stands in order: g grouped, b batched, l looped; + where single layers inside are looped.
+*copy*: the largest difference from the backbone over all depths. *eval*, *train*: the largest difference between the
+grouped and the looped executor. *blocks*: the executor of each block, in order: g grouped, b batched, l looped; + if
+some layers of the block are looped.
 
 | model file | variant | M parameters | blocks | copy | eval | train | compile | export | half |
 | --- | --- | ---: | --- | ---: | ---: | ---: | --- | --- | --- |
@@ -342,7 +344,7 @@ def _row(file: str, name: str, millions: float, row: dict[str, Any]) -> str:
 
 
 def _reasons(rows: dict[str, dict[str, Any]]) -> str:
-    """Each reason once, with the model files it holds for."""
+    """Each reason once, with the model files that it applies to."""
     files: dict[str, list[str]] = {}
     for file, row in rows.items():
         for why in dict.fromkeys(row["looped"].values()):
@@ -358,8 +360,8 @@ def _registry_line(registry: dict[str, dict[str, Any]], variants: int) -> str:
     listed = "".join(f"\n    - `{name}`: {error}" for name, error in failed.items())
     share = 1 - len(failed) / len(registry)
     which = "all" if len(registry) == variants else f"{len(registry)} drawn at random of"
-    return f"""- Of {which} {variants} variants of the registry, built with shapes but no values,
-  **{len(registry) - len(failed)} ({share:.1%}) are cut into {BLOCKS} blocks**; none was left out for its size.
+    return f"""- Of {which} {variants} variants of the registry, built on the meta device,
+  **{len(registry) - len(failed)} ({share:.1%}) can be cut into {BLOCKS} blocks**; none was left out for its size.
   {"The others:" if failed else ""}{listed}
 """
 

@@ -1,4 +1,4 @@
-"""A page to look at a saved model: drop an image, drag the depth, watch the answer sharpen network by network.
+"""Web demo of a saved model: drop an image, set the depth, and watch the prediction change network by network.
 
 python examples/app.py --model DIR
 python examples/app.py --model user/name --examples FOLDER --labels cat dog owl       a folder of images
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would call home
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would send statistics
 
 import signal
 import sys
@@ -41,45 +41,45 @@ except ImportError:
     sys.exit("error: the page is made with Gradio: pip install 'hierens[app]'.")
 
 STYLE = Path(__file__).with_name("app.css")
-_PIXELS = "#image img, #examples img { image-rendering: pixelated; }"  # for models that see few of them
+_PIXELS = "#image img, #examples img { image-rendering: pixelated; }"  # for models with small input images
 _MOST_EXAMPLES = 15
-_TRIED = 50  # images of each class
+_TRIED = 50  # images considered of each class
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which model, and where the page is served."""
+    """Settings of the demo."""
 
     model: str
-    """a folder of save_pretrained, or user/name on the Hub"""
+    """folder of a saved model, or user/name on the Hub"""
     port: int = 7860
-    """of the page"""
+    """port of the page"""
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 lets other machines in"""
+    """address to listen on; 0.0.0.0 allows other machines"""
     examples: str = ""
-    """a folder of images to choose from, or of Fashion-MNIST's idx files; by default digits, for greyscale models"""
+    """folder of example images, or of Fashion-MNIST's idx files; by default digits, for greyscale models"""
     labels: tuple[str, ...] = ()
     """names of the classes; by default those in the model's config"""
     pace: float = 0.5
-    """seconds that the anytime walk shows each network for; the time that is shown is without them"""
+    """seconds for which each network is shown; not included in the displayed time"""
     cpu: bool = False
-    """leave accelerators alone"""
+    """use the CPU"""
 
 
 class Demo:
-    """A model that answers one image at a time, for people who look on.
+    """A model that predicts one image at a time.
 
     Args:
-        settings: see there.
+        settings: settings of the demo.
 
     Raises:
-        ValueError: a model that cannot be loaded, or another number of labels than of classes.
+        ValueError: the model cannot be loaded, or the number of labels is not the number of classes.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.model, self.pace = hierens.from_pretrained(settings.model), settings.pace
         if not isinstance(self.model, hierens.HierarchicalEnsemble):
-            raise ValueError(f"{settings.model} is no tree, and the page draws trees: choose a hierarchical ensemble.")
+            raise ValueError(f"{settings.model} is not a tree: the page can only show hierarchical ensembles.")
         self.tree, classes = self.model.tree, self.model.num_classes
         if settings.labels and len(settings.labels) != classes:
             raise ValueError(f"--labels has {len(settings.labels)} names, but the model {classes} classes.")
@@ -90,14 +90,14 @@ class Demo:
         self.size, self.mode = config.input_size, "L" if config.input_size[0] == 1 else "RGB"
         self.decode, self.transform = create_decoder(config), create_transform(config, training=False)
         self.full_macs = self.model.macs(self.size)[-1]
-        self._lock = threading.Lock()  # visitors take turns: looped levels put weights in place while they run
+        self._lock = threading.Lock()  # one request at a time, so that displayed times are not affected by others
         blank = Image.new(self.mode, self.size[:0:-1])
-        for depth in range(self.tree.depths):  # the first call of each is slow, and would tell of nothing
+        for depth in range(self.tree.depths):  # warm-up: the first call of each depth is slow
             self.at_depth(blank, depth)
         list(self.walk(blank))
 
     def at_depth(self, image: Image.Image, depth: int) -> Answer:
-        """The answer of the first 2^depth networks."""
+        """The prediction of the first 2^depth networks."""
         x, leaves = self._prepared(image), self.tree.leaves_at(int(depth))
         with self._lock, torch.inference_mode():
             began = time.perf_counter()
@@ -108,7 +108,7 @@ class Demo:
         return Answer(p, logits.argmax(-1).tolist(), macs, self.full_macs, 1e3 * taken)
 
     def walk(self, image: Image.Image) -> Iterator[Answer]:
-        """The answer after every network."""
+        """The predictions after every network."""
         steps, votes, taken = self.model.anytime(self._prepared(image)), [], 0.0
         for _ in range(self.tree.leaves):
             with self._lock:
@@ -120,11 +120,11 @@ class Demo:
             yield Answer(p, list(votes), step.macs, self.full_macs, 1e3 * taken, walking=True)
 
     def show_depth(self, image: Image.Image | None, depth: int) -> str:
-        """The page's answer for the slider."""
+        """HTML of the prediction at the depth of the slider."""
         return placeholder(self.tree) if image is None else page(self.at_depth(image, depth), self.tree, self.names)
 
     def show_walk(self, image: Image.Image | None) -> Iterator[tuple[str, Any]]:
-        """The page's answer after every network, slowly enough to watch; the slider goes along.
+        """HTML of the prediction after every network, with pauses, and the position of the slider.
 
         Raises:
             gr.Error: there is no image.
@@ -140,8 +140,8 @@ class Demo:
 
     @torch.inference_mode()
     def gains_most(self, images: list[Image.Image], label: int) -> int:
-        """The image whose label gains most in probability from the first network to all."""
-        label = min(label, len(self.names) - 1)  # images need not be of the model's classes
+        """The index of the image whose label gains most in probability from the first network to all networks."""
+        label = min(label, len(self.names) - 1)  # the images may have other classes than the model
         logits = self.model(torch.cat([self._prepared(image) for image in images]), reduce=False)
         first, whole = (mean.softmax(-1)[:, label] for mean in (logits[:, 0], logits.mean(1)))
         return int((whole - first).argmax())
@@ -151,10 +151,10 @@ class Demo:
 
 
 def example_images(settings: Settings, demo: Demo) -> list[Image.Image]:
-    """What there is to choose from: one image per class, or the first ones of a folder.
+    """The example images: one per class, or the first ones of a folder.
 
     Raises:
-        ValueError: the folder does not exist, or holds no image that can be read.
+        ValueError: the folder does not exist, or contains no readable image.
     """
     folder = Path(settings.examples)
     if not settings.examples:
@@ -181,9 +181,9 @@ def build(demo: Demo, examples: list[Image.Image], folder: Path) -> gr.Blocks:
     """The page.
 
     Args:
-        demo: answers.
-        examples: images to choose from.
-        folder: to put them into, from where they are served.
+        demo: the model.
+        examples: example images.
+        folder: folder from which the example images are served.
     """
     tree, backbone = demo.tree, demo.model._model_args.get("backbone")
     files = [folder / f"{number}.png" for number in range(len(examples))]
@@ -215,7 +215,7 @@ def build(demo: Demo, examples: list[Image.Image], folder: Path) -> gr.Blocks:
                     value=tree.depths - 1,
                     step=1,
                     label="Depth",
-                    info="the first 2^depth networks answer",
+                    info="the first 2^depth networks are evaluated",
                     elem_id="depth",
                     visible=tree.depths > 1,
                 )
@@ -246,7 +246,7 @@ def main() -> None:
     fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Liberation Sans", "sans-serif"]
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["monospace"])
     theme = theme.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # and what visitors dropped is deleted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes uploaded images
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         build(demo, example_images(settings, demo), Path(folder)).launch(
@@ -262,7 +262,7 @@ def main() -> None:
 
 
 def uploaded(decode: Callable[[str], Image.Image]) -> Callable[[Any], Image.Image | None]:
-    """What reads an upload in Gradio's place, which has a way of its own with bits and orientation."""
+    """A function that decodes uploads instead of Gradio, which treats bit depth and orientation differently."""
 
     def read(payload: Any) -> Image.Image | None:
         if payload is None:
@@ -278,7 +278,7 @@ def uploaded(decode: Callable[[str], Image.Image]) -> Callable[[Any], Image.Imag
 
 
 def _one_of_each(demo: Demo, images: Any, labels: Any) -> list[Image.Image]:
-    """Of the first images of every class the one on which further networks help most: there is something to see."""
+    """Of the first images of every class, the one for which further networks help most."""
     chosen = []
     for label in sorted(set(labels.tolist()))[:_MOST_EXAMPLES]:
         first = [Image.fromarray(image) for image in images[labels == label][:_TRIED]]

@@ -1,4 +1,4 @@
-"""What app.py shows of an answer: HTML and a drawing of the tree, made from plain values."""
+"""HTML of a prediction and a drawing of the tree, for app.py."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from html import escape
 from hierens.core.tree import Tree
 
 _MOST_DRAWN = 256  # leaves
-_ALL_BARS, _FEW_BARS = 12, 8  # up to so many classes stand in their own order; of more, the likeliest
+_ALL_BARS, _FEW_BARS = 12, 8  # up to 12 classes are shown in order; of more, the 8 most probable
 _WIDTH, _ROW, _MARGIN = 560, 46, 14
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The first networks' answer to one image.
+    """The prediction of the first networks for one image.
 
     Attributes:
-        probabilities: of every class, by the ensemble of these networks.
-        votes: the class that each of them names.
-        macs: multiply-accumulates spent.
-        full_macs: what the whole tree would take.
-        milliseconds: time it took to compute.
-        walking: whether the last network has just been added, in an anytime walk.
+        probabilities: probability of every class, from the ensemble of these networks.
+        votes: the class predicted by each network.
+        macs: multiply-accumulates used.
+        full_macs: multiply-accumulates of the whole tree.
+        milliseconds: computing time.
+        walking: whether the networks are evaluated one by one.
     """
 
     probabilities: Sequence[float]
@@ -35,12 +35,12 @@ class Answer:
 
     @property
     def best(self) -> int:
-        """The answer: a class."""
+        """The predicted class."""
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
 
 
 def page(answer: Answer, tree: Tree, names: Sequence[str]) -> str:
-    """The whole right-hand side: the answer, what it took, the tree, the probabilities."""
+    """The right-hand side of the page: prediction, cost, tree and probabilities."""
     networks, agreeing = len(answer.votes), sum(vote == answer.best for vote in answer.votes)
     share = answer.macs / answer.full_macs
     tiles = (
@@ -68,7 +68,7 @@ further one sharpens the answer.</p>{drawing(tree)}</div>"""
 
 
 def drawing(tree: Tree, answer: Answer | None = None, names: Sequence[str] = ()) -> str:
-    """The tree as an inline SVG, the image at its root, with the evaluated branches lit."""
+    """The tree as an inline SVG, with the image at its root and the evaluated branches highlighted."""
     if tree.leaves > _MOST_DRAWN:
         return ""
     networks = len(answer.votes) if answer else 0
@@ -100,7 +100,7 @@ def drawing(tree: Tree, answer: Answer | None = None, names: Sequence[str] = ())
 
 
 def quantity(macs: int) -> str:
-    """Multiply-accumulates to three digits, with a unit."""
+    """Multiply-accumulates with three digits and a unit."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if macs >= size:
             return f"{macs / size:.3g} {unit}"
@@ -108,12 +108,12 @@ def quantity(macs: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A probability, which is never quite 0 or 100 %."""
+    """A probability in percent."""
     return "&gt; 99.9 %" if share > 0.999 else f"{100 * share:.1f} %"
 
 
 def _centre(tree: Tree, level: int, branch: int) -> float:
-    """Above the middle of its leaves."""
+    """The horizontal position of a branch: the centre of its leaves."""
     span = tree.span(level)
     first, last = branch * span, min((branch + 1) * span, tree.leaves)
     return (first + last) / 2 * _WIDTH / tree.leaves

@@ -1,4 +1,4 @@
-"""Predict a folder of images, or any data set that hierens reads, with a saved model: Parquet files, resumable.
+"""Predicts a folder of images, or any data set that hierens reads, with a saved model; writes Parquet files, resumable.
 
 python examples/batch_predict.py --model DIR --input FOLDER --output OUT               images in it and below
 python examples/batch_predict.py --model user/name --dataset fashion_mnist --input DIR --output OUT
@@ -36,7 +36,7 @@ try:
 except ImportError:
     sys.exit("error: Parquet files are written by pyarrow: pip install 'hierens[batch]'.")
 
-MANIFEST = "_manifest.json"  # readers of a folder of Parquet files pass over names that begin with an underscore
+MANIFEST = "_manifest.json"  # readers of Parquet folders ignore names with a leading underscore
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),  # among the inputs, from 0
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         ("prediction", pa.int32()),
         ("name", pa.string()),  # of the predicted class, null if the classes have no names
         ("probability", pa.float32()),
-        ("entropy", pa.float32()),  # of the answer, in nats
+        ("entropy", pa.float32()),  # of the prediction, in nats
         ("networks", pa.int32()),
         ("macs", pa.int64()),
         ("error", pa.string()),  # why there is no prediction, null otherwise
@@ -55,44 +55,44 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Settings:
-    """Which model predicts what, and how much it may compute."""
+    """Model, inputs and depth."""
 
     model: str
-    """a folder of save_pretrained, or user/name on the Hub"""
+    """folder of a saved model, or user/name on the Hub"""
     output: str
-    """folder for the Parquet files; a run that was stopped goes on with those that are missing"""
+    """folder for the Parquet files; an interrupted run is resumed with the missing files"""
     input: str = ""
-    """a folder of images, read with all that is below it; or where the data set lies"""
+    """folder of images, with its subfolders; or the location of the data set"""
     dataset: str = ""
     """`clothing`, `digits`, `fashion_mnist`; timm's `torch/..`, `hfds/..`, `hfids/..`, `wds/..`; empty for a folder"""
     split: str = "validation"
-    """of the data set"""
+    """split of the data set"""
     policy: str = ""
-    """a policy.json, or its folder; by default the one beside the model, else all networks answer"""
+    """a policy.json, or its folder; by default that of the model, else all networks are evaluated"""
     depth: int | None = None
-    """the first 2^depth networks answer, whatever policy there is"""
+    """evaluate the first 2^depth networks instead of using a policy"""
     labels: tuple[str, ...] = ()
     """names of the classes; by default those in the model's config, the data set, or the folders"""
     batch_size: int = 64
-    """images at a time, per process"""
+    """images per batch and process"""
     shard_size: int = 10_000
     """images per Parquet file"""
     workers: int = 4
-    """processes that read images, per process that predicts"""
+    """loader processes per predicting process"""
     cpu: bool = False
-    """leave accelerators alone"""
+    """use the CPU"""
 
 
 def main() -> None:
-    """Predict what is missing."""
+    """Run from the command line."""
     run(tyro.cli(Settings, description=__doc__))
 
 
 def run(settings: Settings) -> None:
-    """Predict what is missing in the output folder.
+    """Predict the inputs whose files are missing in the output folder.
 
     Raises:
-        ValueError: settings that do not work, or other ones than the output was begun with; before any work.
+        ValueError: settings are invalid, or differ from those of the existing files. Raised before any work.
     """
     for name in ("batch_size", "shard_size"):
         if getattr(settings, name) < 1:
@@ -106,12 +106,12 @@ def run(settings: Settings) -> None:
     output = Path(settings.output)
     settle(output, describe(settings, model, policy, config, inputs, names), state)
     done = {int(file.stem.removeprefix("part-")) for file in output.glob("part-*.parquet")}
-    state.wait_for_everyone()  # all have seen the same files before anyone writes another
+    state.wait_for_everyone()  # all processes must list the files before one writes a new file
     batches = Batches(
         inputs, done, (state.process_index, state.num_processes), settings.shard_size, settings.batch_size
     )
     loader = DataLoader(batches, batch_size=None, collate_fn=_as_it_is, num_workers=inputs.workers(settings.workers))
-    state.print(f"{policy}; {len(done)} files are there already")
+    state.print(f"{policy}; {len(done)} files exist already")
     began = time.perf_counter()
     for part, of_part in itertools.groupby(loader, key=lambda batch: batch.part):
         table = predict(model.to(state.device), policy, of_part, names)
@@ -122,10 +122,10 @@ def run(settings: Settings) -> None:
 
 
 def load(settings: Settings) -> tuple[hierens.Adaptive, Policy]:
-    """The model, with the depth or the policy that was asked for, else the one beside it, else all networks.
+    """The model, and the given depth or policy, by default the policy of the model, else full depth.
 
     Raises:
-        ValueError: a depth that the model does not have, or a policy that answers by the clock.
+        ValueError: the model does not have the depth, or the policy depends on the clock.
     """
     if settings.depth is not None and settings.policy:
         raise ValueError("give --depth or --policy, not both.")
@@ -140,17 +140,17 @@ def load(settings: Settings) -> tuple[hierens.Adaptive, Policy]:
         policy = saved or FixedDepth()
     if isinstance(policy, Deadline):
         raise ValueError(
-            f"the policy in {settings.policy or settings.model} answers by the clock, which nobody could repeat: give "
-            "--depth or --policy."
+            f"the policy in {settings.policy or settings.model} depends on the clock, so results are not "
+            "reproducible: give --depth or --policy."
         )
     return model, policy
 
 
 def class_names(settings: Settings, model: hierens.Adaptive, inputs: Folder | Indexed | Stream) -> list[str] | None:
-    """Names of the model's classes, if anyone knows them; the folders are told, so that they know their labels.
+    """Names of the model's classes, if known; also sets the class indices of folders.
 
     Raises:
-        ValueError: another number of `labels` than of classes.
+        ValueError: the number of `labels` is not the number of classes.
     """
     if settings.labels and len(settings.labels) != model.num_classes:
         raise ValueError(f"--labels has {len(settings.labels)} names, but the model {model.num_classes} classes.")
@@ -169,7 +169,7 @@ def describe(
     inputs: Folder | Indexed | Stream,
     names: list[str] | None,
 ) -> dict[str, Any]:
-    """All that rows depend on: rows of one output must agree in it."""
+    """Everything that rows depend on, which must be the same for all files of an output folder."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -189,10 +189,10 @@ def describe(
 
 
 def settle(output: Path, described: dict[str, Any], state: PartialState) -> None:
-    """Compare with what the output was begun with, or write it down.
+    """Compare with the manifest of the output folder, or write it.
 
     Raises:
-        ValueError: it was begun with something else.
+        ValueError: the manifest differs.
     """
     file = output / MANIFEST
     if file.exists():
@@ -205,11 +205,11 @@ def settle(output: Path, described: dict[str, Any], state: PartialState) -> None
             if before[name] != value:
                 was, now = (_short(values[name]) for values in (before, described))
                 raise ValueError(
-                    f"{output} was begun with other {name} ({was} then, {now} now): go on with the same, or choose "
-                    "another --output."
+                    f"{output} was started with another {name} (then {was}, now {now}): use the same settings, or "
+                    "choose another --output."
                 )
     elif next(output.glob("part-*.parquet"), None):
-        raise ValueError(f"{output} holds Parquet files, but no {MANIFEST} says of what: choose another --output.")
+        raise ValueError(f"{output} contains Parquet files but no {MANIFEST}: choose another --output.")
     state.wait_for_everyone()
     if state.is_main_process and not file.exists():
         output.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def settle(output: Path, described: dict[str, Any], state: PartialState) -> None
 
 
 def predict(model: hierens.Adaptive, policy: Policy, batches: Iterable[Batch], names: list[str] | None) -> pa.Table:
-    """A row for every input of one Parquet file."""
+    """The rows of one Parquet file."""
     rows: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
     device = next(model.parameters()).device
     for batch in batches:
@@ -248,7 +248,7 @@ def predict(model: hierens.Adaptive, policy: Policy, batches: Iterable[Batch], n
 
 
 def write(table: pa.Table, file: Path) -> None:
-    """A Parquet file, whole or not there."""
+    """Write a Parquet file atomically."""
     partial = file.with_name(f"_{file.name}.partial")
     pq.write_table(table, partial, compression="zstd")
     publish(partial, file)

@@ -1,6 +1,6 @@
-"""What batch_predict.py reads: `items` lists inputs in an order that never changes, `load` reads one or says why not.
+"""Inputs of batch_predict.py: `items` lists them in a fixed order; `load` reads one, or returns the reason why not.
 
-`Batches` deals them out, in pieces that become a Parquet file each.
+`Batches` distributes them over processes, in parts that become one Parquet file each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hierens.training.data.unreadable import UnreadableImageError
 
 
 class Loaded(NamedTuple):
-    """An image, or why there is none."""
+    """An image, or the reason why it cannot be read."""
 
     path: str | None
     label: int | None
@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Inputs that follow each other and belong into one Parquet file."""
+    """Consecutive inputs of one Parquet file."""
 
     part: int
     indices: list[int]
@@ -51,17 +51,17 @@ def open_inputs(config: DataConfig) -> Folder | Indexed | Stream:
     """The folder, or the evaluation split of the data set.
 
     Raises:
-        ValueError: there is nothing to read.
+        ValueError: there are no inputs.
     """
     if not config.dataset:
         return Folder(config)
-    # A stream that does not say how long it is can be predicted nevertheless.
+    # Streams of unknown length can also be predicted.
     dataset = create_held_out(replace(config, num_samples=config.num_samples or 1))
     return Stream(dataset.reader, config) if isinstance(dataset, IterableDataset) else Indexed(dataset)
 
 
 class Folder:
-    """Images in a folder and below it, by path; the folder right above an image may name its class."""
+    """Images in a folder and its subfolders, sorted by path; the parent folder of an image may name its class."""
 
     def __init__(self, config: DataConfig) -> None:
         root = config.data_dir
@@ -93,7 +93,7 @@ class Folder:
 
 
 class Indexed:
-    """A data set of `create_held_out` that has a length."""
+    """A data set with a length."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -118,14 +118,14 @@ class Indexed:
 
 
 class Stream:
-    """WebDataset shards or a Hugging Face stream, in stored order; what another process predicts is not decoded."""
+    """WebDataset shards or a Hugging Face stream, in stored order; inputs of other processes are not decoded."""
 
     def __init__(self, reader: Any, config: DataConfig) -> None:
         self.reader, self.read = reader, _reader(config)
         self.names: list[str] = []
 
     def workers(self, wanted: int) -> int:
-        """`datasets` deals shards out among loader workers by itself, so there may be one."""
+        """At most one for `datasets`, which would distribute shards over loader workers itself."""
         return min(wanted, 1) if hasattr(self.reader, "builder") else wanted
 
     def items(self) -> Iterable[Any]:
@@ -157,7 +157,7 @@ class Stream:
                     label = int(sample["cls"]) if "cls" in sample else None
                     yield f"{name}/{sample['__key__']}", label, image
             except Exception as error:
-                if not Path(shard).is_file():  # a connection may be better next time: no row must say otherwise
+                if not Path(shard).is_file():  # a connection may work next time, so this must not become a row
                     raise ValueError(f"the shard {shard} cannot be read: {_reason(error)}") from error
                 yield name, None, f"the rest of the shard cannot be read: {_reason(error)}"
 
@@ -172,12 +172,12 @@ class Stream:
 
 
 class Batches(IterableDataset[Batch]):
-    """The batches of this process, one Parquet file's after the other's; loader workers take turns.
+    """The batches of this process, sorted by Parquet file; loader workers take turns.
 
     Args:
-        inputs: what to read.
-        done: the Parquet files that are there already.
-        share: this process, and how many there are; missing files are dealt out in turn.
+        inputs: the inputs.
+        done: indices of the existing Parquet files.
+        share: index and number of processes, over which the missing files are distributed in turn.
         shard_size: inputs per Parquet file.
         batch_size: inputs per batch.
     """
@@ -224,7 +224,7 @@ class Batches(IterableDataset[Batch]):
 
 
 def _reader(config: DataConfig) -> Callable[[Source | dict[str, Any]], torch.Tensor | str]:
-    """What prepares an image, or says why not; of a Hugging Face data set's row, after fetching it."""
+    """A function that prepares an image (also of a Hugging Face row), or returns the reason why it cannot be read."""
     return partial(_prepared, create_decoder(config), create_transform(config, training=False))
 
 
@@ -235,16 +235,16 @@ def _prepared(
 ) -> torch.Tensor | str:
     try:
         return transform(decode(hugging_face_bytes(content) if isinstance(content, dict) else content))
-    except Exception as error:  # files, connections and transforms fail in more ways than images
+    except Exception as error:  # files, connections and transforms raise many types of errors
         return _reason(error)
 
 
 def _reason(error: BaseException) -> str:
-    """In one line that is the same at every attempt: Python's word for an open file is not."""
+    """The error in one line, without addresses of open files, so that it is the same at every attempt."""
     said = re.sub(r"<_io\.[^>]*>", "", str(error) or type(error).__name__)
     return _text(" ".join(said.split()))
 
 
 def _text(name: str) -> str:
-    """A file's name as Parquet takes it, which is UTF-8."""
+    """A file name as valid UTF-8, for Parquet."""
     return os.fsencode(name).decode(errors="replace")

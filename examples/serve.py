@@ -1,10 +1,10 @@
-"""A hierens model behind HTTP, on Ray Serve: holds a latency by giving way in depth while the load is high.
+"""Serves a model over HTTP with Ray Serve; reduces the depth under load to hold a latency target.
 
-python examples/serve.py --model DIR_OR_HUB_ID                        # answers on http://127.0.0.1:8000
+python examples/serve.py --model DIR_OR_HUB_ID                        # serves http://127.0.0.1:8000
 curl -F image=@shirt.png http://127.0.0.1:8000/predict                # or several: -F image=@a.png -F image=@b.png
 
-One `Gateway` checks and decodes uploads, counts and measures; it hands small arrays to the replicas of `Network`, which
-hold the model and answer in batches. There is one gateway, so what /metrics says is true of the whole service.
+One `Gateway` checks and decodes uploads and records metrics. It passes small arrays to the replicas of `Network`, which
+hold the model and predict in batches. There is only one gateway, so /metrics covers the whole service.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: whatever else the machine does would come first
+os.environ.setdefault("RAY_worker_niceness", "0")  # the default is 15, which would give other programs priority
 
 import ray
 import tyro
@@ -31,7 +31,7 @@ def build(settings: Settings) -> serve.Application:
     """The service, ready for `serve.run`.
 
     Raises:
-        ValueError: settings that do not fit the model, or a model that cannot be loaded.
+        ValueError: settings do not fit the model, or the model cannot be loaded.
     """
     for name in ("replicas", "threads", "max_batch", "max_images", "max_queue", "max_bytes", "max_pixels", "top"):
         if getattr(settings, name) < 1:
@@ -42,13 +42,13 @@ def build(settings: Settings) -> serve.Application:
     network = Network.options(
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": settings.threads},
-        # The gateway alone holds back what is too much, and a replica's policy should see the whole queue.
+        # Only the gateway limits the queue, so that a replica's policy sees all of it.
         max_ongoing_requests=settings.max_queue,
         max_queued_requests=settings.max_queue,
         health_check_period_s=2,
         health_check_timeout_s=10,
     ).bind(settings)
-    # Room for refusals, health checks and metrics beside a full queue; beyond that Ray's proxy itself answers 503.
+    # Room for refusals, health checks and metrics beside a full queue; beyond that, Ray's proxy responds with 503.
     return Gateway.options(
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
@@ -59,10 +59,10 @@ def build(settings: Settings) -> serve.Application:
 
 
 def start(settings: Settings, **ray_options: Any) -> None:
-    """Serve in the background, on a Ray of our own if none is there; returns when the model has loaded."""
+    """Serve in the background, and start Ray if it is not running. Returns when the model is loaded."""
     service = build(settings)
     if not ray.is_initialized():
-        # Ray's processes import `service`, wherever this was started from.
+        # Ray's processes must find `service`, whatever the working directory.
         path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
         ray.init(
             **{
@@ -82,7 +82,7 @@ def start(settings: Settings, **ray_options: Any) -> None:
 
 
 def stop() -> None:
-    """End the service and Ray."""
+    """Stop the service and Ray."""
     serve.shutdown()
     ray.shutdown()
 
@@ -94,7 +94,7 @@ def main(settings: Settings) -> None:
         signal.signal(number, lambda *_: done.set())
     try:
         start(settings)
-        print(f"{Path(settings.model).name} answers on http://{settings.host}:{settings.port}/predict", flush=True)
+        print(f"{Path(settings.model).name} is served on http://{settings.host}:{settings.port}/predict", flush=True)
         done.wait()
     finally:
         stop()

@@ -1,6 +1,6 @@
-"""Train the paper's CIFAR ensemble by its recipe: 16 networks, SGD, 200 epochs (Ruiz & Verbeek, section 4.1).
+"""Trains the paper's CIFAR ensemble with its recipe: 16 networks, SGD, 200 epochs (Ruiz & Verbeek, section 4.1).
 
-accelerate launch examples/train_cifar.py --data-dir DIR              CIFAR-100, of torchvision's layout
+accelerate launch examples/train_cifar.py --data-dir DIR              CIFAR-100, in torchvision's format
 accelerate launch examples/train_cifar.py --data-dir DIR --dataset torch/cifar10
 accelerate launch examples/train_cifar.py --data-dir DIR --small      half the channels: the paper's HNE_small
 """
@@ -15,7 +15,7 @@ from hierens import cli
 from hierens.training.presets import preset
 from hierens.training.run import Run
 
-# Mean and standard deviation of the training images, in [0, 1].
+# Mean and standard deviation of the training images, scaled to [0, 1].
 STATISTICS = {
     "torch/cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "torch/cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -23,10 +23,10 @@ STATISTICS = {
 
 
 def recipe(dataset: str, small: bool) -> Run:
-    """The preset `paper-cifar`, for either data set and either width.
+    """The preset `paper-cifar` for a data set and a width.
 
     Raises:
-        ValueError: another data set.
+        ValueError: the data set is unknown.
     """
     if dataset not in STATISTICS:
         raise ValueError(f"dataset must be one of {', '.join(STATISTICS)}, got {dataset!r}.")
@@ -40,7 +40,7 @@ def recipe(dataset: str, small: bool) -> Run:
 
 
 def main() -> None:
-    """Train, and say what every depth costs and gives."""
+    """Train, and print the cost and accuracy of every depth."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--dataset", default="torch/cifar100")
     peek.add_argument("--small", action="store_true")

@@ -1,4 +1,4 @@
-"""Train a hierarchical neural ensemble: on ImageNet by the paper's recipe, or on any images that timm can read.
+"""Trains a hierarchical neural ensemble on ImageNet with the paper's recipe, or on any images that timm can read.
 
 accelerate launch examples/train_imagenet.py --data-dir /path/to/imagenet          the paper's recipe
 accelerate launch examples/train_imagenet.py --data-dir /path/to/images            a folder with train/ and validation/
@@ -8,7 +8,7 @@ python examples/train_imagenet.py --dataset fashion_mnist --data-dir DIR        
 accelerate launch examples/train_imagenet.py --preset finetune --data-dir DIR --backbone NAME | --weights FILE
 python examples/train_imagenet.py                                                  a demo on a CPU, under two minutes
 
-The recipe is chosen by the data, or by --preset or --config; what it says, --print-config shows.
+The data determine the recipe, unless --preset or --config is given; --print-config prints it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def recipe(dataset: str, data_dir: str) -> Run:
 
 
 def main() -> None:
-    """Choose a recipe by the data, let flags change it, train, and say what every depth costs and gives."""
+    """Choose a recipe by the data, apply the flags, train, and print the cost and accuracy of every depth."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--dataset", default="")
     peek.add_argument("--data-dir", default="")

@@ -153,7 +153,7 @@ def test_other_settings_are_refused(model_dir, folder, undisturbed, tmp_path):
         "inputs": {"input": str(tmp_path)},
         "labels": {"labels": ("x", "y", "z")},
     }.items():
-        with pytest.raises(ValueError, match=f"was begun with other {what} .*: go on with the same, or choose"):
+        with pytest.raises(ValueError, match=f"was started with another {what} .*: use the same settings, or choose"):
             batch_predict.run(replace(settings(model_dir, undisturbed, folder), **changed))
     assert parts(undisturbed) == before
 
@@ -166,7 +166,7 @@ def test_bad_settings_are_refused_before_any_work(model_dir, folder, tmp_path):
         ({"input": str(model_dir)}, "no image in"),
         ({"depth": 3}, "depth must be from 0 to 2"),
         ({"depth": 1, "policy": str(policy)}, "not both"),
-        ({"policy": str(policy)}, "answers by the clock"),
+        ({"policy": str(policy)}, "depends on the clock"),
         ({"policy": "/nowhere"}, "not a local directory"),
         ({"labels": ("a",)}, "1 names, but the model 3 classes"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

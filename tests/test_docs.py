@@ -1,4 +1,4 @@
-"""What the README and the pages show runs as it stands, page by page, from top to bottom."""
+"""Code and commands on pages run, links lead to files, and the diagram of packages shows the imports of the code."""
 
 import re
 import shlex
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 import hierens
@@ -122,6 +123,28 @@ def understood(words):
 def test_the_reference_lists_the_public_face():
     listed = re.findall(r"^\| \[`(\w+)`\]", (ROOT / "docs/reference/index.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(hierens.__all__)
+
+
+def diagram_of_imports():
+    """The packages of hierens and their imports, as Mermaid; without imports that others imply."""
+    graph = grimp.build_graph("hierens", cache_dir=None)
+    imports: dict[str, set[str]] = {}
+    for module in graph.modules - {"hierens", "hierens.__main__"}:
+        package = module.split(".")[1]
+        names = (imported.split(".")[1] for imported in graph.find_modules_directly_imported_by(module))
+        imports.setdefault(package, set()).update(name for name in names if name != package)
+
+    def below(package):
+        return imports[package].union(*map(below, imports[package]))
+
+    kept = {package: own - set().union(*map(below, own)) for package, own in imports.items()}
+    edges = (f"  {package} --> {name}" for package in sorted(kept) for name in sorted(kept[package]))
+    return "\n".join(("```mermaid", "graph TD", *edges, "```"))
+
+
+def test_the_diagram_of_packages_shows_their_imports():
+    diagram, page = diagram_of_imports(), (ROOT / "docs/architecture.md").read_text()
+    assert diagram in page, f"the diagram in docs/architecture.md should be:\n{diagram}"
 
 
 def test_links_between_pages_lead_somewhere():

@@ -145,7 +145,7 @@ def test_a_way_that_answers_otherwise_is_not_timed(tmp_path, monkeypatch):
         switching, "_runner", lambda model, x, way, tiny: lambda depth: lambda: x.new_full((len(x), 10), 1e3)
     )
     run("switching", tmp_path, batch_sizes=(1,))
-    assert "answers otherwise" in written(tmp_path, "switching")["rows"][0]["failed"]
+    assert "gives other outputs than" in written(tmp_path, "switching")["rows"][0]["failed"]
 
 
 def test_a_cell_that_fails_says_why_and_the_others_are_measured(tmp_path):
@@ -215,9 +215,9 @@ def test_parts_that_are_damaged_or_of_other_images_are_refused(folders, tmp_path
         packing.join(tmp_path / "other", tmp_path / "images")
     part = tmp_path / "packed" / "test-1-of-1.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cannot be read as a part.*bring it again"):
+    with pytest.raises(ValueError, match=r"cannot be read as a part.*copy it again"):
         packing.join(tmp_path / "packed", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"no parts in .*nothing: bring what the step pack wrote"):
+    with pytest.raises(ValueError, match=r"no parts in .*nothing: copy the files of `pack`"):
         packing.join(tmp_path / "nothing", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="part_megabytes must be larger"):
         packing.pack(data, tmp_path / "small", 0.01)
@@ -377,7 +377,7 @@ def test_the_recipe_is_the_papers(tmp_path):
 
 
 def test_a_later_step_without_a_checkpoint_is_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"there is none in .*distilled: bring that folder"):
+    with pytest.raises(ValueError, match=r"there is none in .*distilled: copy that folder"):
         run("train-distilled-2", tmp_path, data_dir=str(folders))
 
 
@@ -394,7 +394,7 @@ def test_unknown_steps_and_a_missing_gpu_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no step 'sped': choose speed, switching"):
         run("sped", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="speed measures a GPU, and there is none here; --tiny"):
+    with pytest.raises(ValueError, match="speed needs a GPU, and there is none; --tiny"):
         gpu.main(gpu.Settings("speed", runs=tmp_path))
     with pytest.raises(ValueError, match="no precision 'fp8': choose bf16, tf32, fp32"):
         run("speed", tmp_path, precisions=("fp8",))

@@ -1,4 +1,4 @@
-"""The results pages: what they say of differences, and that records alone are enough to write them."""
+"""The results pages: differences between rows, and pages written from records alone."""
 
 import exits
 import paper
@@ -110,4 +110,4 @@ def test_pages_are_made_of_records_alone(rows, tmp_path, monkeypatch):
     else:
         with pytest.raises(ValueError, match="train them first"):
             exits.page("cifar100", tmp_path)
-        assert "Not run yet, and so not in this comparison: tree, L_H + L_HD, tree, L_H, tree with exits, " in page
+        assert "Not run yet, and therefore not in this comparison: tree, L_H + L_HD, tree, L_H, tree with" in page

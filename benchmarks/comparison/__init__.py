@@ -1,1 +1,1 @@
-"""One recipe for everything that is compared: what is trained, how it is recorded, what the records say."""
+"""Comparisons on a common recipe: training, records, and the evaluation of records."""

@@ -1,4 +1,4 @@
-"""What rows cost in MACs, in milliseconds and in megabytes, as points of accuracy against cost."""
+"""Accuracy of rows against their costs in MACs, milliseconds and megabytes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _ROUNDS = 7
 
 
 def points(groups: Mapping[str, Group], unit: str, times: Mapping[str, Sequence[float]]) -> dict[str, list[Point]]:
-    """Of every row, accuracy at each depth against a cost.
+    """Accuracy against cost at each depth of every row.
 
     Args:
         groups: the records.
         unit: a key of `UNITS`.
-        times: milliseconds per row and depth, where they were measured.
+        times: measured milliseconds per row and depth.
     """
     found = {}
     for row, group in groups.items():
@@ -49,7 +49,7 @@ def points(groups: Mapping[str, Group], unit: str, times: Mapping[str, Sequence[
 
 
 def threshold_points(group: Group) -> list[Point]:
-    """Mean MACs and accuracy with calibrated thresholds."""
+    """Points of mean MACs and accuracy with calibrated thresholds."""
     macs, accuracy = (
         [statistics.mean(values) for values in zip(*(r["thresholds"][field] for r in group.records), strict=True)]
         for field in ("macs", "accuracy")
@@ -58,16 +58,16 @@ def threshold_points(group: Group) -> list[Point]:
 
 
 def read_times(data: str) -> dict[str, Any]:
-    """What `measure` wrote; empty if it has not."""
+    """The latencies written by `measure`; empty if there are none."""
     file = _times_file(data)
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def measure(data: str) -> Path:
-    """Measure one image at every depth of every row, in turn, on one thread; weights do not matter to it.
+    """Measure the latency of one image at every depth of every row, on one thread, with untrained weights.
 
     Returns:
-        The file: medians of rounds in milliseconds, and the machine.
+        The file with medians over rounds in milliseconds, and the machine.
     """
     torch.set_num_threads(1)
     models = {}

@@ -1,4 +1,4 @@
-"""What records say: differences paired by seed with their standard errors, the paper's orderings, fronts of cost."""
+"""Evaluation of records: differences paired by seed with standard errors, claims of papers, Pareto fronts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Difference:
 
     Attributes:
         mean: in the field's unit.
-        error: its standard error; 0 for a single seed, which tells nothing.
-        seeds: how many seeds it is a mean of.
-        digits: how many decimals are written.
+        error: its standard error; 0 for a single seed, where it is unknown.
+        seeds: number of seeds.
+        digits: number of decimals in the text.
     """
 
     mean: float
@@ -29,7 +29,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether it is more than twice its standard error, over two seeds at least."""
+        """Whether it exceeds twice its standard error, with at least two seeds."""
         return self.seeds > 1 and abs(self.mean) > 2 * self.error
 
     def __str__(self) -> str:
@@ -50,27 +50,27 @@ def difference(more: Group, less: Group, field: str = "accuracy") -> list[Differ
 
 
 def over_last(more: Group, less: Group, field: str = "accuracy") -> list[Difference]:
-    """Per depth of `more`, its difference to the last depth of `less`, paired by seed."""
+    """Per depth of `more`, its difference from the last depth of `less`, paired by seed."""
     ends = [{**record, field: record[field][-1:] * len(more.macs)} for record in less.records]
     return difference(more, Group(less.name, less.macs, ends), field)
 
 
 def over_one(more: Group, value: float, field: str = "accuracy") -> list[Difference]:
-    """Per depth of `more`, its difference to a single figure, which has no error of its own here."""
+    """Per depth of `more`, its difference from a single value, which is treated as exact."""
     constant = [{"seed": record["seed"], field: [value] * len(more.macs)} for record in more.records]
     return difference(more, Group("", more.macs, constant), field)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says of two rows.
+    """A claim of a paper about two rows.
 
     Attributes:
-        text: in words.
-        more: the row that should have more of the field.
-        less: the row that should have less.
-        at: where: the `first` depth, the `last`, or `every` depth.
-        field: of the records.
+        text: the claim in words.
+        more: the row that should have the larger value.
+        less: the row that should have the smaller value.
+        at: the depths of the claim: `first`, `last` or `every`.
+        field: the compared field of the records.
     """
 
     text: str
@@ -81,7 +81,7 @@ class Claim:
 
 
 def verdict(found: Sequence[Difference]) -> str:
-    """Whether an ordering holds, beyond twice the standard error or within it."""
+    """Whether a claimed ordering holds, or is within twice the standard error."""
     if not found:
         return "not run"
     if found[0].seeds == 1:
@@ -96,7 +96,7 @@ def verdict(found: Sequence[Difference]) -> str:
 
 
 def verdicts(groups: Mapping[str, Group], claims: Sequence[Claim]) -> str:
-    """A table of claims: the difference at each depth they speak of, and whether they hold."""
+    """A table of claims: the difference at each of their depths, and whether they hold."""
     rows = []
     for claim in claims:
         found: list[Difference] = []
@@ -108,7 +108,7 @@ def verdicts(groups: Mapping[str, Group], claims: Sequence[Claim]) -> str:
 
 
 def gains(groups: Mapping[str, Group], base: str, names: Sequence[str]) -> str:
-    """A table of what rows gain over a base at each depth, and whether they are ahead at every one."""
+    """A table of the gains of rows over a base at each depth, and whether they are better at every depth."""
     rows = []
     for name in names:
         if name in groups and base in groups and (found := difference(groups[name], groups[base])):
@@ -117,17 +117,17 @@ def gains(groups: Mapping[str, Group], base: str, names: Sequence[str]) -> str:
     if not rows:
         return "Not run yet."
     depths = [f"depth {depth}" for depth in range(len(rows[0]) - 3)]
-    return table((f"gain over {groups[base].name}", *depths, "seeds", "ahead at every depth"), rows)
+    return table((f"gain over {groups[base].name}", *depths, "seeds", "better at every depth"), rows)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A depth of a row, or a mean cost that thresholds keep.
+    """A depth of a row, or its result with thresholds for a mean cost.
 
     Attributes:
         row: the row's title.
-        depth: in words.
-        cost: in the unit asked for.
+        depth: the depth in words.
+        cost: in the unit of the figure.
         accuracy: in percent, mean over seeds.
     """
 
@@ -138,7 +138,7 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Those that nothing cheaper reaches in mean accuracy, in order of cost."""
+    """The Pareto front in order of cost: points for which no cheaper one has at least the same accuracy."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, -p.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:
@@ -147,6 +147,6 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def front_table(points: Sequence[Point], unit: str) -> str:
-    """The front as a table."""
+    """A table of the Pareto front."""
     rows = [(f"{p.cost:.2f}", f"{p.accuracy:.2f}", p.row, p.depth) for p in front(points)]
     return table((unit, "accuracy (%)", "network", "depth"), rows)

@@ -1,4 +1,4 @@
-"""How large the gradients of a network with exits are, with gradient equilibrium and without."""
+"""Variance of the gradients of a multi-exit network, with and without gradient equilibrium."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hierens.training.run import create_ensemble
 
 
 def write_variances(data: str, data_dir: str, batches: int = 40) -> None:
-    """Measure the variance of every block's gradient over batches, before training, unless that was done."""
+    """Measure the variance of every block's gradient over batches, before training, unless the file exists."""
     file = RECORDS / data / "variances.json"
     if not file.is_file():
         rows = variances(data, data_dir, batches)
@@ -27,13 +27,13 @@ def write_variances(data: str, data_dir: str, batches: int = 40) -> None:
 
 
 def read_variances(data: str) -> list[dict[str, Any]]:
-    """What `write_variances` wrote; empty if it has not."""
+    """The variances written by `write_variances`; empty if there are none."""
     file = RECORDS / data / "variances.json"
     return list(json.loads(file.read_text())) if file.is_file() else []
 
 
 def variances(data: str, data_dir: str, batches: int) -> list[dict[str, Any]]:
-    """Per block, as multiples of the mean variance of the gradients that single exits behind it send."""
+    """Per block, the variance as a multiple of the mean variance of the gradients from single exits behind it."""
     run = configured(data, "exits", 0, data_dir, "")
     train_set, _ = create_datasets(run.data)
     model = create_ensemble(run, count_classes(train_set)).train()
@@ -65,6 +65,6 @@ def variances(data: str, data_dir: str, batches: int) -> list[dict[str, Any]]:
 
 
 def _gradient(block: Any) -> Tensor:
-    """All gradients of a block in one vector, zeros where there are none."""
+    """All gradients of a block as one vector, with zeros for missing gradients."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in block.parameters()]
     return torch.cat([part.flatten() for part in parts])

@@ -1,4 +1,4 @@
-"""What results pages have in common: titles, and what they end with: how many runs there were, and on what."""
+"""Common parts of the results pages: titles, and the lists of runs and machines."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from hierens.evaluation.profiling import table
 from hierens.evaluation.reporting import Group
 
 TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10 (JPEG copies)", "fashion_mnist": "Fashion-MNIST"}
-"""what pages call a data set"""
+"""names of the data sets on pages"""
 
 
 def runs(groups: Mapping[str, Group]) -> str:
-    """How many runs each row is a mean of."""
+    """The number of runs of each row."""
     return f"Runs: {', '.join(f'{group.name}: {len(group.records)}' for group in groups.values())}."
 
 
 def machines(groups: Mapping[str, Group]) -> str:
-    """On what the records were made."""
+    """The machines on which the records were made."""
     found: list[dict[str, Any]] = [record["machine"] for group in groups.values() for record in group.records]
     keys = list(dict.fromkeys(key for machine in found for key in machine))
     seen = {tuple(str(machine.get(key, "")) for key in keys) for machine in found}
@@ -26,5 +26,5 @@ def machines(groups: Mapping[str, Group]) -> str:
 
 
 def indented(text: str) -> str:
-    """By four spaces, as an admonition holds it; for the place behind the first four."""
+    """Text for the body of an admonition: all lines but the first are indented by four spaces."""
     return text.replace("\n", "\n    ").rstrip()

@@ -1,4 +1,4 @@
-"""Pictures of the results pages that hierens itself does not draw."""
+"""Figures of the results pages that hierens itself does not draw."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MARKERS = "os^Dv*XPph<>"
 
 
 def draw_costs(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> Path:
-    """Accuracy against several costs, a panel each; points of a row are joined, the first row's by a thick line.
+    """Plot accuracy against several costs, with a panel for each; the line of the first row is thicker.
 
     Args:
-        panels: by the label of the cost axis, the points of every row.
-        path: the picture's file.
+        panels: the points of every row, by the label of the cost axis.
+        path: the file of the figure.
     """
     figure = Figure(figsize=(4.6 * len(panels), 4.6), dpi=130, layout="constrained")
     axes_of = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""Pretrained weights for a comparison's rows, and the proof that a tree of copies answers as its backbone does."""
+"""Pretrained weights for a comparison, and a comparison of a tree of copies with its backbone."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ BATCH = 50
 
 
 def pretrained_weights(runs: Path) -> Path:
-    """The ImageNet weights of EfficientNet-Lite0 as a file with timm's names, made once from the installed package."""
+    """The ImageNet weights of EfficientNet-Lite0 as a file with timm's names, converted from the installed package."""
     file = runs / f"{efficientnet_lite0.ARCHITECTURE}.safetensors"
     return file if file.is_file() else efficientnet_lite0.convert(file)
 
 
 def write_copies(data_dir: str, weights: Path, blocks: int) -> Path:
-    """Answer labelled images with a backbone and, at every depth, with a tree of its copies; write the counts.
+    """Evaluate a backbone and every depth of a tree of its copies on labelled images, and write a record.
 
     Args:
         data_dir: a folder per class, in the order of the backbone's classes.
-        weights: of the backbone.
-        blocks: of the tree.
+        weights: weights file of the backbone.
+        blocks: number of blocks of the tree.
 
     Raises:
-        ValueError: other classes than the backbone's.
+        ValueError: the number of folders is not the backbone's number of classes.
     """
     overlay = {"file": str(weights)}
     name = efficientnet_lite0.ARCHITECTURE
@@ -42,7 +42,7 @@ def write_copies(data_dir: str, weights: Path, blocks: int) -> Path:
     transform = create_transform(**resolve_model_data_config(backbone))
     images = create_dataset("", root=data_dir, transform=transform)
     if (found := len(images.reader.class_to_idx)) != backbone.num_classes:
-        raise ValueError(f"{data_dir} has {found} folders, and {name} tells {backbone.num_classes} classes apart.")
+        raise ValueError(f"{data_dir} has {found} folders, but {name} has {backbone.num_classes} classes.")
     record = {
         "title": f"{name}, a tree of {2 ** (blocks - 1)} copies",
         "seed": 0,
@@ -55,14 +55,14 @@ def write_copies(data_dir: str, weights: Path, blocks: int) -> Path:
 
 
 def read_copies() -> dict[str, Any] | None:
-    """What `write_copies` wrote, if it has."""
+    """The record written by `write_copies`, if there is one."""
     file = record_file(IMAGENET, efficientnet_lite0.ARCHITECTURE, 0)
     return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
 @torch.no_grad()
 def compared(backbone: Any, tree: Any, batches: DataLoader[Any]) -> dict[str, Any]:
-    """How many images each answers rightly, and how far the tree's logits are from the backbone's at every depth."""
+    """The number of correct predictions of each, and the largest difference of logits at every depth."""
     count, right, depths = 0, 0, range(tree.depths)
     of_depth, furthest, alike = [0] * tree.depths, [0.0] * tree.depths, [0] * tree.depths
     for images, labels in batches:

@@ -1,8 +1,8 @@
-"""What is compared, on which data, by which recipe.
+"""The recipes of the compared data sets, and the rows of the comparisons.
 
-Every row of a table is the recipe of a data set with some fields changed. Families, epochs, optimiser, augmentation and
-images seen are the same for all rows of a data set. Most data sets have the rows of the paper's comparison (`ROWS`);
-fine-tuning has its own (`FINE_TUNED`).
+Every row of a table is the recipe of a data set with some fields changed. Network family, epochs, optimiser,
+augmentation and training images are the same for all rows of a data set. Most data sets have the rows of the paper's
+comparison (`ROWS`); fine-tuning has its own rows (`FINE_TUNED`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from hierens.training.presets import PRESETS
 LABELS, DISTILLED = "independent", "independent+hierarchical_codistillation"
 HIERARCHICAL_DISTILLED = "hierarchical+hierarchical_codistillation"
 BASE_WIDTH = 24
-SINGLE_WIDTHS = (BASE_WIDTH, 28, 36, 50)  # their MACs are about those of the tree at its four depths
-WIDE_EXITS = 40  # a network whose exits span the tree's MACs
+SINGLE_WIDTHS = (BASE_WIDTH, 28, 36, 50)  # their MACs are close to those of the tree at its four depths
+WIDE_EXITS = 40  # channels of a network whose exits cover the range of the tree's MACs
 ENSEMBLE_SEEDS = tuple(range(8))
 
-# SGD with the sum of eight losses needs hundreds of epochs to get as far as AdamW does in ten. float32, because
-# bfloat16 is 1.3 times as fast on CPUs with its instructions and 10 times slower on those with AVX2 only: records of
-# different machines are of one precision.
+# SGD with the sum of eight losses needs hundreds of epochs for the accuracy of ten epochs of AdamW. float32, so that
+# records of different machines have the same precision: bfloat16 is 1.3 times as fast on CPUs that support it, and 10
+# times slower on CPUs with AVX2 only.
 _TRAINING = TrainConfig(
     epochs=16,
     optimizer="adamw",
@@ -83,15 +83,15 @@ RECIPES = {
         _MODEL,
         dataclasses.replace(_TRAINING, epochs=6, val_epochs=6, warmup_epochs=0),
     ),
-    # The preset `finetune` for few images and one core: smaller batches, fewer epochs, no average of the weights.
-    # Validation images choose settings and thresholds; the test images judge.
+    # The preset `finetune` for few images and one core: smaller batches, fewer epochs, no averaged weights.
+    # Settings and thresholds are chosen on validation images; test images are used for evaluation only.
     "clothing": Run(
         dataclasses.replace(
             PRESETS["finetune"].data,
             input_size=(3, 128, 128),
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
-            crop_pct=0.8888,  # of 144 pixels, the short side that the photographs come with: nothing is resized
+            crop_pct=0.8888,  # of 144 pixels, the short side of the photographs, so nothing is resized
             workers=0,
         ),
         ModelConfig(backbone="tf_efficientnet_lite0", pretrained=True, drop_path=0.1, blocks=3),
@@ -100,7 +100,7 @@ RECIPES = {
             epochs=12,
             batch_size=32,
             ema_decay=None,
-            symmetry_noise=0.1,  # the best of those that docs/results/warm_start.md measured
+            symmetry_noise=0.1,  # the best value in docs/results/warm_start.md
             checkpoint_steps=48,
             keep_checkpoints=1,
             keep_best=False,
@@ -108,15 +108,15 @@ RECIPES = {
         ),
     ),
 }
-"""by the name of the data set"""
+"""recipes by data set"""
 
 TEST_SPLITS = {"clothing": "test"}
-"""where other images than those that validate judge; elsewhere the validation images are the test images"""
+"""test splits of data sets that have one; elsewhere the validation images are the test images"""
 
 _EXITS: dict[str, Any] = {"method": "multi_exit", "exits": 4, "head": "conv", "objective": LABELS}
 _EQUILIBRIUM: dict[str, Any] = {"gradient_equilibrium": True}
 _COLLABORATION: dict[str, Any] = {"collaborate": True}
-# The first epoch's teacher knows nothing yet: labels begin.
+# In the first epoch the teacher is untrained, so the first epoch uses labels only.
 _ONE_FOR_ALL: dict[str, Any] = {
     "objective": "one_for_all",
     "alpha": 0.9,
@@ -129,13 +129,13 @@ _LEARNED: dict[str, Any] = {"learn_weights": True}
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that is compared.
+    """One row of a comparison.
 
     Attributes:
-        title: what tables call it.
-        changes: fields of the recipe's model, training or data configuration that differ.
-        seeds: what it is trained with.
-        two_views: whether the halves of the tree see different augmentations of an image.
+        title: title in tables.
+        changes: fields of the model and training configuration that differ from the recipe.
+        seeds: seeds of its runs.
+        two_views: whether the halves of the tree receive different augmentations of an image.
     """
 
     title: str
@@ -220,7 +220,7 @@ ROWS: dict[str, Row] = {
     "exits-geometric-falling": Row("ensemble of exits, geometric, falling", _weighted("geometric_falling")),
     "exits-hybrid": Row("ensemble of exits, hybrid", _weighted("geometric_rising", **_LEARNED)),
 }
-"""by the name of their folder under docs/results/runs"""
+"""rows by the name of their folder under docs/results/runs"""
 
 
 FINE_TUNED: dict[str, Row] = {
@@ -228,7 +228,7 @@ FINE_TUNED: dict[str, Row] = {
     "tree-labels": Row("tree, L_I", {"objective": LABELS}),
     "single": Row("backbone alone", {"branching": (1, 1, 1), "objective": LABELS}),
 }
-"""from pretrained weights"""
+"""rows that start from pretrained weights"""
 
 
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -246,18 +246,18 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("exits-collaboration", "exits-one-for-all", "exits-imta"),
     ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),
 )
-"""rows in the order of training: within a group all rows on the first seed, then on the next"""
+"""rows in the order of training: within a group, all rows with the first seed, then with the next"""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared on one kind of data.
+    """The comparison on one data set.
 
     Attributes:
-        rows: by the name of their folder.
-        groups: rows in the order of training: within a group all rows on the first seed, then on the next.
-        single: the row whose networks, one per seed, make up deep ensembles.
-        sizes: of the deep ensembles; the largest has all seeds of `single`.
+        rows: rows by the name of their folder.
+        groups: rows in the order of training: within a group, all rows with the first seed, then with the next.
+        single: the row whose networks, one per seed, form the deep ensembles.
+        sizes: sizes of the deep ensembles; the largest has all seeds of `single`.
     """
 
     rows: Mapping[str, Row]
@@ -267,22 +267,22 @@ class Study:
 
 
 def study(data: str) -> Study:
-    """What is compared on a data set."""
+    """The comparison on a data set."""
     if data == "clothing":
         return Study(FINE_TUNED, (("tree", "single"), ("tree-labels",)), "single", (1, 3))
     return Study(ROWS, GROUPS, f"single-{BASE_WIDTH}", (1, 2, 4, 8))
 
 
 def configured(data: str, row: str, seed: int, data_dir: str, output_dir: str, weights: str = "") -> Run:
-    """A run of hierens: the data set's recipe with a row's changes.
+    """The configuration of a run: the recipe of the data set with the changes of a row.
 
     Args:
         data: name of the recipe.
-        row: one of the study's.
-        seed: of everything random.
-        data_dir: where the images lie.
-        output_dir: of checkpoints, logs and the model.
-        weights: a file of pretrained weights, for recipes that begin with such; timm's own by default.
+        row: name of the row.
+        seed: random seed.
+        data_dir: folder of the images.
+        output_dir: folder for checkpoints, logs and the model.
+        weights: file of pretrained weights, for recipes that use them; timm's weights by default.
     """
     run, changes = RECIPES[data], study(data).rows[row].changes
     of_model = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
@@ -297,7 +297,7 @@ def configured(data: str, row: str, seed: int, data_dir: str, output_dir: str, w
 
 
 def queue(data: str, only: Collection[str] = (), seeds: Collection[int] = ()) -> Iterator[tuple[str, int]]:
-    """Rows and seeds of a data set in the order of training, all of them or some only."""
+    """Rows and seeds of a data set in the order of training: all of them, or the selected ones."""
     compared = study(data)
     for group in compared.groups:
         for seed in ENSEMBLE_SEEDS:

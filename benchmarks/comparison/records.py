@@ -1,7 +1,7 @@
-"""A finished run as a small JSON file, so that pages need neither its weights nor the machine that trained it.
+"""Records: finished runs as small JSON files, from which pages are written without weights or data.
 
-A record lies at docs/results/runs/DATA/ROW/SEED.json. It holds the configuration, what every depth gave on the test
-images, what calibrated thresholds give, costs, speed of training and the machine.
+A record is at docs/results/runs/DATA/ROW/SEED.json. It contains the configuration, the results of every depth and of
+calibrated thresholds on the test images, costs, training speed and the machine.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs" / "results" / "runs"
 DEEP_ENSEMBLE = "deep-ensemble"
 LOGITS = "logits.npy"
-TOLERANCE = 0.1  # of pruning: exits with a smaller share of the weights go
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # of the way from the first depth's cost to the full one's
+TOLERANCE = 0.1  # pruning removes exits with a smaller share of the weights
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # budgets, from the cost of the first depth (0) to full cost (1)
 
 
 def record_file(data: str, row: str, seed: int) -> Path:
-    """Where a record lies."""
+    """The path of a record."""
     return RECORDS / data / row / f"{seed}.json"
 
 
 def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path:
-    """Evaluate a run that has just finished, and write its record.
+    """Evaluate a finished run, and write its record.
 
     Args:
-        run: what was trained; its folder holds `log.jsonl`.
+        run: configuration of the run; its output folder contains `log.jsonl`.
         model: the trained network.
         data: name of the recipe.
         row: name of the row.
@@ -85,11 +85,12 @@ def write_record(run: Run, model: Any, data: str, row: str, images: Any) -> Path
 
 
 def thresholds(answers: CalibrationSet, held_out: CalibrationSet | None = None) -> dict[str, list[float]]:
-    """Mean MACs and accuracy (%) on test images with thresholds that held-out images chose for budgets.
+    """Mean MACs and accuracy (%) on test images with thresholds that were calibrated for budgets.
 
     Args:
-        answers: to the test images.
-        held_out: to other images; without them each half of the test images chooses for the other one.
+        answers: predictions for the test images.
+        held_out: predictions for the calibration set; by default, each half of the test images is the calibration set
+            of the other half.
     """
     halves = [_part(answers, start) for start in (0, 1)]
     pairs = [(held_out, answers)] if held_out is not None else [(halves[0], halves[1]), (halves[1], halves[0])]
@@ -103,7 +104,7 @@ def thresholds(answers: CalibrationSet, held_out: CalibrationSet | None = None) 
 
 
 def pruning(model: Any, images: Any) -> dict[str, Any]:
-    """What an ensemble of exits keeps after `prune`, chosen on one half of the test images and judged on the other."""
+    """Result of pruning an ensemble of exits with one half of the test images, evaluated on the other half."""
     chosen, judged = (DataLoader(Subset(images, range(start, len(images), 2)), 500) for start in (0, 1))
     pruned = model.prune(TOLERANCE, chosen)
     costs = ("parameters", "macs")
@@ -117,14 +118,14 @@ def pruning(model: Any, images: Any) -> dict[str, Any]:
 
 
 def write_deep_ensemble(data: str, folder: Path, images: Any) -> Path | None:
-    """The record of independently trained networks whose logits are averaged, once all of them have been trained.
+    """Write the record of a deep ensemble if all of its networks have been trained.
 
-    Each depth is an ensemble of so many networks as the study says; its figures are means over disjoint groups of them.
+    Each depth is an ensemble of one of the study's sizes; its results are means over disjoint groups of networks.
 
     Args:
         data: name of the recipe.
-        folder: of the single networks' runs, which lie there by seed.
-        images: the test set, which gives the labels.
+        folder: folder of the single networks' runs, by seed.
+        images: the test set, for its labels.
     """
     compared = study(data)
     sizes, row = compared.sizes, compared.single
@@ -152,7 +153,7 @@ def write_deep_ensemble(data: str, folder: Path, images: Any) -> Path | None:
 
 
 def read_records(data: str) -> dict[str, Group]:
-    """The records of a data set by row, each group's in the order of their seeds."""
+    """The records of a data set by row, sorted by seed."""
     groups: dict[str, Group] = {}
     compared = study(data)
     for row in (*compared.rows, DEEP_ENSEMBLE):
@@ -165,13 +166,13 @@ def read_records(data: str) -> dict[str, Group]:
 
 
 def test_images(run: Run, data: str) -> Any:
-    """The test set of a recipe, as a run reads it, with the evaluation transform."""
+    """The test set of a recipe, with the evaluation transform."""
     split = TEST_SPLITS.get(data, run.data.val_split)
     return create_datasets(dataclasses.replace(run.data, val_split=split))[1]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, beside the configuration."""
+    """Processor and versions, on which the results depend in addition to the configuration."""
     return {
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -193,20 +194,20 @@ def _judged(held_out: CalibrationSet, judged: CalibrationSet, budget: float) -> 
 
 
 def _part(answers: CalibrationSet, start: int) -> CalibrationSet:
-    """Every other image."""
+    """Every second image."""
     rows = slice(start, None, 2)
     return CalibrationSet(answers.logits[rows], answers.votes[rows], answers.labels[rows], answers.macs, answers.sizes)
 
 
 def _together(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """What networks give together, (N, networks, classes): the last depth of an evaluation."""
+    """Metrics of the mean of some networks' logits, (N, networks, classes)."""
     metrics = LeafMetrics(PredictionWeights((logits.shape[1],)))
     metrics.update(logits, labels)
     return {name: values[-1] for name, values in as_record(metrics.compute()).items() if name != "leaf_accuracy"}
 
 
 def _shared(run: Run) -> dict[str, Any]:
-    """The configuration without places on a machine."""
+    """The configuration without paths."""
     config = to_json(run)
     config["data"]["data_dir"] = "DIR"
     config["train"]["output_dir"] = "DIR"
@@ -216,7 +217,7 @@ def _shared(run: Run) -> dict[str, Any]:
 
 
 def write_json(file: Path, record: dict[str, Any]) -> Path:
-    """Write a record, whole or not at all."""
+    """Write a record atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(_rounded(record), indent=1) + "\n")
@@ -225,7 +226,7 @@ def write_json(file: Path, record: dict[str, Any]) -> Path:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits: more than the images can tell, and half the bytes."""
+    """Round floats to six significant digits, which halves the size of the files."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Train what has no record yet, one run after the other; a run that was stopped goes on where it was."""
+"""Trains the runs that have no record yet; interrupted runs are resumed."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def train_missing(
 
     Args:
         data: name of the recipe.
-        data_dir: where the images lie.
-        runs: where runs keep checkpoints and logs.
-        only: rows; all by default.
-        share: `i/n` trains every n-th run, from the i-th on, so that n processes share the work.
-        seeds: some seeds only; all by default.
-        weights: a file of pretrained weights: see `comparison.recipes.configured`.
+        data_dir: folder of the images.
+        runs: folder for checkpoints and logs.
+        only: rows to train; all by default.
+        share: `i/n` trains every n-th run, beginning with the i-th, so that n processes share the work.
+        seeds: seeds to train; all by default.
+        weights: file of pretrained weights: see `comparison.recipes.configured`.
     """
     turn, of = map(int, share.split("/"))
     single = study(data).single
     for row, seed in list(queue(data, only, seeds))[turn::of]:
         if study(data).rows[row].two_views:
-            print(f"{row} takes images from memory: train it by --processes.", flush=True)
+            print(f"{row} reads images from memory: train it with --processes.", flush=True)
         elif not record_file(data, row, seed).is_file():
             folder = runs / data / row / f"{seed}"
             print(f"{row}, seed {seed}: {folder}", flush=True)
@@ -60,21 +60,21 @@ def train_missing(
 def train_in_memory(
     data: str, joined: Path, runs: Path, processes: int, executor: str, only: Collection[str] = ()
 ) -> None:
-    """The same for several runs at a time, with the images in memory, on the GPU if there is one.
+    """Train several runs at a time with the images in memory, on the GPU if available.
 
-    On a GPU a network so small is bound by the launches of one process: several processes share it.
+    A single process cannot launch kernels fast enough to use a GPU fully for such small networks, so several share it.
 
     Args:
         data: name of the recipe.
-        joined: what `benchmarks/gpu.py join` wrote.
-        runs: where runs keep checkpoints and logs.
-        processes: that train at the same time.
-        executor: of trees.
-        only: rows; all by default.
+        joined: folder written by `benchmarks/gpu.py join`.
+        runs: folder for checkpoints and logs.
+        processes: number of processes that train at the same time.
+        executor: executor of trees.
+        only: rows to train; all by default.
     """
     missing = [(row, seed) for row, seed in queue(data, only) if not record_file(data, row, seed).is_file()]
     one = partial(_train_one, data, joined, runs, executor)
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be used in forked processes
     with context.Pool(min(processes, max(len(missing), 1)), _start) as pool:
         for said in pool.imap_unordered(one, missing, chunksize=1):
             print(said, flush=True)
@@ -88,7 +88,7 @@ def _start() -> None:
 
 
 def _train_one(data: str, joined: Path, runs: Path, executor: str, what: tuple[str, int]) -> str:
-    """One run, in a process of its own."""
+    """Train one run in a worker process and return a message."""
     row, seed = what
     try:
         run = configured(data, row, seed, "", str(runs / data / row / f"{seed}"))
@@ -97,12 +97,12 @@ def _train_one(data: str, joined: Path, runs: Path, executor: str, what: tuple[s
         two = study(data).rows[row].two_views
         model, _ = train(run, _loaders(run, images, two), partial(_make_trainer, executor, two))
         return f"wrote {write_record(run, model, data, row, _in_memory(run, images['test']))}"
-    except Exception as error:  # the others go on
+    except Exception as error:  # the other runs continue
         return f"{row}, seed {seed} failed: {type(error).__name__}: {error}"
 
 
 def _make_trainer(executor: str, two_views: bool, model: Any, *rest: Any) -> Trainer:
-    """The trainer of a network whose levels, if it is a tree, run by this executor."""
+    """The trainer of a run, with the executor set if the model is a tree."""
     if hasattr(model, "set_executor"):
         model.set_executor(executor)
     return (TwoViewTrainer if two_views else Trainer)(model, *rest)
@@ -110,7 +110,7 @@ def _make_trainer(executor: str, two_views: bool, model: Any, *rest: Any) -> Tra
 
 @cache
 def _images(joined: Path) -> dict[str, Split]:
-    """Read once in every process."""
+    """The images, read once per process."""
     return read_joined(joined)
 
 
@@ -122,13 +122,13 @@ def _loaders(run: Run, images: Mapping[str, Split], two_views: bool) -> tuple[An
 
 
 def _in_memory(run: Run, split: Split) -> TensorDataset:
-    """Normalised images as the model sees them, and labels."""
+    """Normalised images and labels."""
     images = DeviceImages(split, run.data, torch.device("cpu"))
     return TensorDataset(*images.__getitems__(range(len(images))))
 
 
 def _join_singles(data: str, runs: Path, read_images: Callable[[], Any]) -> None:
-    """Write the record of the deep ensemble if it is not there and all of its networks are."""
+    """Write the record of the deep ensemble if it does not exist and all of its networks are trained."""
     if record_file(data, DEEP_ENSEMBLE, 0).is_file():
         return
     if file := write_deep_ensemble(data, runs / data / study(data).single, read_images()):

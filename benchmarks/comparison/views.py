@@ -1,4 +1,4 @@
-"""Other crops and flips for the second half of a tree than for the first."""
+"""Training with different crops and flips for the two halves of a tree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TwoViews(DeviceImages):
         super().__init__(split, config, device, seed, training)
 
     def set_epoch(self, epoch: int) -> None:
-        """Batches fetched from now on belong to this epoch."""
+        """Set the epoch of the following batches."""
         super().set_epoch(epoch)
         self.second.set_epoch(epoch)
 
@@ -31,14 +31,14 @@ class TwoViews(DeviceImages):
 
 
 class TwoViewTrainer(Trainer):
-    """The first half of the leaves, the sub-tree below the first branch of level 1, sees one view, the rest the other.
+    """Trains the first half of the leaves, below the first branch of level 1, on one view and the rest on the other.
 
-    Both views go through the whole tree and half of each is thrown away: twice the work of a tree that would split the
-    batch at level 1, and the same gradients. Running statistics see both views.
+    Both views pass through the whole tree, and half of each result is discarded. This costs twice as much as splitting
+    the batch at level 1 and gives the same gradients. Running statistics include both views.
     """
 
     def leaf_logits(self, images: Tensor) -> Tensor:
-        """(N, leaves, classes)."""
+        """Leaf logits (N, leaves, classes)."""
         both = [super(TwoViewTrainer, self).leaf_logits(view) for view in images.chunk(2, 1)]
         half = both[0].shape[1] // 2
         return torch.cat([both[0][:, :half], both[1][:, half:]], 1)

@@ -1,8 +1,8 @@
-"""Images that lie on the training device, so that no loader process can be too slow for it.
+"""Images in the memory of the training device, so that data loading does not limit the speed.
 
-A data set of small images fits into the memory of any GPU. Crops and flips are the product's own (`crop_flip` of
-hierens.training.data.loaders), drawn for a whole epoch from the seed and the epoch, and done for a batch at a time
-where the images lie: what a sample's augmentation draws depends on (seed, epoch, sample) alone, as in the product.
+A data set of small images fits into the memory of any GPU. Crops and flips are those of `crop_flip` in
+hierens.training.data.loaders. They are drawn for a whole epoch from the seed and the epoch, and applied to batches on
+the device. As in hierens, the augmentation of a sample depends only on (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def _nothing(*_: Any) -> None:
 
 
 class DeviceImages(Dataset[Any]):
-    """Images as bytes on a device; batches are cut out, flipped and normalised there.
+    """Images as bytes on a device, where batches are cropped, flipped and normalised.
 
     Args:
-        split: the images, of the size that the model sees.
-        config: mean, std, pad and hflip; what `crop_flip` does.
-        device: where they lie.
-        seed: of the augmentation.
-        training: augment; else images are normalised only.
+        split: the images, in the model's input size.
+        config: mean, std, pad and hflip of `crop_flip`.
+        device: device of the images.
+        seed: seed of the augmentation.
+        training: whether to augment; otherwise images are only normalised.
         before_batch: called before every batch.
-        before_epoch: called with the number of the epoch, from 0, before each.
+        before_epoch: called before every epoch with its number, from 0.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DeviceImages(Dataset[Any]):
         self._draw(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Batches fetched from now on belong to this epoch."""
+        """Set the epoch of the following batches."""
         self.before_epoch(epoch)
         self._draw(epoch)
 
@@ -81,7 +81,7 @@ class DeviceImages(Dataset[Any]):
         self.before_batch()
         device, (height, width) = self.labels.device, self.size
         chosen = torch.tensor(indices)
-        if device.type == "cuda":  # from pinned memory: else every batch would wait for the step before it
+        if device.type == "cuda":  # pinned memory, so that the copy does not wait for the previous step
             chosen = chosen.pin_memory().to(device, non_blocking=True)
         top, left = self.corners[:, chosen].unsqueeze(-1)  # (N, 1) each
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
@@ -97,7 +97,7 @@ class DeviceImages(Dataset[Any]):
 
 
 def loader(images: DeviceImages, batch_size: int, training: bool) -> DataLoader[Any]:
-    """Batches as hierens' trainer takes them, fetched whole in its own process."""
+    """A loader for hierens' trainer that fetches whole batches in the same process."""
     return DataLoader(images, batch_size, shuffle=training, drop_last=training, collate_fn=_whole)
 
 

@@ -1,4 +1,4 @@
-"""The networks that are timed, and the precisions they are timed in."""
+"""The measured networks and precisions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Network:
-    """A tree to time.
+    """A tree to measure.
 
     Attributes:
-        entry: timm's name of the tree, or of the backbone to be cut into `blocks`.
-        size: (C, H, W) of the images.
-        blocks: 0 if the entry is a tree already.
-        arguments: further ones of `timm.create_model`.
+        entry: timm name of the tree, or of the backbone that is cut into `blocks`.
+        size: size of the images, (C, H, W).
+        blocks: number of blocks; 0 if the entry is a tree.
+        arguments: further arguments of `timm.create_model`.
     """
 
     entry: str
@@ -48,20 +48,20 @@ TINY = {
 
 @cache
 def built(network_name: str) -> hierens.HierarchicalEnsemble:
-    """A tree of networks with independent random weights, in evaluation mode, on the CPU; to be copied, not changed."""
+    """A tree with independent random weights, in evaluation mode, on the CPU. Callers must copy it before changes."""
     network = {**NETWORKS, **TINY}[network_name]
     torch.manual_seed(0)
     made = timm.create_model(network.entry, **network.arguments)
     model = hierens.hierensify(made, network.blocks, init="reinit", seed=0) if network.blocks else made
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)  # timm begins residual branches with 0, which would hide what they compute
+            nn.init.ones_(module.weight)  # timm initialises residual branches to 0, which would hide their output
     return model.eval()
 
 
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """Inside, float32 is computed as the name says; gives the type of weights and images."""
+    """Context manager: sets the precision of float32 operations; yields the type of weights and images."""
     fast = name == "tf32"
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if fast else "highest")

@@ -1,8 +1,8 @@
-"""The steps `pack` and `join`: a data set as a few files small enough to travel one by one, and back.
+"""The steps `pack` and `join`: convert a data set into a few small files and back.
 
-`pack` lays a thousand images at a time side by side as one lossless WebP image: CIFAR-100's training images, 154 MB of
-bytes or 112 MB of PNG files, take 85 MB so. A part says which data set it belongs to and how many parts there are, so
-parts may arrive in any order and one after another; `join` decodes what has arrived and says what is missing.
+`pack` arranges 1,024 images as one lossless WebP image. CIFAR-100's training images take 85 MB in this form, compared
+with 154 MB as bytes and 112 MB as PNG files. Each file names its data set and the number of files, so the files can be
+transferred in any order. `join` decodes the files that exist and lists the missing ones.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hierens.training.config import DataConfig
 from hierens.training.data.loaders import count_classes, create_datasets
 
 SPLITS = ("train", "test")
-SIDE = 32  # images along each edge of a mosaic
+SIDE = 32  # images along each edge of a WebP image (mosaic)
 SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a data set in memory.
+    """A split of a data set in memory.
 
     Attributes:
         images: bytes (N, H, W, 3).
@@ -49,7 +49,7 @@ def read_folders(data_dir: str) -> dict[str, Split]:
     """Training and test images from `train` and `test`, each with a folder per class.
 
     Raises:
-        ValueError: a folder that is missing or empty, an image that cannot be read, or images of several sizes.
+        ValueError: a folder is missing or empty, an image cannot be read, or images have different sizes.
     """
     sets = create_datasets(DataConfig(data_dir=data_dir, val_split="test", augment="none"))
     return {name: _read(found) for name, found in zip(SPLITS, sets, strict=True)}
@@ -68,15 +68,15 @@ def _read(dataset: Any) -> Split:
 
 
 def pack(data: dict[str, Split], folder: Path, megabytes: float) -> list[Path]:
-    """Write the parts.
+    """Write the files.
 
     Args:
-        data: of `read_folders`.
-        folder: new files go here; parts of an earlier packing are removed.
-        megabytes: that a part may have at most.
+        data: result of `read_folders`.
+        folder: output folder; files of an earlier call are removed.
+        megabytes: maximum size of a file.
 
     Raises:
-        ValueError: a part could not hold even one mosaic.
+        ValueError: a file could not hold even one mosaic.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"*-of-*{SUFFIX}"):
@@ -101,7 +101,7 @@ def pack(data: dict[str, Split], folder: Path, megabytes: float) -> list[Path]:
 
 
 def _grouped(split: Split, limit: float) -> Iterator[list[tuple[bytes, int, int]]]:
-    """Mosaics with the range of images that each shows, as many together as a part may hold."""
+    """Mosaics and their ranges of images, grouped into files."""
     part: list[tuple[bytes, int, int]] = []
     starts = range(0, len(split.images), SIDE**2)
     with ThreadPoolExecutor() as pool:
@@ -142,41 +142,41 @@ def _unpacked(mosaics: dict[str, Any], shape: Sequence[int]) -> Any:
 
 
 def join(packed: Path, folder: Path) -> list[str]:
-    """Decode the parts that lie in `packed` into `folder`, beside those that earlier calls decoded.
+    """Decode the files in `packed` into `folder`, in addition to those that earlier calls decoded.
 
     Returns:
-        The parts that are still missing, by name.
+        The names of the missing files.
 
     Raises:
-        ValueError: no parts, a damaged one, or one of another data set than those that are there.
+        ValueError: there are no files, or a file is damaged or belongs to another data set.
     """
     found = sorted(packed.glob(f"*-of-*{SUFFIX}"))
     if not found and not list(folder.glob(f"*-of-*{SUFFIX}")):
-        raise ValueError(f"there are no parts in {packed}: bring what the step pack wrote, or name it by --packed.")
+        raise ValueError(f"no parts in {packed}: copy the files of `pack` to it, or set --packed.")
     for file in found:
         about, tensors = _open(file)
         there = {_open(other, labels=False)[0]["data"]: other for other in folder.glob(f"*-of-*{SUFFIX}")}
         if other := next((other for data, other in there.items() if data != about["data"]), None):
-            raise ValueError(f"{file} and {other} belong to different data sets: remove {folder} to join anew.")
+            raise ValueError(f"{file} and {other} belong to different data sets: remove {folder} to join again.")
         labels, images = tensors.pop("labels"), _unpacked(tensors, json.loads(about["shape"]))
-        images = images[: len(labels)]  # the last mosaic may be in part empty
+        images = images[: len(labels)]  # the last mosaic may be partly empty
         if _digest(images) != about["sha256"]:
-            raise ValueError(f"{file} is damaged: its images are not those that were packed. Bring it again.")
+            raise ValueError(f"{file} is damaged: its images are not those that were packed. Copy it again.")
         folder.mkdir(parents=True, exist_ok=True)
         _save({"images": images, "labels": labels}, folder / file.name, about)
     return _missing(folder)
 
 
 def read_joined(folder: Path) -> dict[str, Split]:
-    """What `join` wrote, if all parts are there.
+    """The images decoded by `join`.
 
     Raises:
-        ValueError: parts are missing.
+        ValueError: files are missing.
     """
     if missing := _missing(folder):
         raise ValueError(
-            f"of the images in {folder}, {', '.join(missing)} are missing: run the steps pack and join, or name a "
-            "folder with train/CLASS/ and test/CLASS/ by --data-dir."
+            f"of the images in {folder}, {', '.join(missing)} are missing: run the steps pack and join, or set "
+            "--data-dir to a folder with train/CLASS/ and test/CLASS/."
         )
     data = {}
     for name in SPLITS:
@@ -207,7 +207,7 @@ def _open(file: Path, labels: bool = True) -> tuple[dict[str, str], dict[str, An
             tensors = {key: part.get_tensor(key) for key in part.keys()} if labels else {}  # noqa: SIM118
             return dict(part.metadata()), tensors
     except Exception as error:
-        raise ValueError(f"{file} cannot be read as a part ({error}): bring it again.") from error
+        raise ValueError(f"{file} cannot be read as a part ({error}): copy it again.") from error
 
 
 def _save(tensors: dict[str, Any], file: Path, about: dict[str, str]) -> None:

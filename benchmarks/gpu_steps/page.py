@@ -1,4 +1,4 @@
-"""The step `report`: docs/results/gpu.md, made of what the steps have written alone."""
+"""The step `report`: writes docs/results/gpu.md from the results of the other steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BASES = {
 
 INTRODUCTION = """# On a GPU
 
-Made by `benchmarks/gpu.py`, in steps of at most eight minutes each, which may be run one at a time on any machine
-with a GPU. A step that ran out of time goes on when it is called again.
+This page is written by `benchmarks/gpu.py`, in steps of at most eight minutes each. The steps can be run one at a time
+on any machine with a GPU. To continue a step that ran out of time, run it again.
 
 ```bash
 python benchmarks/gpu.py speed
@@ -31,45 +31,46 @@ python benchmarks/gpu.py train-labels-1 --data-dir DIR
 python benchmarks/gpu.py report                             # writes this page
 ```
 
-If images have to travel in small files, `pack` writes parts of at most 30 MB (CIFAR-100: three for training, one for
-testing, 103 MB in all), and `join` decodes those that have arrived and says which are missing. Without `--data-dir`
-training reads what `join` wrote. Training goes on from checkpoints in `runs/gpu/`: bring that folder along if the next
-step runs elsewhere.
+If the images must be transferred in small files, `pack` writes files of at most 30 MB (CIFAR-100: three for training,
+one for testing, 103 MB in total). `join` decodes the files that exist and lists the missing ones. Without `--data-dir`,
+training reads the images decoded by `join`. Training is resumed from checkpoints in `runs/gpu/`: copy that folder if
+the next step runs on another machine.
 """
 SPEED = """## Speed
 
-A cell holds up to three figures:
+A cell contains up to three numbers:
 
 - microseconds per image;
-- *time per MAC*, in relation to the backbone run the same way in the same cell (fused for fused). Below 1.00 the
-  ensemble turns its MACs into time better than the backbone does;
-- the *share of the roofline*: the least time that the device would need, over the measured one.
+- *time per MAC*, relative to the backbone run in the same way in the same cell (fused for fused). Below 1.00, the
+  ensemble needs less time per MAC than the backbone;
+- the *share of the roofline*: the minimum time for this device divided by the measured time.
 
-The least time is the longer of two: operations over the measured peak of a large matrix product in that precision, and
-bytes over the measured rate of a large copy. Bytes are a lower bound for kernels that work layer by layer: weights are
-read once per call; of activations, what convolutions and matrix products read and write counts once each, and all that
-stands between those layers is free. A share may exceed 100 % where activations stay in the cache.
+The minimum time is the larger of two times: the operations divided by the measured peak rate of a large matrix product
+in that precision, and the bytes divided by the measured rate of a large copy. The bytes are a lower bound for kernels
+that work layer by layer: weights are read once per call, each input and output of a convolution or matrix product is
+read or written once, and all operations between them are free. The share may exceed 100 % if activations stay in the
+cache.
 
-*auto* is the executor as it comes, *tuned* is after `tune()`. `bf16`: weights and images are bfloat16; `fp32`: float32
-throughout, without TF32; `tf32`: float32 with TF32 in products and convolutions. Weights are random.
+*auto* is the default executor, *tuned* is after `tune()`. `bf16`: weights and images are bfloat16; `fp32`: float32
+without TF32; `tf32`: float32 with TF32 in matrix products and convolutions. Weights are random.
 """
 SWITCHING = """## Switching depth
 
-In bfloat16; fused, unless the row says *tree*. Every call is waited for. *overhead*: a call of depths that alternate
-between the first and the last, less the mean of calls that stay at one of them. *first call*: of the first and of the
-last depth, with compiling or capturing.
+In bfloat16; fused, unless the row is marked *tree*. The device is synchronised after each call. *overhead*: the time of
+a call if calls alternate between the first and the last depth, minus the mean time of calls at a constant depth.
+*first call*: the time of the first call at the first and at the last depth, including compilation or capture.
 """
 TRAINING = """## Training
 
 `hne_resnet50_cifar_small`, 16 networks, on CIFAR-100 by the paper's recipe (preset `paper-cifar`: SGD, learning rate
-0.1 with a cosine, batch 128, weight decay 5e-4, crops and flips), but for as many epochs as fit into the time in place
-of {papers}; the cosine spans the whole of that training. Images lie in the GPU's memory.
+0.1 with a cosine, batch 128, weight decay 5e-4, crops and flips), but with as many epochs as fit into the time, instead
+of {papers}; the cosine covers the whole training. The images are stored in the GPU's memory.
 """
 MISSING = "Not measured yet: `python benchmarks/gpu.py {step}`.\n"
 
 
 def write(results: Path, page: Path) -> Path:
-    """Write the page."""
+    """Write the page to a file."""
     parts = [INTRODUCTION, SPEED, speed(read(results, "speed")), SWITCHING, switching(read(results, "switching"))]
     parts += [TRAINING.format(papers=PAPERS_EPOCHS), plan(read(results, "plan"))]
     parts += [training(results, objective) for objective in OBJECTIVES]
@@ -109,7 +110,7 @@ def _speed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def per_mac(row: dict[str, Any], rows: Sequence[dict[str, Any]], way: str) -> float | None:
-    """A way's time per MAC over that of the backbone run the same way; None if the row of depth 0 is missing."""
+    """Time per MAC relative to the backbone run in the same way; None if the row of depth 0 is missing."""
     same = ("network", "precision", "batch")
     first = next((r for r in rows if r["depth"] == 0 and all(r[key] == row[key] for key in same)), None)
     if first is None:
@@ -118,7 +119,7 @@ def per_mac(row: dict[str, Any], rows: Sequence[dict[str, Any]], way: str) -> fl
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per precision and way."""
+    """A table row per precision and way."""
     lines = []
     for precision in dict.fromkeys(row["precision"] for row in rows):
         some = [row for row in rows if row["precision"] == precision]
@@ -130,11 +131,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
             most = f"{max(ratios):.2f}" if ratios else ""
             lines.append((precision, way, mean, most, f"{fastest} of {len(some)}", f"{off:.1e}"))
     header = ("precision", "way", "time per MAC, geometric mean", "largest", "fastest", "difference to looped")
-    return f"Depths beyond the first:\n\n{table(header, lines)}\n"
+    return f"All depths except the first:\n\n{table(header, lines)}\n"
 
 
 def switching(record: dict[str, Any] | None) -> str:
-    """A line per network, way and batch."""
+    """A table row per network, way and batch size."""
     rows = [row for row in (record or {}).get("rows", []) if "same_ms" in row]
     if record is None or not rows:
         return MISSING.format(step="switching")
@@ -164,7 +165,7 @@ def switching(record: dict[str, Any] | None) -> str:
 
 
 def plan(record: dict[str, Any] | None) -> str:
-    """How a training step is run, and for how many epochs."""
+    """The number of epochs, and the way to run a training step."""
     if record is None or "plan" not in record:
         return MISSING.format(step="plan")
     chosen = record["plan"]
@@ -182,7 +183,7 @@ def plan(record: dict[str, Any] | None) -> str:
 
 
 def training(results: Path, objective: str) -> str:
-    """The last step's accuracies."""
+    """Accuracies of the last step of a training."""
     steps = sorted(results.glob(f"train-{objective}-*.json"), key=lambda file: int(file.stem.split("-")[-1]))
     record = read(results, steps[-1].stem) if steps else None
     title = f"### {OBJECTIVES[objective]}\n\n"
@@ -202,9 +203,9 @@ def training(results: Path, objective: str) -> str:
 
 
 def measured_on(record: dict[str, Any]) -> str:
-    """Device and versions, and whether the figures mean anything."""
+    """Device, versions and number of missing cells."""
     about = record["machine"]
-    tiny = "**Tiny settings: these figures say nothing of speed.** " if record["tiny"] else ""
+    tiny = "**Tiny settings: these times are meaningless.** " if record["tiny"] else ""
     clocks = about.get("clocks") or {}
     clock = f", {clocks['clocks.max.sm']} at most" if clocks.get("clocks.max.sm") else ""
     left = f" Not yet measured: {record['left']} cells." if record.get("left") else ""

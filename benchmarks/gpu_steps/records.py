@@ -1,4 +1,4 @@
-"""What every step shares: its JSON file, its time limit, and the cells of a table that is measured bit by bit."""
+"""Common parts of the steps: JSON file, time limit, and tables that are measured cell by cell."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from comparison.records import machine as processor_and_versions
 from hierens.core.errors import first_line
 
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "driver_version")
-SAME = ("device", "torch", "hierens")  # rows of one table come from the same of these
+SAME = ("device", "torch", "hierens")  # equal for all rows of a table
 
 
 class Deadline:
-    """When a step has to be over.
+    """The time limit of a step.
 
     Args:
-        seconds: from the start on.
+        seconds: duration of the step.
         start: `time.monotonic()` at the start of the process.
     """
 
@@ -32,7 +32,7 @@ class Deadline:
         self.seconds, self.start = seconds, time.monotonic() if start is None else start
 
     def left(self) -> float:
-        """Seconds."""
+        """Remaining seconds."""
         return self.start + self.seconds - time.monotonic()
 
     def passed(self) -> float:
@@ -42,13 +42,13 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Context:
-    """Where a step reads and writes, and how long it may take.
+    """Folders and time limit of a step.
 
     Attributes:
         results: folder of the steps' JSON files.
         runs: folder of checkpoints and of images.
-        tiny: whether networks and data are tiny, to see that every step works.
-        deadline: of this process.
+        tiny: whether networks and data are tiny, to test the step.
+        deadline: time limit of this process.
     """
 
     results: Path
@@ -58,20 +58,20 @@ class Context:
 
     @property
     def device(self) -> torch.device:
-        """Where networks run."""
+        """The device that is measured."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Record:
-    """A step's JSON file, written whole whenever `write` is called.
+    """A step's JSON file, which `write` replaces atomically.
 
     Args:
-        context: says where.
+        context: folders and time limit.
         step: the name of the step and of the file.
-        go_on: keep what an earlier call of this step has measured, on the same device and with the same versions.
+        go_on: keep the results of an earlier call of this step, on the same device and with the same versions.
 
     Raises:
-        ValueError: what is there was measured on something else.
+        ValueError: the existing results are from another device or other versions.
     """
 
     def __init__(self, context: Context, step: str, go_on: bool = False) -> None:
@@ -81,27 +81,27 @@ class Record:
         if before is not None and (other := [key for key in SAME if before["machine"][key] != now[key]]):
             key = other[0]
             raise ValueError(
-                f"{self.file} was measured with {key} {before['machine'][key]!r}, here it is {now[key]!r}: a table "
-                "does not mix them. Move the file away to measure anew, or name another folder by --results."
+                f"{self.file} was measured with {key} {before['machine'][key]!r}, but here it is {now[key]!r}: a table "
+                "must not mix them. Move the file away to measure again, or use another folder with --results."
             )
         self._before_s = 0.0 if before is None else float(before["wall_s"])
         self.content: dict[str, Any] = before or {"step": step, "tiny": context.tiny}
         self.content["machine"] = now
 
     def write(self, **changes: Any) -> Path:
-        """Take up changes and write the file."""
+        """Apply changes and write the file."""
         self.content |= changes
         self.content["wall_s"] = self._before_s + self.context.deadline.passed()
         return write_whole(self.file, json.dumps(rounded(self.content), indent=1) + "\n")
 
     def note_clocks(self) -> None:
-        """Put down the clocks as they are under load; at the beginning the device was idle."""
+        """Record the clocks under load; when the record was created, the device was idle."""
         if "clocks" in self.content["machine"]:
             self.content["machine"]["clocks"] = clocks()
 
 
 def read(results: Path, step: str) -> dict[str, Any] | None:
-    """What a step has written, or None."""
+    """The results of a step, or None."""
     file = results / f"{step}.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -111,9 +111,9 @@ class Cell:
     """One row of a table.
 
     Attributes:
-        name: unique in its table.
-        reserve: seconds that must be left when it begins.
-        measure: gives the row.
+        name: unique name in its table.
+        reserve: remaining seconds that are required to start it.
+        measure: returns the row.
     """
 
     name: str
@@ -122,12 +122,12 @@ class Cell:
 
 
 def fill(record: Record, cells: Sequence[Cell]) -> int:
-    """Measure the cells that a record lacks, in order, while there is time.
+    """Measure the missing cells of a record, in order, until the time is used up.
 
-    A cell that fails is a row that says why.
+    The row of a cell that fails contains the error.
 
     Returns:
-        How many are left for another call.
+        The number of cells that remain.
     """
     rows: list[dict[str, Any]] = record.content.setdefault("rows", [])
     done = {row["cell"] for row in rows}
@@ -136,10 +136,10 @@ def fill(record: Record, cells: Sequence[Cell]) -> int:
         cell = waiting.pop(0)
         try:
             row = cell.measure()
-        except Exception as error:  # out of memory, or a way that does not work on this device
+        except Exception as error:  # out of memory, or a way that this device does not support
             row = {"failed": f"{type(error).__name__}: {first_line(error)}"}
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # raises if the device answers no more: then nothing below would be true
+                torch.cuda.synchronize()  # raises if the device has failed: later results would be wrong
                 torch.cuda.empty_cache()
         rows.append({"cell": cell.name, **row})
         record.write(left=len(waiting))
@@ -150,7 +150,7 @@ def fill(record: Record, cells: Sequence[Cell]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Device, clocks if the driver tells them, processor and versions."""
+    """Device, clocks if the driver reports them, processor and versions."""
     found = {"device": "CPU", **processor_and_versions()}
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
@@ -166,7 +166,7 @@ def machine() -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str]:
-    """Clocks, power limit and driver at this moment; empty if nvidia-smi does not tell."""
+    """Current clocks, power limit and driver; empty if nvidia-smi fails."""
     command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -176,7 +176,7 @@ def clocks() -> dict[str, str]:
 
 
 def write_whole(file: Path, text: str) -> Path:
-    """Write a file under another name first, so that it is never there in part."""
+    """Write a file atomically, under a temporary name first."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text)
@@ -185,7 +185,7 @@ def write_whole(file: Path, text: str) -> Path:
 
 
 def rounded(value: Any) -> Any:
-    """Five significant digits."""
+    """Round floats to five significant digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""The roofline: what the device reaches at best, and what a depth needs at least.
+"""The roofline: peak rates of the device, and the minimum time of a depth.
 
-The least time of a call is the longer of two: its operations over the measured peak of a large matrix product, and its
-bytes over the measured rate of a large copy.
+The minimum time of a call is the larger of two times: its operations divided by the measured peak rate of a large
+matrix product, and its bytes divided by the measured rate of a large copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REPEATS = 5
 
 
 def peaks(device: torch.device, dtype: torch.dtype, tiny: bool) -> dict[str, float]:
-    """Operations per second (two for a multiply-accumulate) and bytes per second, the best of some repeats."""
+    """Peak operations per second (two per multiply-accumulate) and bytes per second: the best of several repeats."""
     side, count = (256, 2**20) if tiny else (8192, 2**30)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = min(timed(lambda: a @ b) for _ in range(_REPEATS))
@@ -31,10 +31,10 @@ def peaks(device: torch.device, dtype: torch.dtype, tiny: bool) -> dict[str, flo
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the values that convolutions and matrix products read and write inside.
+    """Counts the values that convolutions and matrix products read and write.
 
-    A lower bound for kernels that work layer by layer: whatever stands between those layers counts as part of them, a
-    tensor that several read (siblings, shortcuts) is read once, and weights are left out.
+    This is a lower bound for kernels that work layer by layer: operations between those layers are not counted, a
+    tensor that is read several times (siblings, shortcuts) counts once, and weights do not count.
 
     Args:
         weights: the model's parameters and buffers.
@@ -47,11 +47,11 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.values = 0
         self._storages = {tensor.untyped_storage().data_ptr() for tensor in weights}
-        self._read: list[Tensor] = []  # kept, so that no other tensor takes their place
+        self._read: list[Tensor] = []  # keeps them alive, so that no other tensor gets their address
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Count an operator that has operations of its own, and run it."""
+        """Run an operator; count its values if it is a convolution or matrix product."""
         result = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             for tensor in (value for value in args if isinstance(value, Tensor)):
@@ -68,7 +68,7 @@ class Traffic(TorchDispatchMode):
 
 @torch.no_grad()
 def activation_values(model: Any, size: tuple[int, int, int]) -> list[int]:
-    """For every depth, the values that its convolutions and matrix products read and write for one image."""
+    """The values that convolutions and matrix products read and write for one image, per depth."""
     weights = [*model.parameters(), *model.buffers()]
     image, counted = torch.zeros(1, *size), []
     model.set_executor("looped")
@@ -84,15 +84,15 @@ def activation_values(model: Any, size: tuple[int, int, int]) -> list[int]:
 
 
 def least_ms(macs: int, parameters: int, values: int, batch: int, item: int, peak: dict[str, float]) -> float:
-    """Milliseconds that a call takes at least.
+    """Minimum milliseconds of a call.
 
     Args:
         macs: multiply-accumulates per image.
-        parameters: weights that are read, once a call.
-        values: activations that are read and written for an image.
-        batch: images.
-        item: bytes of a value.
-        peak: of `peaks`.
+        parameters: number of weights, which are read once per call.
+        values: activations that are read and written per image.
+        batch: number of images.
+        item: bytes per value.
+        peak: result of `peaks`.
     """
     moved = item * (parameters + batch * values)
     return 1e3 * max(2 * macs * batch / peak["operations_per_s"], moved / peak["bytes_per_s"])

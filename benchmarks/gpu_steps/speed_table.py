@@ -1,4 +1,4 @@
-"""The step `speed`: time of every depth, by every way to run it, beside the least that the device would need."""
+"""The step `speed`: the time of every depth with every way to run it, and its minimum on this device."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network on the device in all its forms.
+    """A network on the device in all forms.
 
     Attributes:
-        tree: as it is made.
+        tree: the tree.
         fused: `tree.fuse()`.
         tuned: the same, tuned.
         plain, plain_fused: the first network alone.
-        tuning: what tuning measured.
+        tuning: report of `tune()`.
     """
 
     tree: Any
@@ -42,7 +42,7 @@ class Prepared:
 
 @lru_cache(maxsize=1)
 def prepared(name: str, dtype: torch.dtype, device: torch.device, batch_sizes: tuple[int, ...]) -> Prepared:
-    """Make, move, fuse and tune. Without batch sizes nothing is tuned."""
+    """Create, move, fuse and tune a network. Without batch sizes it is not tuned."""
     size = {**NETWORKS, **TINY}[name].size
     tree = copy.deepcopy(built(name)).to(device)
     fused, plain = tree.fuse(), tree.at_depth(0)
@@ -55,16 +55,16 @@ def prepared(name: str, dtype: torch.dtype, device: torch.device, batch_sizes: t
 
 
 def speed(context: Context, precisions: Sequence[str], batch_sizes: Sequence[int], seconds: float) -> int:
-    """Time every way to run every depth, and write speed.json.
+    """Time every depth with every way to run it, and write speed.json.
 
     Args:
-        context: where and how long.
+        context: folders and time limit.
         precisions: names of `gpu_steps.networks.DTYPES`.
         batch_sizes: images per call.
-        seconds: for the rounds of one cell.
+        seconds: duration of the rounds of one cell.
 
     Returns:
-        How many cells are left for another call.
+        The number of cells that remain.
     """
     if unknown := [name for name in precisions if name not in DTYPES]:
         raise ValueError(f"there is no precision {unknown[0]!r}: choose {', '.join(DTYPES)}.")
@@ -120,7 +120,7 @@ def _timed_cell(
 
 
 def ways_to_run(models: Prepared, x: Tensor, depth: int) -> dict[str, Call]:
-    """The backbone's ways and the tree's, by name."""
+    """Calls of the backbone and of the tree, by name."""
     last = x.contiguous(memory_format=torch.channels_last)
 
     def by(executor: str, images: Tensor) -> Call:
@@ -144,7 +144,7 @@ def ways_to_run(models: Prepared, x: Tensor, depth: int) -> dict[str, Call]:
 
 
 def differences(ways: dict[str, Call]) -> dict[str, float]:
-    """How far each way's logits are from the looped ones, at most, in relation to the largest of those."""
+    """The largest difference of each way's logits from the looped ones, relative to the largest looped logit."""
     expected = ways["looped"]().float()
     largest = float(expected.abs().max())
     others = {name: way for name, way in ways.items() if name != "looped" and not name.startswith("backbone")}
@@ -153,7 +153,7 @@ def differences(ways: dict[str, Call]) -> dict[str, float]:
 
 @lru_cache(maxsize=64)
 def cost(name: str, depth: int) -> dict[str, int]:
-    """MACs, weights and activations of a depth, counted on the CPU, where every operator is counted alike."""
+    """MACs, weights and activations of a depth, counted on the CPU with the looped executor."""
     model, size = built(name), {**NETWORKS, **TINY}[name].size
     values = _values(name)[depth]
     return {"macs": model.macs(size)[depth], "parameters": model.parameter_counts()[depth], "values": values}
@@ -165,5 +165,5 @@ def _values(name: str) -> list[int]:
 
 
 def quartiles(times: Sequence[float]) -> list[float]:
-    """First quartile, median and third."""
+    """First quartile, median and third quartile."""
     return list(times) * 3 if len(times) == 1 else statistics.quantiles(times, n=4, method="inclusive")

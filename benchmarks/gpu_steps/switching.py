@@ -1,4 +1,4 @@
-"""The step `switching`: what it costs to go from one depth to another between calls."""
+"""The step `switching`: the cost of changing the depth between calls."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ EAGER, GRAPHS, COMPILED, REDUCED = "eager", "CUDA graphs", "torch.compile", "tor
 
 
 def switching(context: Context, batch_sizes: Sequence[int], seconds: float) -> int:
-    """Time calls of one depth again and again beside calls that alternate between depths; write switching.json.
+    """Time calls at a constant depth and calls that alternate between depths; write switching.json.
 
     Args:
-        context: where and how long.
+        context: folders and time limit.
         batch_sizes: images per call.
-        seconds: for the rounds of one cell.
+        seconds: duration of the rounds of one cell.
 
     Returns:
-        How many cells are left for another call.
+        The number of cells that remain.
     """
     record = Record(context, "switching", go_on=True)
     cells = [
@@ -64,7 +64,7 @@ def _switched_cell(context: Context, name: str, form: str, way: str, batch: int,
             _wait(context.device)
             first[depth] = (time.perf_counter() - start) * 1e3
             if not torch.allclose(answer, expected[depth], rtol=0.1, atol=0.05 * float(expected[depth].abs().max())):
-                raise ValueError(f"{way} answers otherwise than eager mode at depth {depth}")
+                raise ValueError(f"{way} gives other outputs than eager mode at depth {depth}")
         times = _in_turns(calls, depths, context.device, seconds)
     finally:
         torch.compiler.reset()
@@ -80,7 +80,7 @@ def _switched_cell(context: Context, name: str, form: str, way: str, batch: int,
 
 
 def _runner(model: Any, x: Tensor, way: str, tiny: bool) -> Callable[[int], Call]:
-    """From a depth to a call of it."""
+    """A function that returns a call for a depth."""
     if way == EAGER:
         return lambda depth: lambda: model(x, depth=depth)
     if way == GRAPHS:
@@ -89,18 +89,18 @@ def _runner(model: Any, x: Tensor, way: str, tiny: bool) -> Callable[[int], Call
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **options)
 
     def call(depth: int) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # or the next call's graph would not be free to reuse memory
+        torch.compiler.cudagraph_mark_step_begin()  # allows the next graph to reuse memory
         return compiled(x, depth=depth)
 
     return lambda depth: lambda: call(depth)
 
 
 def _captured(model: Any, x: Tensor, depth: int) -> Call:
-    """A depth as a CUDA graph that reads its images from a fixed place."""
+    """A depth as a CUDA graph, which reads its images from a fixed buffer."""
     images, side = x.clone(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # what is made at a first call must not be made within the graph
+        for _ in range(3):  # objects of the first call must be created outside the graph
             model(images, depth=depth)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -118,7 +118,7 @@ def _captured(model: Any, x: Tensor, depth: int) -> Call:
 def _in_turns(
     calls: dict[int, Call], depths: tuple[int, int], device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Milliseconds a call, waiting for each answer, of the first depth, the last, and both alternating, in rounds."""
+    """Milliseconds per synchronised call at the first depth, at the last, and alternating, in rounds."""
     orders = {"first": (depths[0],) * 2, "last": (depths[1],) * 2, "alternating": depths}
     times: dict[str, list[float]] = {name: [] for name in orders}
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""The steps `plan`, `train-distilled-1`, ... and `train-labels-1`, ...: the paper's CIFAR network in a limited time.
+"""The steps `plan`, `train-distilled-1`, ... and `train-labels-1`, ...: training of the paper's CIFAR network.
 
-Training is hierens' own: its preset `paper-cifar`, its trainer, its checkpoints. Only the images come another way, from
-the device's memory (`gpu_steps.batches`), and the number of epochs is what fits into the time. That number is fixed
-before the first update, for both objectives alike, so that the learning rate falls over the whole of the training.
+Training uses hierens' preset `paper-cifar`, trainer and checkpoints, with two differences: the images are read from the
+device's memory (`gpu_steps.batches`), and the number of epochs is chosen to fit into the time. It is fixed before the
+first update, for both objectives, so that the learning rate schedule covers the whole training.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from hierens.training.trainer import Trainer
 
 OBJECTIVES = {"distilled": "independent+hierarchical_codistillation", "labels": "independent"}
 PLAN, PAPERS_EPOCHS = "plan", 200
-_START, _STOP = 45.0, 25.0  # seconds a step needs before its first update and after its last
+_START, _STOP = 45.0, 25.0  # seconds that a step needs before its first and after its last update
 _TRIAL = 40  # updates
 _TINY = ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [4, 4, 8]}, blocks=3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """How a training is cut into steps.
+    """How a training is divided into steps.
 
     Attributes:
-        steps: that each objective's training is spread over.
-        epochs: in place of as many as fit.
-        precision: Accelerate's.
-        updates: after which a step stops, in place of its time.
+        steps: number of steps per objective.
+        epochs: number of epochs; by default as many as fit into the time.
+        precision: mixed precision, as in Accelerate.
+        updates: stop a step after this number of updates instead of its time.
     """
 
     steps: int
@@ -56,19 +56,19 @@ class Shape:
 
 
 class Stopper:
-    """Ends training as a signal would, after a checkpoint, when the time is up: called before every batch."""
+    """Stops training with a checkpoint when the time is up, by raising SIGTERM; called before every batch."""
 
     def __init__(self, context: Context, updates: int | None = None) -> None:
         self.context, self.reserve = context, 0.0 if context.tiny else _STOP
         self.updates, self.batches, self.stopped = updates, 0, False
 
     def training(self) -> None:
-        """Before a training batch."""
+        """Call before a training batch."""
         self.batches += 1
         self._look(self.updates is not None and self.batches > self.updates)
 
     def validation(self) -> None:
-        """Before a validation batch."""
+        """Call before a validation batch."""
         self._look(False)
 
     def _look(self, enough: bool) -> None:
@@ -78,7 +78,7 @@ class Stopper:
 
 
 def recipe(context: Context, plan: dict[str, Any], objective: str, folder: Path) -> Run:
-    """The paper's recipe, with the epochs and the way to run of a plan."""
+    """The paper's recipe with the epochs and the settings of a plan."""
     paper = preset("paper-cifar")
     epochs = int(plan["epochs"])
     return dataclasses.replace(
@@ -103,10 +103,10 @@ def recipe(context: Context, plan: dict[str, Any], objective: str, folder: Path)
 
 
 def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[str, Any]:
-    """Measure the ways to run a training step, and settle epochs and the fastest way: plan.json.
+    """Measure the ways to run a training step; choose the fastest and the number of epochs; write plan.json.
 
     Raises:
-        ValueError: no way works.
+        ValueError: all ways fail.
     """
     torch.backends.cudnn.benchmark = True
     record = Record(context, PLAN)
@@ -127,7 +127,7 @@ def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[st
     if not rates:
         raise ValueError(f"no way to run a training step works: {ways[0]['failed']}")
     best = next(way for way in ways if way.get("images_per_s") == max(rates))
-    seconds = 1 + len(data["train"].labels) / max(rates)  # a checkpoint takes the one
+    seconds = 1 + len(data["train"].labels) / max(rates)  # one second for a checkpoint
     budget = 0.9 * shape.steps * max(context.deadline.seconds - _START - _STOP, 1.0)  # the rest is for validation
     fitting = max(1, min(PAPERS_EPOCHS, math.floor(budget / seconds)))
     plan = {
@@ -143,7 +143,7 @@ def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[st
 
 
 def _trial(context: Context, run: Run, model: Any, executor: str, images: Split) -> float:
-    """Images per second of some training steps, as the trainer's own log has it."""
+    """Images per second of some training steps, from the trainer's log."""
     model.set_executor(executor)
     updates, size = 2 if context.tiny else _TRIAL, run.train.batch_size
     some = Split(images.images[: updates * size], images.labels[: updates * size], images.classes)
@@ -157,28 +157,28 @@ def _trial(context: Context, run: Run, model: Any, executor: str, images: Split)
 def train(
     context: Context, objective: str, number: int, read_data: Callable[[], dict[str, Split]], shape: Shape
 ) -> str:
-    """One step of a training: goes on where the one before it stopped, until it is done or the time is up.
+    """Run one step of a training: resume from the previous step until training is finished or the time is up.
 
     Args:
-        context: where and how long.
+        context: folders and time limit.
         objective: `distilled` or `labels`.
-        number: of the step, from 1.
-        read_data: gives the images.
-        shape: how the training is cut.
+        number: number of the step, from 1.
+        read_data: returns the images.
+        shape: how the training is divided into steps.
 
     Returns:
-        What is left, in words; empty if nothing is.
+        A description of the remaining work; empty if there is none.
 
     Raises:
-        ValueError: a later step without a checkpoint to go on from.
+        ValueError: a later step has no checkpoint to resume from.
     """
     torch.backends.cudnn.benchmark = True
     folder, name = context.runs / objective, f"train-{objective}-{number}"
     started = newest_checkpoint(folder)
     if number > 1 and started is None:
         raise ValueError(
-            f"{name} goes on from a checkpoint, but there is none in {folder}: bring that folder from where the step "
-            f"before it ran, or begin with train-{objective}-1."
+            f"{name} resumes from a checkpoint, but there is none in {folder}: copy that folder from the machine of "
+            f"the previous step, or start with train-{objective}-1."
         )
     data = read_data()
     plan = _settled(context, folder, started, data, shape)
@@ -193,7 +193,7 @@ def train(
     try:
         final = {"final": trainer.fit()[-1]}
     except TrainingInterrupted:
-        if not stopper.stopped:  # somebody else's signal
+        if not stopper.stopped:  # a signal from outside
             raise
     finally:
         record.note_clocks()
@@ -209,7 +209,7 @@ def _trainer(
     stopper: Stopper,
     before_epoch: Callable[[int], Any],
 ) -> Trainer:
-    """hierens' trainer on images that lie on the device."""
+    """hierens' trainer, with the images on the device."""
     config, device = run.train, context.device
     train_images = DeviceImages(
         data["train"], run.data, device, config.seed, True, stopper.training, before_epoch=before_epoch
@@ -225,11 +225,11 @@ def _trainer(
 def _settled(
     context: Context, folder: Path, started: Path | None, data: dict[str, Split], shape: Shape
 ) -> dict[str, Any]:
-    """The plan of a training: its own if it has begun, else the one that is there for both, else a new one."""
+    """The plan of a training: its own if it has started, else the common one if it exists, else a new one."""
     own = folder / f"{PLAN}.json"
     if started is not None:
         if not own.is_file():
-            raise ValueError(f"{folder} has checkpoints but no {own.name}: bring the whole folder.")
+            raise ValueError(f"{folder} has checkpoints but no {own.name}: copy the whole folder.")
         return dict(json.loads(own.read_text()))
     there = read(context.results, PLAN)
     plan = there["plan"] if there and "plan" in there else make_plan(context, data, shape)
@@ -247,7 +247,7 @@ def _rates(folder: Path) -> list[float]:
 
 
 def _progress(run: Run) -> dict[str, Any]:
-    """How far a run has come, by its log and its newest checkpoint."""
+    """Progress of a run, from its log and its newest checkpoint."""
     folder = Path(run.train.output_dir)
     lines, newest = _lines(folder), newest_checkpoint(folder)
     state = json.loads((newest / "trainer.json").read_text())["state"] if newest else {"epoch": 0, "step": 0}
@@ -270,7 +270,7 @@ def _left(content: dict[str, Any], objective: str, number: int) -> str:
 
 
 def _shared(run: Run) -> dict[str, Any]:
-    """The configuration without places on a machine."""
+    """The configuration without paths."""
     config = to_json(run)
     config["train"]["output_dir"] = "DIR"
     return config

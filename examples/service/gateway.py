@@ -1,4 +1,4 @@
-"""The one process that takes requests: it checks and decodes uploads, asks the replicas, counts and measures."""
+"""The process that accepts requests: checks and decodes uploads, calls the replicas, and records metrics."""
 
 # No `from __future__ import annotations` here: Ray's class-based views need the types of routes, not their names.
 import asyncio
@@ -28,21 +28,21 @@ SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4,
 
 
 class Metrics:
-    """What /metrics tells."""
+    """The metrics of /metrics."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         kept: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("hierens_requests", "requests for a prediction, by status", ["status"], **kept)
-        self.seconds = Histogram("hierens_answer_seconds", "a request's time to its answer", buckets=SECONDS, **kept)
-        self.answers = Counter("hierens_answers", "images answered, by depth", ["depth"], **kept)
-        self.depth = Gauge("hierens_depth", "depth of the latest answer", **kept)
-        self.again = Counter("hierens_second_tries", "requests whose replica died, asked of another", **kept)
+        self.seconds = Histogram("hierens_answer_seconds", "time from request to response", buckets=SECONDS, **kept)
+        self.answers = Counter("hierens_answers", "predicted images, by depth", ["depth"], **kept)
+        self.depth = Gauge("hierens_depth", "depth of the latest prediction", **kept)
+        self.again = Counter("hierens_second_tries", "requests sent again because their replica died", **kept)
         self.queue = Gauge("hierens_queue", "requests in the service now", **kept)
-        self.bytes = Gauge("hierens_body_bytes", "room taken by bodies now", **kept)
+        self.bytes = Gauge("hierens_body_bytes", "bytes of request bodies in memory now", **kept)
 
     def answered(self, answers: list[dict[str, Any]], seconds: float) -> None:
-        """Count a request's answers."""
+        """Record the predictions of a request."""
         self.seconds.observe(seconds)
         for answer in answers:
             self.answers.labels(answer["depth"]).inc()
@@ -54,14 +54,14 @@ app = FastAPI(title="hierens", docs_url=None, redoc_url=None)
 
 @app.exception_handler(HTTPException)
 async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-    """Paths and methods that there are not, in the form of all errors."""
+    """Unknown paths and methods, in the format of all errors."""
     return JSONResponse({"error": f"{error.detail}."}, error.status_code, error.headers)
 
 
 @serve.deployment
 @serve.ingress(app)
 class Gateway:
-    """Checks, decodes, asks, counts."""
+    """Checks and decodes requests, calls the replicas, records metrics."""
 
     def __init__(self, network: DeploymentHandle, settings: Settings, inputs: Inputs) -> None:
         self.network, self.settings, self.inputs = network, settings, inputs
@@ -71,7 +71,7 @@ class Gateway:
     @app.post("/predict")
     async def predict(self, request: Request) -> Response:
         """Classify the images in the form's fields `image`."""
-        start, arrived, status = time.perf_counter(), time.time(), 499  # who hangs up gets no status from us
+        start, arrived, status = time.perf_counter(), time.time(), 499  # 499: the client hung up
         try:
             answers = await self._predict(request, arrived)
             taken, status = time.perf_counter() - start, 200
@@ -121,7 +121,7 @@ class Gateway:
             self.held -= room
 
     async def _ask(self, images: np.ndarray, arrived: float) -> list[dict[str, Any]]:
-        """A replica's answers; those of another one, once, if the first dies on the way."""
+        """Predictions of a replica; tries a second replica if the first one dies."""
         for _ in range(2):
             try:
                 async with asyncio.timeout(self.settings.timeout_s):
@@ -148,12 +148,12 @@ class Gateway:
 
     @app.get("/healthz")
     async def alive(self) -> dict[str, str]:
-        """The gateway lives."""
+        """Whether the gateway is running."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     async def ready(self) -> JSONResponse:
-        """The model is loaded and has answered; it is asked now if it has not, or could not when it was asked last."""
+        """Whether the model has made a prediction; tries one now if it has not, or if the last request failed."""
         if not self.answered:
             blank = np.zeros((1, *self.inputs.data["input_size"]), np.uint8)
             try:

@@ -27,48 +27,48 @@ from service.uploads import read_image
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model takes and gives, known without its weights."""
+    """Inputs and classes of a model, without its weights."""
 
     data: dict[str, Any]
     labels: tuple[str, ...]
 
     @property
     def mode(self) -> Literal["L", "RGB"]:
-        """Of the image that the model sees."""
+        """Mode of the model's input images."""
         return "L" if self.data["input_size"][0] == 1 else "RGB"
 
     @classmethod
     def of(cls, model: Any) -> Inputs:
-        """Read them off a model."""
+        """The inputs and classes of a model."""
         names = label_names(model) or range(model.num_classes)
         return cls(timm.data.resolve_model_data_config(model), tuple(str(name) for name in names))
 
     def prepare(self, files: list[bytes], max_pixels: int) -> np.ndarray:
-        """Files -> what the model sees of them, (N, C, H, W), in bytes: a quarter of the floats' way to a replica."""
+        """Decode and resize files to bytes (N, C, H, W), a quarter of the size of floats in transfers."""
         images = [self.transform(read_image(file, self.mode, max_pixels)) for file in files]
         return np.stack([np.asarray(image).reshape(self.data["input_size"]) for image in images])
 
     @cached_property
     def transform(self) -> Any:
-        """timm's, up to the normalisation."""
+        """timm's transform without normalisation."""
         return timm.data.create_transform(**self.data, is_training=False, use_prefetcher=True)
 
     def normalise(self, images: np.ndarray) -> torch.Tensor:
-        """(N, C, H, W) in bytes -> as the model was trained."""
+        """Normalise images (N, C, H, W) in bytes."""
         mean, std = (torch.tensor(self.data[name]).view(-1, 1, 1) for name in ("mean", "std"))
         return (torch.from_numpy(images).float().div(255) - mean) / std
 
 
 @serve.deployment
 class Network:
-    """The model: answers in batches, at the depth that its policy chooses."""
+    """The model: predicts in batches, at the depth that its policy chooses."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
         self.top, self.waiting = settings.top, 0
         model, self.policy = load(settings)
         self.inputs = Inputs.of(model)
-        with contextlib.suppress(ValueError):  # what cannot be fused runs as it is
+        with contextlib.suppress(ValueError):  # a model that cannot be fused runs unfused
             model = model.fuse()
         self.model, self.worker = model, ThreadPoolExecutor(1)
         self.answer.set_max_batch_size(settings.max_batch)
@@ -77,7 +77,7 @@ class Network:
             model(torch.zeros(1, *self.inputs.data["input_size"]), leaves=leaves)
 
     async def __call__(self, images: np.ndarray, arrived: float) -> list[dict[str, Any]]:
-        """A request's images (N, C, H, W) in bytes, and when it arrived."""
+        """Predict a request's images (N, C, H, W) in bytes; `arrived` is its time of arrival."""
         self.waiting += 1
         try:
             return await self.answer((images, arrived))
@@ -86,7 +86,7 @@ class Network:
 
     @serve.batch
     async def answer(self, requests: list[tuple[np.ndarray, float]]) -> list[list[dict[str, Any]]]:
-        """A batch, beside the event loop, so that requests are taken in meanwhile."""
+        """Predict a batch in a thread, so that the event loop accepts further requests."""
         if isinstance(self.policy, Load):
             self.policy.observe(self.waiting - len(requests))
         images = np.concatenate([images for images, _ in requests])
@@ -98,7 +98,7 @@ class Network:
 
     @torch.inference_mode()
     def run(self, images: np.ndarray) -> list[dict[str, Any]]:
-        """Answer images (N, C, H, W)."""
+        """Predict images (N, C, H, W)."""
         x = self.inputs.normalise(images)
         if isinstance(self.policy, Load | FixedDepth):
             fixed = self.policy if isinstance(self.policy, FixedDepth) else FixedDepth(self.policy.depth)
@@ -106,7 +106,7 @@ class Network:
             leaf_logits = self.model(x, leaves=leaves, reduce=False)
             logits = self.model.prediction_weights.of_first(leaves)(leaf_logits)[:, 0]
             networks, macs = [leaves] * len(x), [self.model.cost(leaves, tuple(x.shape[1:]))] * len(x)
-        else:  # these say nothing of single networks
+        else:  # other policies return no logits of single networks
             found = self.policy(self.model, x)
             logits, networks, macs = found.logits, found.leaves.tolist(), found.macs.tolist()
             leaf_logits = logits[:, None]
@@ -132,13 +132,13 @@ class Network:
 
 
 def load(settings: Settings) -> tuple[Any, Policy]:
-    """The model, and the policy that the settings ask for.
+    """The model and the policy of the settings.
 
     Raises:
-        ValueError: a depth that the model does not have, or no policy.json.
+        ValueError: the model does not have the depth, or there is no policy.json.
     """
     if settings.policy == "saved":
-        model, saved = load_with_policy(settings.model)  # both of one save
+        model, saved = load_with_policy(settings.model)  # both from the same save
         return model, saved or load_policy(settings.model)
     model = hierens.from_pretrained(settings.model)
     leaves = model.leaves_at(settings.depth)

@@ -1,4 +1,4 @@
-"""The server's settings, each a flag."""
+"""Settings of the server; each is a flag."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server takes."""
+    """Settings of the server."""
 
     model: str
-    """directory of `save_pretrained`, or a repository on the Hub"""
+    """folder of a saved model, or user/name on the Hub"""
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 is all"""
+    """address to listen on; 0.0.0.0 for all"""
     port: int = 8000
     """port to listen on"""
     policy: Literal["load", "fixed", "saved"] = "load"
-    """give way under load; always `depth`; or what the model's policy.json says"""
+    """reduce the depth under load; always use `depth`; or use the model's policy.json"""
     depth: int | None = None
-    """of `fixed`, and the most of `load`; the whole tree by default"""
+    """depth of `fixed`, and maximum depth of `load`; full depth by default"""
     target_ms: float = 250
-    """99th percentile of latencies that `load` keeps below"""
+    """target of `load` for the 99th percentile of latencies"""
     queue_high: int = 8
-    """waiting requests of a replica from which on `load` gives way"""
+    """number of waiting requests of a replica at which `load` reduces the depth"""
     replicas: int = 1
     """processes that hold the model"""
     threads: int = 1
     """CPU threads of each"""
     max_batch: int = 16
-    """requests answered together"""
+    """maximum requests per batch"""
     batch_wait_ms: float = 2
     """how long the first request of a batch waits for others"""
     max_images: int = 16
-    """in a request"""
+    """maximum images per request"""
     max_queue: int = 128
-    """requests in the service at once; more get 503. It bounds the queue, and so how late an answer can be"""
+    """maximum requests in the service; further ones get 503. Limits the latency"""
     max_bytes: int = 8_000_000
-    """of a request's body"""
+    """maximum size of a request body"""
     max_pixels: int = 16_000_000
-    """of an image, decoded"""
+    """maximum pixels per image"""
     buffer_bytes: int = 128_000_000
-    """bodies held at once; more get 503"""
+    """maximum bytes of bodies in memory; further requests get 503"""
     upload_s: float = 10
-    """a body that takes longer gets 408"""
+    """time limit of an upload; then 408"""
     timeout_s: float = 30
-    """an answer that takes longer is a 504"""
+    """time limit of a prediction; then 504"""
     top: int = 5
-    """classes in an answer"""
+    """classes per prediction"""

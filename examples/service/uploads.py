@@ -1,4 +1,4 @@
-"""Images from strangers: read within limits on bytes, seconds and pixels, or refused with a status and a sentence."""
+"""Reads untrusted uploads within limits on bytes, seconds and pixels, or refuses them with a status and a message."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hierens.training.data.decoding import DecodingError, decode
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_HEADER_BYTES = 16_384
-_SMALL = 1024  # bytes of a form's other fields
+_SMALL = 1024  # maximum bytes of other form fields
 
 
 class RefusedError(Exception):
-    """A request that gets no answer: a status of HTTP and a sentence for whoever sent it."""
+    """A refused request: an HTTP status and a message for the client."""
 
     def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(sentence)
@@ -26,7 +26,7 @@ class RefusedError(Exception):
 
 
 def announced_bytes(request: Request, max_bytes: int) -> int:
-    """Check a request's headers before its body is read; the bytes that the body may have.
+    """Check a request's headers before its body is read, and return the maximum size of the body.
 
     Raises:
         RefusedError: 431, 415, 400 or 413.
@@ -42,18 +42,18 @@ def announced_bytes(request: Request, max_bytes: int) -> int:
     if length is None:
         return max_bytes
     if not (length.isascii() and length.isdigit()):
-        raise RefusedError(400, "Content-Length is no number.")
+        raise RefusedError(400, "Content-Length is not a number.")
     if len(length) > 15 or int(length) > max_bytes:
         raise RefusedError(413, f"The body is larger than {max_bytes} bytes.")
     return int(length)
 
 
 async def read_upload(request: Request, max_bytes: int, max_images: int, seconds: float) -> list[bytes]:
-    """The files in a form's fields `image`; never more than `max_bytes` of the body are taken in.
+    """The files in a form's fields `image`; reads at most `max_bytes` of the body.
 
     Raises:
         RefusedError: 408, 413, 415 or 400.
-        ClientDisconnect: nobody is there any more.
+        ClientDisconnect: the client has disconnected.
     """
     left = max_bytes
 
@@ -74,7 +74,7 @@ async def read_upload(request: Request, max_bytes: int, max_images: int, seconds
         raise RefusedError(400, f"The form cannot be read: {error.detail.rstrip('.')}.") from error
     except (RefusedError, ClientDisconnect):
         raise
-    except Exception as error:  # multipart parsers meet more than they have names for
+    except Exception as error:  # multipart parsers raise other errors as well
         raise RefusedError(400, "The form cannot be read.") from error
     try:
         uploads = [part for part in form.getlist("image") if isinstance(part, UploadFile)]
@@ -94,10 +94,10 @@ def read_image(data: bytes, mode: Literal["L", "RGB"], max_pixels: int) -> Image
     Args:
         data: the file.
         mode: greyscale or colour.
-        max_pixels: height times width; looked up in the file's header, before anything is decoded.
+        max_pixels: maximum of height times width, checked in the file's header before decoding.
 
     Raises:
-        RefusedError: 400 for what is no whole image of `FORMATS`, 413 for one of too many pixels.
+        RefusedError: 400 if it is not a complete image of `FORMATS`, 413 if it has too many pixels.
     """
     if not data:
         raise RefusedError(400, "The image is empty.")
