@@ -242,8 +242,8 @@ Two replicas receive {killed[rate]:.1f} requests per second; one is killed (SIGK
 {settings.kill_s:g} s.
 
 - {killed[sent]} requests: {statuses}. Error messages: {errors}. Without a response: {lost}.
-- Wrong predictions: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the same depth
-  (within 0.0001).
+- Wrong predictions: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the same
+  depth (within 0.0001).
 - Ray reports the replica as dead after {noticed}; a new one runs after {again}. The slowest response took
   {killed[slowest_ms]:.0f} ms. Requests of the dead replica that were sent to the other one: {second_tries}.
 
