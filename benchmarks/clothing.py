@@ -270,8 +270,8 @@ def _copies() -> str:
     count = record["test_images"]
     rows = [("backbone", "1", f"{record['backbone_right']}", f"{100 * record['backbone_right'] / count:.1f}", "", "")]
     rows += [
-        (f"tree, depth {depth}", f"{leaves}", f"{right}", f"{100 * right / count:.1f}", f"{same}", f"{apart:.1e}")
-        for depth, (leaves, right, same, apart) in enumerate(
+        (f"tree, depth {depth}", f"{leaves}", f"{right}", f"{100 * right / count:.1f}", f"{same}", f"{largest:.1e}")
+        for depth, (leaves, right, same, largest) in enumerate(
             zip(record["leaves"], record["right"], record["same_class"], record["max_abs_difference"], strict=True)
         )
     ]

@@ -185,7 +185,7 @@ def page(settings: Any, found: dict[str, Any]) -> str:
         attacked=attacked,
         count=sum(sum(counts.values()) for counts in attacked["statuses"].values()),
         unexpected=len(attacked["unexpected"]),
-        kinds=markdown(("upload", "answers"), kinds),
+        kinds=markdown(("upload", "responses"), kinds),
         memory=markdown(("process", "before (MB)", "peak (MB)", "after (MB)"), memory),
         served=", ".join(f"{count} times {status}" for status, count in attacked["served"].items()),
         flags=f" {flags}" if flags else "",
@@ -242,8 +242,8 @@ Two replicas receive {killed[rate]:.1f} requests per second; one is killed (SIGK
 {settings.kill_s:g} s.
 
 - {killed[sent]} requests: {statuses}. Error messages: {errors}. Without a response: {lost}.
-- Wrong answers: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the depth of each
-  answer (within 0.0001).
+- Wrong predictions: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the same
+  depth (within 0.0001).
 - Ray reports the replica as dead after {noticed}; a new one runs after {again}. The slowest response took
   {killed[slowest_ms]:.0f} ms. Requests of the dead replica that were sent to the other one: {second_tries}.
 

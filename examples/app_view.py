@@ -47,7 +47,7 @@ def page(answer: Answer, tree: Tree, names: Sequence[str]) -> str:
         ("Networks", f"{networks}", f"of {tree.leaves}", networks / tree.leaves),
         ("MACs", quantity(answer.macs), f"{100 * share:.0f} % of the tree", share),
         ("Time", f"{answer.milliseconds:.1f} ms", "to compute", None),
-        ("Agreement", f"{agreeing} of {networks}", "say this class", agreeing / networks),
+        ("Agreement", f"{agreeing} of {networks}", "predict this class", agreeing / networks),
     )
     facts = f'data-networks="{networks}" data-macs="{answer.macs}" data-answer="{escape(names[answer.best])}"'
     return f"""<div class="hne" id="answer" {facts} data-walking="{int(answer.walking)}">
@@ -60,11 +60,11 @@ def page(answer: Answer, tree: Tree, names: Sequence[str]) -> str:
 
 
 def placeholder(tree: Tree) -> str:
-    """What stands there before the first image."""
+    """The right-hand side of the page before the first image."""
     return f"""<div class="hne" id="answer" data-networks="0">
 <div class="hne-answer hne-quiet"><span>Drop an image</span></div>
-<p class="hne-hint">{tree.leaves} networks share one tree. The first one answers at a fraction of the cost; every
-further one sharpens the answer.</p>{drawing(tree)}</div>"""
+<p class="hne-hint">{tree.leaves} networks share one tree. The first one predicts at a fraction of the cost; every
+further one improves the prediction.</p>{drawing(tree)}</div>"""
 
 
 def drawing(tree: Tree, answer: Answer | None = None, names: Sequence[str] = ()) -> str:
