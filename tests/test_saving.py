@@ -120,7 +120,7 @@ def test_a_folder_that_is_written_all_the_time_is_given_up_in_a_sentence(made, t
         return found
 
     monkeypatch.setattr(loading, "read_config", and_touch)
-    with pytest.raises(fetching.LoadError, match=r"is being written: for 0 s .* Load it again when the save is"):
+    with pytest.raises(fetching.LoadError, match=r"its files changed for 0 s. Load it again when the save is"):
         hierens.from_pretrained(tmp_path)
 
 

@@ -73,7 +73,7 @@ def test_prefix_keeps_widths():
         (lambda: Tree.binary(0), "blocks must be at least 1, got 0"),
         (lambda: Tree(()), "one per level"),
         (lambda: Tree((1, 0)), r"got \(1, 0\)"),
-        (lambda: Tree((1, 2.0)), "whole numbers"),
+        (lambda: Tree((1, 2.0)), "integers"),
         (lambda: Tree((1, 2), 3), "from 1 to 2"),
         (lambda: Tree.binary(3).leaves_at(depth=3), "depth must be from 0 to 2 for 4 leaves, got 3"),
         (lambda: Tree.binary(3).leaves_at(depth=-1), "got -1"),
