@@ -33,9 +33,9 @@ def load(tree, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone_args": {"channels": [10**9] * 3}}, "channels is 1000000000, and 65536 is the most"),
+        ({"backbone_args": {"channels": [10**9] * 3}}, "channels is 1000000000, and at most 65536 is allowed"),
         ({"backbone_args": {"channels": [60_000] * 3}}, "has [0-9]+ elements, and all weights in the file only"),
-        ({"backbone_args": {"layers": [10**6]}}, "layers is 1000000, and 65536 is the most"),
+        ({"backbone_args": {"layers": [10**6]}}, "layers is 1000000, and at most 65536 is allowed"),
         (
             {"backbone": "resnet18", "backbone_args": {"layers": [60_000] * 4, "channels": [4] * 4}},
             "more than [0-9]+ layers",

@@ -88,5 +88,6 @@ def _separated(level: AnyLevel, separate_tokens: bool) -> nn.Module:
     """A level that runs all branches in one call, or, if this is impossible or unwanted, as a module per branch."""
     level.plan = {}
     one_call = level.grouped and (level.channelwise or not separate_tokens)
-    separate = isinstance(level, FusedLevel) and level.branches > 1 and not one_call
-    return _SeparateBranches(level) if separate else level
+    if one_call or level.branches == 1 or not isinstance(level, FusedLevel):
+        return level
+    return _SeparateBranches(level)

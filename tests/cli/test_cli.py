@@ -102,10 +102,10 @@ def test_the_version():
         (
             ["profile", "resnet10t", "--method", "multi_exit", "--blocks", "4"],
             2,
-            "one network with exits: give --exits",
+            "one network with exits: use --exits",
         ),
         (["profile", "resnet10t", "--exits=4"], 2, "--exits has no meaning for --method hne, which creates a tree of"),
-        (["profile", "resnet10t", "--method", "hne_exits", "--exits", "4"], 2, "but the last: give --blocks"),
+        (["profile", "resnet10t", "--method", "hne_exits", "--exits", "4"], 2, "but the last: use --blocks"),
         (["profile", "user/name", "--blocks", "4"], 2, "user/name is already an ensemble: leave out --blocks"),
         (["profile", "hne_resnet50_cifar_small", "--blocks", "5"], 2, "already an ensemble: leave out --blocks"),
         (["train", "--preset", "demo", "--exits", "4"], 2, "which creates a tree of networks: use --blocks"),

@@ -205,7 +205,7 @@ def shorten(file):
     [
         ("", lambda d: None, "does not exist: set data_dir to the folder that holds the images"),
         ("", lambda d: d.mkdir(), "is empty: it must hold a folder per split or class"),
-        ("", lambda d: (d / "train").mkdir(parents=True), "val_split asks for 'validation', and .* has no folder"),
+        ("", lambda d: (d / "train").mkdir(parents=True), "val_split is 'validation', and .* has no folder"),
         ("", lambda d: write_folders(d, images=0), "timm cannot read|holds no images"),
         ("torch/nonsense", lambda d: write_folders(d), "cannot read the data set 'torch/nonsense'"),
         ("fashion_mnist", lambda d: None, "does not exist: fashion_mnist needs its idx files there"),

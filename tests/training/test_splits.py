@@ -78,7 +78,7 @@ def test_both_splits_in_one_folder_are_refused(tmp_path, dataset):
         with pytest.raises(ValueError, match="training and validation images are the same"):
             create_datasets(dataclasses.replace(config(root, **settings), dataset=dataset))
         assert said is None or str(root) in said
-    assert "asks for a slice" in refused(root, train_split="train[:50%]")
+    assert "is a slice" in refused(root, train_split="train[:50%]")
 
 
 def test_named_data_sets_with_one_split_twice_are_refused(tmp_path, monkeypatch):
