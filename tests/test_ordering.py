@@ -57,7 +57,7 @@ def legal_orders(tree):
 
 @pytest.mark.parametrize("branching", TREES)
 def test_leaves_move_as_said_and_nothing_else_changes(small_backbone, loader, branching):
-    model = independent_tree(small_backbone, branching=branching).train()
+    model = independent_tree(small_backbone, branching=branching, looped={}).train()
     before = leaf_logits(model, loader)
     report = model.reorder(loader)
     after = leaf_logits(model, loader)
@@ -80,7 +80,7 @@ def test_leaves_move_as_said_and_nothing_else_changes(small_backbone, loader, br
 
 @pytest.mark.parametrize(("branching", "seed"), [((1, 2, 2), 1), ((1, 2, 2), 2), ((2, 2, 2), 1)])
 def test_in_binary_trees_no_order_has_better_depths(small_backbone, loader, branching, seed):
-    model = independent_tree(small_backbone, seed=seed, branching=branching)
+    model = independent_tree(small_backbone, seed=seed, branching=branching, looped={})
     before = leaf_logits(model, loader)
     report = model.reorder(loader)
     leaves = model.tree.leaves
@@ -93,7 +93,7 @@ def test_in_binary_trees_no_order_has_better_depths(small_backbone, loader, bran
 def test_reordering_helps_and_a_second_time_changes_nothing(small_backbone, loader):
     gains = []
     for seed in range(3):
-        model = independent_tree(small_backbone, seed=seed, blocks=3)
+        model = independent_tree(small_backbone, seed=seed, blocks=3, looped={})
         first = model.reorder(loader)
         gains.append(sum(first.cross_entropy_before[:-1]) - sum(first.cross_entropy_after[:-1]))
         second = model.reorder(loader)
@@ -103,7 +103,7 @@ def test_reordering_helps_and_a_second_time_changes_nothing(small_backbone, load
 
 def test_further_prefixes_are_greedy(small_backbone, loader):
     """In a tree of one level every order is legal, so that each next leaf must be the best of all that are left."""
-    model = independent_tree(small_backbone, branching=(1, 1, 6))
+    model = independent_tree(small_backbone, branching=(1, 1, 6), looped={})
     model.reorder(loader)
     logits, targets = leaf_logits(model, loader), torch.cat([target for _, target in loader])
     for n in range(1, 6):
@@ -113,7 +113,7 @@ def test_further_prefixes_are_greedy(small_backbone, loader):
 
 @pytest.mark.parametrize(("branching", "leaves"), [((1, 2, 2), 3), ((1, 2, 4), 7), ((3, 2, 2), 7), ((1, 1, 6), 5)])
 def test_trimmed_trees_permute_what_is_whole(small_backbone, loader, branching, leaves):
-    model = independent_tree(small_backbone, seed=1, branching=branching, leaves=leaves)
+    model = independent_tree(small_backbone, seed=1, branching=branching, leaves=leaves, looped={})
     before = leaf_logits(model, loader)
     report = model.reorder(loader)
     assert torch.allclose(leaf_logits(model, loader), before[:, list(report.order)], atol=1e-5)
@@ -124,7 +124,7 @@ def test_trimmed_trees_permute_what_is_whole(small_backbone, loader, branching, 
 
 
 def test_statistics_move_with_their_branches(small_backbone, loader):
-    model = independent_tree(small_backbone, seed=4, blocks=3)
+    model = independent_tree(small_backbone, seed=4, blocks=3, looped={})
     before = torch.stack([branch.get_buffer("layer3.0.bn1.running_mean") for branch in model.levels[2]])
     report = model.reorder(loader)
     assert not torch.equal(before[0], before[1])
