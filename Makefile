@@ -8,7 +8,7 @@ RUN := $(SETTINGS) $(BIN)/python
 
 comma := ,
 LOWEST := .venv-lowest
-LOWEST_TESTS := package tree cutting branching ensemble exits adaptive modes objectives fusing hub policies
+LOWEST_TESTS := package tree cutting branching ensemble exits adaptive modes objectives predictions fuse hub policies
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-lowest upgrade lint format types docs docs-serve bench clean
