@@ -1,7 +1,7 @@
 """Checks a saved model from an untrusted source before memory or time is spent on building it.
 
 A config names a network and its arguments, so it is a short program. First its values are checked. Then the network is
-built without memory, on torch's meta device, where layers, FLOPs and the sizes of values are counted and limited. Its
+built without memory, on torch's meta device, where operations, FLOPs and sizes of values are counted and limited. Its
 parameters must be exactly those in the header of the weights. The memory of the real model is then proportional to the
 size of the file of weights.
 """
@@ -9,20 +9,14 @@ size of the file of weights.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -53,7 +47,7 @@ _MOST_LEAVES, _MOST_LEVELS, _MOST_EXITS = 4096, 64, 256
 _MOST_VALUES, _LARGEST, _LARGEST_SUM = 4096, 2**16, 2**20  # in a backbone's arguments
 _LARGEST_NAMED = {"window": 64, "size": 4096, "resolution": 4096}  # timm loops over all pairs of positions in a window
 _MOST_ELEMENTS = 2**28  # of one activation for the example image: 1 GiB in float32
-_MODULES = (1_000, 20)  # allowed modules of a backbone, and further ones per tensor in the file
+_CALLS = (20_000, 200)  # allowed calls of operations, and further ones per tensor in the file (7 to 11 are usual)
 _FLOPS = (10**11, 2**16)  # allowed FLOPs for the example image, and further ones per weight in the file
 _VALUES = (2**32, 2**9)  # allowed elements of all activations, likewise
 _REAL = ("F32", "F16", "BF16", "F64")
@@ -156,8 +150,9 @@ def check_fit(
     """
     shapes = {name: stored.shape for name, stored in header.items()}
     try:
-        with torch.device("meta"), _bounded(shapes):
+        with torch.device("meta"), _Counter(shapes):
             model = make()
+            _check_parameters(model, sum(map(math.prod, shapes.values())))
             model.macs()
     except Exception as error:
         raise unbuildable(config_file, error) from error
@@ -255,49 +250,32 @@ def _check_exits(args: dict[str, Any], file: Path) -> None:
             raise LoadError(f"{file} has no usable {key} (got {short(args[key])}).")
 
 
-@contextmanager
-def _bounded(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """While a model is built in this thread, limit its modules, parameters, FLOPs and activations by its weights."""
-    weights, tensors, here = sum(map(math.prod, shapes.values())), len(shapes), threading.get_ident()
-    counter = _Counter(_FLOPS[0] + _FLOPS[1] * weights, _VALUES[0] + _VALUES[1] * weights)
-    most_modules, modules, parameters = _MODULES[0] + _MODULES[1] * tensors, 0, 0
+def _check_parameters(model: nn.Module, weights: int) -> None:
+    """Raise a ValueError for a parameter without elements, or with more than all weights in the file.
 
-    def count_module(*_: Any) -> None:
-        nonlocal modules
-        modules += threading.get_ident() == here
-        if modules > most_modules:
-            raise ValueError(f"it has more than {most_modules} layers, and the file of weights only {tensors} tensors")
-
-    def count_parameter(_: Any, name: str, parameter: Tensor | None) -> None:
-        nonlocal parameters
-        if parameter is not None and threading.get_ident() == here:
-            # Only a bound: the exact names and shapes are compared when the model is built.
-            parameters = max(parameters, parameter.numel())
-            if not parameter.numel():
-                raise ValueError(f"its {name} has no elements")
-        if parameters > max(weights, 1):
-            raise ValueError(f"its {name} has {parameters} elements, and all weights in the file only {weights}")
-
-    hooks = (
-        register_module_module_registration_hook(count_module),
-        register_module_parameter_registration_hook(count_parameter),
-    )
-    try:
-        with counter:
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    Only a bound, which names the parameter: exact names and shapes are compared afterwards.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise ValueError(f"its {name} has no elements")
+        if parameter.numel() > weights:
+            raise ValueError(f"its {name} has {parameter.numel()} elements, and all weights in the file only {weights}")
 
 
 class _Counter(TorchDispatchMode):
-    """Counts FLOPs and elements of results, and raises if they exceed a limit or one result is too large."""
+    """Counts calls, FLOPs and elements of results in this thread, and limits them by the weights of the model."""
 
-    def __init__(self, most_flops: int, most_values: int) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
-        self.flops, self.values, self.most_flops, self.most_values = 0, 0, most_flops, most_values
+        weights = sum(map(math.prod, shapes.values()))
+        self.calls, self.most_calls = 0, _CALLS[0] + _CALLS[1] * len(shapes)
+        self.flops, self.most_flops = 0, _FLOPS[0] + _FLOPS[1] * weights
+        self.values, self.most_values = 0, _VALUES[0] + _VALUES[1] * weights
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if self.calls > self.most_calls:
+            raise ValueError("it has far more layers than its weights suggest")
         out = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
