@@ -1,4 +1,7 @@
-"""Commands: tyro reads flags from the fields of a dataclass of settings, and help fits on a screen."""
+"""Commands: tyro reads flags from the fields of a dataclass of settings, and help fits on a screen.
+
+tyro's own help lists all flags of all nested configs on several screens; `--help-all` shows it.
+"""
 
 from __future__ import annotations
 

@@ -114,6 +114,7 @@ class LeafMetrics:
         self._add("variance", torch.stack([variance(logits[:, n]).sum() for n in sizes]))
         self._add("same", torch.stack([_agreement(votes[:, n], leaf_logits.shape[2]).sum() for n in sizes]))
 
+    # Not a torchmetrics.Metric: its synchronisation needs a call per state, in which processes must all take part.
     @classmethod
     def merged(cls, parts: Sequence[LeafMetrics]) -> LeafMetrics:
         """The metrics of all batches of several processes."""

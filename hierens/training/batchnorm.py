@@ -39,7 +39,7 @@ class SyncedBatchNorm(TorchFunctionMode):
         return synced_batch_norm(**given)
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(torch.autograd.Function):  # torch.distributed.nn.functional.all_reduce is deprecated
     """The sum over processes; its gradient is the sum of their gradients."""
 
     @staticmethod
