@@ -8,10 +8,11 @@ RUN := $(SETTINGS) $(BIN)/python
 
 comma := ,
 LOWEST := .venv-lowest
+FAST_TESTS := tree predictions objectives branching calibration policies metrics uncertainty labels modes reading files
 LOWEST_TESTS := package tree cutting branching ensemble exits adaptive modes objectives predictions fuse hub policies
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-lowest upgrade lint format types docs docs-serve bench clean
+.PHONY: help demo test test-fast test-slow test-lowest upgrade lint format types docs docs-serve bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +38,9 @@ demo: $(VENV)/.installed ## train a small ensemble on photographs of clothes, on
 
 test: $(VENV)/.installed ## run the tests
 	$(RUN) -m pytest --numprocesses 2
+
+test-fast: $(VENV)/.installed ## run the tests of the core alone, while you work
+	$(RUN) -m pytest --numprocesses 2 $(FAST_TESTS:%=tests/test_%.py)
 
 test-slow: $(VENV)/.installed ## run the long tests too
 	$(RUN) -m pytest --numprocesses 2 -m "slow or not slow"
