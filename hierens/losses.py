@@ -217,6 +217,7 @@ def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0)
         ValueError: shapes do not match, or the temperature is not positive.
     """
     check_logits(leaf_logits)
+    _check_not_empty(leaf_logits)
     _check_teacher(leaf_logits, teacher)
     check_temperature(temperature)
     log_q = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=-1)[:, None]
@@ -254,8 +255,7 @@ def _cross_entropy(predictions: Tensor, targets: Tensor, weights: Sequence[float
         targets: class indices (N, 1), or probabilities (N, 1 or P, classes).
         weights: of the predictions, all 1 by default.
     """
-    if not len(predictions):
-        raise ValueError("there is no image in the batch, so the mean loss is undefined: skip empty batches.")
+    _check_not_empty(predictions)
     count = predictions.shape[1]
     targets = targets.expand(-1, count, *targets.shape[2:])
     each = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(0, 1), reduction="none")
@@ -263,6 +263,11 @@ def _cross_entropy(predictions: Tensor, targets: Tensor, weights: Sequence[float
     if weights:
         losses = losses * losses.new_tensor(weights)
     return losses.sum(1).mean()
+
+
+def _check_not_empty(logits: Tensor) -> None:
+    if not len(logits):
+        raise ValueError("there is no image in the batch, so the mean loss is undefined: skip empty batches.")
 
 
 def _standardized(logits: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def test_bad_settings_are_refused_before_any_work(model_dir, folder, tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "part-00000.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"no {MANIFEST} says of what"):
+    with pytest.raises(ValueError, match=f"contains Parquet files but no {MANIFEST}"):
         batch_predict.run(settings(model_dir, tmp_path / "out", folder))
 
 
