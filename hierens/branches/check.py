@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from hierens.cutting.cut import Cutting
 
 _FLOAT32_FIRST_WEIGHTS = 2_000_000  # in a block with more, float64 is tried only if the executors differ in float32
 _FLOAT32_WEIGHTS = 50_000_000  # in a block with more, float64 is not tried: it would need many GB
+_COLLECTED_WEIGHTS = 10_000_000  # copies of a block with more are freed at once, which takes a few tenths of a second
 _RANDOM_NUMBERS = 65_521  # a prime, so that no two channels get the same values
 _CHECK_SIZES = (32, 64, 128)  # pixels: small images suffice, as long as every layer runs
 
@@ -53,6 +55,8 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
             found, loop_failed = _disagreement(block, example, dtype, seed)
         if not (loop_failed and reason):
             reason = found
+        if weights > _COLLECTED_WEIGHTS:
+            gc.collect()  # graphs are reference cycles, which would keep the copies of the block
         if not reason or (dtype is torch.float64 and not loop_failed):
             break
     return reason
