@@ -222,8 +222,8 @@ Measured on {machine["cores"]} cores of {machine["processor"]} ({machine["instru
 
 {table(header, cells)}
 
-Training gives the same losses within the rounding of float32. From the same seeded weights, {STEPS} steps of SGD with
-momentum 0.9 on random images (batches of 8), the old commit and `{record["training"]["commit"]}`:
+Training gives the same losses. From the same seeded weights, {STEPS} steps of SGD with momentum 0.9 in float64 on random
+images (batches of 8), with the old commit and `{record["training"]["commit"]}`:
 
 {table(first_and_last, training)}
 
