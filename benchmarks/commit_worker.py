@@ -76,7 +76,7 @@ def serve() -> None:
         return run
 
     def losses(name: str, steps: int) -> list[float]:
-        """Of the first training steps in float64, from seeded weights and images: rounding would grow with the steps."""
+        """Of the first training steps, from seeded weights and images; float64, since rounding grows with steps."""
         made.clear()
         model, size = tree(name).double().train(), 32 if name == SMALL else 64
         draw = torch.Generator().manual_seed(0)

@@ -197,6 +197,8 @@ def page(record: dict[str, Any]) -> str:
         for row in rows
     ]
     header = ("network", "way", "batch", "depth", "old (ms)", "new (ms)", "new / old", "peak memory (MB)")
+    other = record.get("training_peaks")
+    peaks = f"; its peak memory was measured with the commit `{other}`" if other else ""
     training = [
         (
             name,
@@ -214,7 +216,7 @@ module, and a grouped call is derived from the modules when it runs. This page c
 levels (`{record["old"]}`) and the commit `{record["new"]}`. Each runs in its own process, and the two alternate within
 every round. Ratios are medians over rounds; below 1, the new code is faster. *Peak memory*: the largest resident memory
 of the process during the calls of a cell, old / new. *training*: forward, loss, backward and SGD step of all eight
-networks.
+networks{peaks}.
 
 Measured on {machine["cores"]} cores of {machine["processor"]} ({machine["instructions"]}), torch {machine["torch"]}.
 
@@ -222,8 +224,8 @@ Measured on {machine["cores"]} cores of {machine["processor"]} ({machine["instru
 
 {table(header, cells)}
 
-Training gives the same losses. From the same seeded weights, {STEPS} steps of SGD with momentum 0.9 in float64 on random
-images (batches of 8), with the old commit and `{record["training"]["commit"]}`:
+Training gives the same losses. From the same seeded weights, {STEPS} steps of SGD with momentum 0.9 in float64 on
+random images (batches of 8), with the old commit and `{record["training"]["commit"]}`:
 
 {table(first_and_last, training)}
 
