@@ -198,7 +198,10 @@ def page(record: dict[str, Any]) -> str:
     ]
     header = ("network", "way", "batch", "depth", "old (ms)", "new (ms)", "new / old", "peak memory (MB)")
     other = record.get("training_peaks")
-    peaks = f"; its peak memory was measured with the commit `{other}`" if other else ""
+    peaks = (
+        f"; its peak memory was measured with the commit `{other}`, after conversion had returned freed memory to the\n"
+        "system. In the other cells, peak memory includes what conversion had freed"
+    ) * bool(other)
     training = [
         (
             name,
