@@ -133,9 +133,8 @@ class AnyLevel(nn.Module):
 
     def extra_repr(self) -> str:
         """The number of branches and the executor."""
-        return f"branches={self.branches}, " + (
-            f"looped: {self.fallback_reason}" if self.fallback_reason else "grouped"
-        )
+        executor = f"looped: {self.fallback_reason}" if self.fallback_reason else "grouped"
+        return f"branches={self.branches}, {executor}"
 
 
 def _siblings(parents: Sequence[int]) -> int:

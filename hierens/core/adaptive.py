@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hierens.core.labels import forget_labels
 from hierens.core.model_info import ModelInfo
@@ -168,6 +169,12 @@ class AdaptiveBase(nn.Module, ABC):
         """Recompute each level's activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
+    def _run(self, level: nn.Module, *inputs: Any) -> Any:
+        """Call a level, with gradient checkpointing if it is enabled."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(level, *inputs, use_reentrant=False, context_fn=_statistics_once(level))
+        return level(*inputs)
+
     def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
         """Make leaves with equal weights different, if there are any."""
 
@@ -212,7 +219,7 @@ class AdaptiveBase(nn.Module, ABC):
         return self
 
 
-def statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
+def _statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
     """A `context_fn` for gradient checkpointing: the recomputation does not update running statistics again."""
 
     @contextlib.contextmanager

@@ -9,12 +9,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel, Executor
 from hierens.branches.level import Level
-from hierens.core.adaptive import classifier_maker, statistics_once
+from hierens.core.adaptive import classifier_maker
 from hierens.core.equilibrium import scale_gradient, scaled
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
@@ -166,12 +165,6 @@ class LevelTree(Adaptive):
     def _logits(self, features: Activations, reduce: bool) -> Tensor:
         logits = self.leaf_logits(features)
         return logits.mean(1) if reduce else logits
-
-    def _run(self, level: nn.Module, x: Activations, parents: Sequence[int] | None = None) -> Activations:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            contexts = statistics_once(level)
-            return checkpoint(level, x, parents, use_reentrant=False, context_fn=contexts)
-        return level(x, parents)
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions leaf by leaf: a depth-first walk of the tree that computes every activation once.

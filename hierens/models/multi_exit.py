@@ -12,10 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hierens.branches.fuse import fold_where_traced
-from hierens.core.adaptive import statistics_once
 from hierens.core.equilibrium import scaled
 from hierens.core.macs import count_macs
 from hierens.core.model_info import ModelInfo
@@ -138,7 +136,7 @@ class MultiExit(WeightedExits):
             remaining: number of exits that are evaluated from this one on.
         """
         for level in self._blocks_before(index):
-            value = self._run(level, value)
+            value = self._run_block(level, value)
         features = value
         if self.gradient_equilibrium and remaining > 1:
             features, value = scaled(value, 1 / remaining), scaled(value, (remaining - 1) / remaining)
@@ -152,11 +150,8 @@ class MultiExit(WeightedExits):
         start = self.positions[index - 1] + 1 if index else 0
         return self.levels[start : self.positions[index] + 1]
 
-    def _run(self, level: nn.Module, value: Any) -> Any:
-        inputs = value if isinstance(value, tuple) else (value,)
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(level, *inputs, use_reentrant=False, context_fn=statistics_once(level))
-        return level(*inputs)
+    def _run_block(self, level: nn.Module, value: Any) -> Any:
+        return self._run(level, *value) if isinstance(value, tuple) else self._run(level, value)
 
     def _combined(self, logits: Tensor) -> Tensor:
         """The prediction (N, classes) from the logits of the first exits, (N, exits, classes)."""
@@ -283,7 +278,7 @@ class MultiExit(WeightedExits):
         """The output of the blocks up to an exit; for the last exit, the default, the backbone's `forward_features`."""
         value: Any = self._prepared(x)
         for level in self.levels[: self.positions[self.leaves_at(depth) - 1] + 1]:
-            value = self._run(level, value)
+            value = self._run_block(level, value)
         return value
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
