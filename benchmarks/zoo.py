@@ -1,7 +1,7 @@
 """Converts timm's architectures and checks the results; writes docs/results/zoo.md.
 
-python benchmarks/zoo.py                     # the smallest variant of every model file, with all checks
-python benchmarks/zoo.py --registry 2000     # also cuts every variant of the registry, on the meta device
+python benchmarks/zoo.py               # cuts every variant, without weights; converts and checks one of each model file
+python benchmarks/zoo.py --only vgg    # prints what is found for one model file
 
 Results are saved in runs/zoo/ as they are found, so an interrupted sweep can be resumed.
 """
@@ -12,7 +12,6 @@ import copy
 import json
 import os
 import platform
-import random
 import sys
 import tempfile
 import time
@@ -48,7 +47,6 @@ EXACT = 1e-4  # relative to the largest logit
 BLOCKS = 4
 LARGE = 25.0  # million parameters above which a tree has four networks instead of eight and is not compiled
 HUGE = 200.0  # million parameters above which it has two networks
-TOO_LARGE = 500.0  # million parameters from which a variant is only cut, without weights
 SHALLOW: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 8}}  # 8 of its 32 equal layers, to save memory
 
 
@@ -56,8 +54,6 @@ SHALLOW: dict[str, dict[str, Any]] = {"deepseek_vit_412m": {"depth": 8}}  # 8 of
 class Settings:
     """Settings of the sweep."""
 
-    registry: int = 0
-    """number of registry variants to cut as well, without weights, in a fixed random order"""
     processes: int = 2
     """worker processes, with one thread each"""
     only: tuple[str, ...] = ()
@@ -67,21 +63,16 @@ class Settings:
 def main(settings: Settings) -> None:
     """Run the checks, then write the page."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    sizes = _kept("sizes", measure, architectures(), settings.processes)
-    smallest = smallest_variants(sizes)
+    names = [name for name in architectures() if not settings.only or model_file(name) in settings.only]
+    variants = _kept("variants", cut_only, names, settings.processes)
+    smallest = smallest_variants(variants)
+    order = sorted(smallest.values(), key=lambda name: variants[name]["millions"])
+    families = _kept("families", examine, order, settings.processes)
     if settings.only:
-        smallest = {file: name for file, name in smallest.items() if file in settings.only}
-    fit = sorted((n for n in smallest.values() if sizes[n]["millions"] < TOO_LARGE), key=lambda n: sizes[n]["millions"])
-    families = _kept("families", examine, fit, settings.processes)
-    families |= _kept("too_large", cut_only, sorted(set(smallest.values()) - set(fit)), settings.processes)
-    if settings.only:
-        print(json.dumps({name: families[name] for name in smallest.values()}, indent=1))
+        print(json.dumps({name: families[name] for name in order}, indent=1))
         return
-    drawn = random.Random(0).sample(architectures(), len(architectures()))[: settings.registry]
-    cuts = _kept("registry", cut_only, drawn, settings.processes)
-    registry = {name: cuts[name] for name in drawn}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "zoo.md").write_text(page(smallest, families, registry, sizes))
+    (RESULTS / "zoo.md").write_text(page(smallest, families, variants))
     print(f"wrote {RESULTS / 'zoo.md'}")
 
 
@@ -93,28 +84,29 @@ def architectures() -> list[str]:
     return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm.")]
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Millions of parameters of a variant, and the model file that defines it."""
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    file = model_entrypoint(name).__module__.rpartition(".")[2]
-    return {"file": file, "millions": sum(p.numel() for p in model.parameters()) / 1e6}
+def model_file(name: str) -> str:
+    """The file of timm that defines a variant."""
+    return model_entrypoint(name).__module__.rpartition(".")[2]
 
 
-def smallest_variants(sizes: dict[str, dict[str, Any]]) -> dict[str, str]:
+def smallest_variants(variants: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The variant with the fewest parameters of every model file."""
     chosen: dict[str, str] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: item[1].get("millions", float("inf"))):
-        if "file" in size:
-            chosen.setdefault(size["file"], name)
+    built = [name for name in variants if "millions" in variants[name]]
+    for name in sorted(built, key=lambda name: variants[name]["millions"]):
+        chosen.setdefault(model_file(name), name)
     return dict(sorted(chosen.items()))
 
 
 def cut_only(name: str) -> dict[str, Any]:
-    """Cut a variant on the meta device."""
+    """Millions of parameters of a variant on the meta device, and where it is cut or why it cannot be."""
     with torch.device("meta"):
         backbone = timm.create_model(name, num_classes=10).eval()
-    return {"at": cut(backbone, BLOCKS).at}
+    found = {"millions": sum(p.numel() for p in backbone.parameters()) / 1e6}
+    try:
+        return {**found, "at": cut(backbone, BLOCKS).at}
+    except hierens.CutError as error:
+        return {**found, "error": f"CutError: {error}"}
 
 
 @torch.no_grad()
@@ -258,19 +250,13 @@ def _safely(examine_one: Callable[[str], dict[str, Any]], name: str) -> dict[str
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(
-    smallest: dict[str, str],
-    families: dict[str, dict[str, Any]],
-    registry: dict[str, dict[str, Any]],
-    sizes: dict[str, dict[str, Any]],
-) -> str:
+def page(smallest: dict[str, str], families: dict[str, dict[str, Any]], variants: dict[str, dict[str, Any]]) -> str:
     """The results page."""
     rows = {file: families[name] for file, name in smallest.items()}
-    skipped = [name for row, name in zip(rows.values(), smallest.values(), strict=True) if set(row) == {"at"}]
-    converted = {file: row for file, row in rows.items() if "error" not in row and set(row) != {"at"}}
+    converted = {file: row for file, row in rows.items() if "error" not in row}
     tried = [row for row in converted.values() if "compiled" in row]
     exact = [file for file, row in converted.items() if row["copy"] <= EXACT]
-    lines = [_row(file, smallest[file], sizes[smallest[file]]["millions"], row) for file, row in rows.items()]
+    lines = [_row(file, smallest[file], variants[smallest[file]]["millions"], row) for file, row in rows.items()]
     failed = [f"- `{file}` (`{smallest[file]}`): {row['error']}" for file, row in rows.items() if "error" in row]
     levels = Counter(name for row in converted.values() for name in row["executors"][:BLOCKS])
     checks = {
@@ -285,9 +271,8 @@ def page(
 
 The smallest variant of each of timm's {len(rows)} model files is cut into {BLOCKS} blocks and converted into a tree of
 eight networks (four above {LARGE:g} million parameters, two above {HUGE:g}). All weights are random, also those that
-initialisation sets to zero. The inputs are two images.
-Only cut, because of their size: {", ".join(f"`{name}`" for name in skipped) or "none"}. Built with fewer of their equal
-layers, to save memory: {", ".join(f"`{name}` ({settings})" for name, settings in SHALLOW.items())}.
+initialisation sets to zero. The inputs are two images. Built with fewer of their equal layers, to save memory:
+{", ".join(f"`{name}` ({settings})" for name, settings in SHALLOW.items())}.
 
 - **{len(exact)} of {len(rows)} model files convert exactly**: at every depth, the logits of a tree of copies differ
   from the backbone's by at most {EXACT:g} of the largest logit.
@@ -301,7 +286,7 @@ layers, to save memory: {", ".join(f"`{name}` ({settings})" for name, settings i
   {checks["bfloat16"]} give finite logits in bfloat16 on the CPU, {checks["float16"]} in float16. Of {len(tried)} tried
   at two networks, {checks["compiled"]} give the same outputs with `torch.compile` (without code generation) and
   {checks["exported"]} with `torch.export`.
-{_registry_line(registry, len(sizes))}
+{_registry_line(variants)}
 ## What does not convert
 
 {chr(10).join(failed) or "Nothing."}
@@ -323,7 +308,7 @@ some layers of the block are looped.
 ## How to repeat it
 
 ```bash
-python benchmarks/zoo.py --registry {len(registry)}
+python benchmarks/zoo.py
 ```
 
 hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()},
@@ -332,8 +317,6 @@ hierens {hierens.__version__}, torch {torch.__version__}, timm {timm.__version__
 
 
 def _row(file: str, name: str, millions: float, row: dict[str, Any]) -> str:
-    if set(row) == {"at"}:
-        return f"| {file} | `{name}` | {millions:.1f} | cut only | | | | | | |"
     if "error" in row:
         return f"| {file} | `{name}` | {millions:.1f} | not cut | | | | | | |"
     short = " ".join(e[0] + "+" * ("layers" in e) for e in row["executors"][:BLOCKS])
@@ -353,16 +336,13 @@ def _reasons(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"- {why}: {', '.join(names)}" for why, names in ordered) or "None is."
 
 
-def _registry_line(registry: dict[str, dict[str, Any]], variants: int) -> str:
-    if not registry:
-        return ""
-    failed = {name: row["error"] for name, row in registry.items() if "error" in row}
-    listed = "".join(f"\n    - `{name}`: {error}" for name, error in failed.items())
-    share = 1 - len(failed) / len(registry)
-    which = "all" if len(registry) == variants else f"{len(registry)} drawn at random of"
-    return f"""- Of {which} {variants} variants of the registry, built on the meta device,
-  **{len(registry) - len(failed)} ({share:.1%}) can be cut into {BLOCKS} blocks**; none was left out for its size.
-  {"The others:" if failed else ""}{listed}
+def _registry_line(variants: dict[str, dict[str, Any]]) -> str:
+    refused = {name: row["error"] for name, row in variants.items() if "error" in row}
+    listed = "".join(f"\n    - `{name}`: {error}" for name, error in refused.items())
+    share = 1 - len(refused) / len(variants)
+    return f"""- Of all {len(variants)} variants of the registry, built on the meta device,
+  **{len(variants) - len(refused)} ({share:.1%}) can be cut into {BLOCKS} blocks**; none was left out for its size.
+  {"The others:" if refused else ""}{listed}
 """
 
 
