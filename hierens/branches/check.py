@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def self_check(block: fx.GraphModule, example: Value, seed: int = 0) -> str:
 def _disagreement(block: fx.GraphModule, example: Value, dtype: torch.dtype, seed: int) -> tuple[str, bool]:
     """How the executors disagree (empty if they agree), and whether the loop itself failed."""
     generator = torch.Generator().manual_seed(seed)
-    probe = copy.deepcopy(block).to("cpu", dtype)
+    probe = copy.deepcopy(block)._apply(_with_values).to("cpu", dtype)
     level = Level.of_copies(probe, 3, lambda _: _perturbed(probe, generator))
     statistics = dict(level.named_buffers())
     for training, batch, parents in ((False, 1, (0, 1, 2)), (True, 2, (0, 1)), (False, 2, (0, 0))):
@@ -113,7 +114,7 @@ def _copied(value: Value) -> Value:
 def _random_like(example: Value, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Value:
     if isinstance(example, tuple):
         return tuple(_random_like(value, batch, dtype, generator) for value in example)
-    return torch.randn((batch * example.shape[0], *example.shape[1:]), generator=generator, dtype=dtype)
+    return torch.randn((batch * example.shape[0], *example.shape[1:]), generator=generator, dtype=dtype, device="cpu")
 
 
 def _close(a: Value, b: Value) -> bool:
@@ -133,8 +134,8 @@ def _same(a: Value, b: Value) -> bool:
 def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """Random weights of a branch: none is zero, so that every path of the block has an effect."""
     state, parameters = {}, dict(block.named_parameters())
-    normal = torch.randn(_RANDOM_NUMBERS, generator=generator, dtype=torch.float64)
-    uniform = torch.rand(_RANDOM_NUMBERS, generator=generator, dtype=torch.float64)
+    normal = torch.randn(_RANDOM_NUMBERS, generator=generator, dtype=torch.float64, device="cpu")
+    uniform = torch.rand(_RANDOM_NUMBERS, generator=generator, dtype=torch.float64, device="cpu")
     for name, tensor in state_of(block):
         tensor = tensor.detach().clone()
         if name in parameters:
@@ -144,6 +145,17 @@ def _perturbed(block: nn.Module, generator: torch.Generator) -> dict[str, Tensor
             tensor = tensor * (1 + noise) + 0.1 * noise
         state[name] = tensor
     return state
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    """The tensor, or one with values for a tensor on the meta device."""
+    if not tensor.is_meta:
+        return tensor
+    if not tensor.is_floating_point():
+        return torch.zeros_like(tensor, device="cpu")
+    if tensor.ndim < 2:
+        return torch.ones_like(tensor, device="cpu")
+    return torch.full_like(tensor, 1 / math.sqrt(tensor[0].numel()), device="cpu")
 
 
 def _filled(drawn: Tensor, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ costs `macs()[b]`. Policies, calibration, metrics, losses, the trainer, profiles
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from hierens.core.labels import forget_labels
@@ -205,6 +207,12 @@ class AdaptiveBase(nn.Module, ABC):
         for leaves in range(1, self.leaves + 1):
             yield Step(leaves, logits, self.cost(leaves, tuple(x.shape[1:])), logits)
 
+    def __prepare_scriptable__(self) -> None:
+        raise ValueError(
+            "TorchScript cannot compile the choice of a depth: use model.export(directory, format='torch-export'), or "
+            "torch.jit.trace of model.at_depth(b)."
+        )
+
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def arguments(self) -> dict[str, Any]:
@@ -235,19 +243,33 @@ def _statistics_once(level: nn.Module) -> Callable[[], tuple[Any, Any]]:
     return lambda: (contextlib.nullcontext(), restoring())
 
 
+def linear_name(classifier: nn.Module) -> str | None:
+    """The name of the linear layer in a classifier, "" if it is one itself; None if there is not exactly one."""
+    names = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
+    return names[0] if len(names) == 1 else None
+
+
 def classifier_maker(old: nn.Module, features: int) -> Callable[[int], nn.Module]:
-    """A function that creates linear classifiers like an old one, for other numbers of classes.
+    """A function that creates classifiers like an old one, for other numbers of classes.
 
     Raises:
-        ValueError: the old classifier is not linear.
+        ValueError: the old classifier does not have exactly one linear layer.
     """
-    if not isinstance(old, (nn.Linear, nn.Identity)):
-        raise ValueError(f"only a linear classifier can be reset, not a {type(old).__name__}.")
-    bias = old.bias is not None if isinstance(old, nn.Linear) else True
+    name = "" if isinstance(old, nn.Identity) else linear_name(old)
+    if name is None:
+        raise ValueError(f"only a classifier with one linear layer can be reset, not this {type(old).__name__}.")
+    bias = getattr(old.get_submodule(name), "bias", True) is not None
 
     def make(num_classes: int) -> nn.Module:
         layer = nn.Linear(features, num_classes, bias=bias)
         nn.init.uniform_(layer.weight, -1 / math.sqrt(features), 1 / math.sqrt(features))
-        return layer
+        if not name:
+            return layer
+        classifier = copy.deepcopy(old)  # a norm and a linear layer, for example
+        for module in classifier.modules():
+            if isinstance(module, _NormBase):
+                module.reset_parameters()
+        classifier.set_submodule(name, layer)
+        return classifier
 
     return make

@@ -70,8 +70,7 @@ class ModelInfo:
             no_weight_decay=set(names() if names else ()),
             traits=dict(getattr(backbone, "_traits", {})),
         )
-        first_conv = cfg.get("first_conv")
-        info._name_first_conv(f"{first_level}{first_conv}" if isinstance(first_conv, str) else None)
+        info._rename_first_conv(lambda name: first_level + name, info.traits.get("first_conv", cfg.get("first_conv")))
         return info
 
     def copy(self) -> ModelInfo:
@@ -81,9 +80,10 @@ class ModelInfo:
     def renamed(self, before: str, after: str) -> ModelInfo:
         """A copy for a model in which the names of the first block's layers have another prefix."""
         info = self.copy()
-        if isinstance(first_conv := info.pretrained_cfg.get("first_conv"), str):
-            info._name_first_conv(first_conv.replace(before, after))
+        info._rename_first_conv(lambda name: name.replace(before, after), info.pretrained_cfg["first_conv"])
         return info
 
-    def _name_first_conv(self, name: str | None) -> None:
-        self.pretrained_cfg["first_conv"] = self.traits["first_conv"] = name
+    def _rename_first_conv(self, new: Callable[[str], str], names: str | Sequence[str] | None) -> None:
+        """Record the names of the layers that read the image: one, several (stems with branches), or None."""
+        renamed = new(names) if isinstance(names, str) else tuple(map(new, names or ())) or None
+        self.pretrained_cfg["first_conv"] = self.traits["first_conv"] = renamed

@@ -63,6 +63,8 @@ def cut(
     if blocks < 1:
         raise CutError(f"blocks must be at least 1, got {blocks}.")
     backbone = copy.deepcopy(backbone)
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        backbone.to("meta")  # buffers too: a forward pass needs all tensors on one device
     shared = _unshare(backbone)
     example = example_input(backbone, 2 if single else 1) if example is None else example
     classifiers = classifier_names(backbone)

@@ -85,6 +85,7 @@ def read_config(file: Path) -> dict[str, Any]:
     if unknown := sorted(set(args) - {*ARGUMENTS[kind], "img_size"}):
         raise LoadError(f"{file} has model_args that hierens does not know: {short(', '.join(unknown), plain=True)}.")
     _check_backbone(args, file)
+    args.setdefault("num_classes", config.get("num_classes"))  # where timm always writes it
     for key in ("num_classes", "in_chans"):
         if not is_whole(args.get(key), 1, 10_000_000):
             raise LoadError(f"{file} has no usable {key} (got {short(args.get(key))}).")

@@ -17,6 +17,7 @@ from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
 from hierens.cutting.cut import Cutting, cut
+from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_weights import ExitWeights, prior
 from hierens.models.heads import Embedding, Exit, HeadKind, OwnExit, new_exits
@@ -171,6 +172,7 @@ def multi_exit(
         embeddings=[Embedding(info.num_classes).to(like.device, like.dtype) for _ in heads[1:]] if collaborate else [],
         weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights).to(like.device, like.dtype),
     )
+    _copy_buffers(backbone, model)
     return model.train(backbone.training)
 
 
@@ -211,6 +213,7 @@ def build_ensemble(
     )
     info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.0.")
     ensemble = HierarchicalEnsemble(tree, levels, head, classifier, info)
+    _copy_buffers(backbone, ensemble)
     for index, level in enumerate(ensemble.all_levels()):
         if reason := reasons.get(str(index)):
             level.loop(reason)
@@ -230,6 +233,17 @@ def _weights(block: nn.Module, leaf: int, networks: Sequence[nn.Module]) -> dict
         fresh = networks[leaf].state_dict()
         own = {name: fresh.get(name, tensor) for name, tensor in own.items()}
     return own
+
+
+def _copy_buffers(backbone: nn.Module, model: Adaptive) -> None:
+    """Copy buffers with values to a model on the meta device: accelerate's `init_empty_weights` leaves them to it."""
+    if not any(parameter.is_meta for parameter in backbone.parameters()):
+        return
+    values = {name: buffer for name, buffer in backbone.named_buffers() if not buffer.is_meta}
+    for part in model.backbone_parts():
+        for name in [name for name, _ in part.named_buffers() if name in values]:
+            owner, _, key = name.rpartition(".")
+            setattr(part.get_submodule(owner), key, values[name].clone())
 
 
 def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[nn.Module]:

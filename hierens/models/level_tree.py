@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel, Executor
 from hierens.branches.level import Level
-from hierens.core.adaptive import classifier_maker
+from hierens.core.adaptive import classifier_maker, linear_name
 from hierens.core.equilibrium import scale_gradient, scaled
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
@@ -60,7 +60,14 @@ class LevelTree(Adaptive):
         self.head: Any = head
         self.classifier: Any = classifier
         self._model_args.update(branching=list(tree.branching), leaves=tree.leaves)
-        names = tuple(f"classifier.{leaf}.{name}" for leaf in range(tree.leaves) for name in self.classifier_names)
+        self._name_classifiers()
+
+    def _name_classifiers(self) -> None:
+        """Record for timm which layers depend on the number of classes."""
+        first = self.classifier[0] if isinstance(self.classifier, Level) else None  # a fused model is not saved
+        linear = {name: first and linear_name(first.get_submodule(name)) for name in self.classifier_names}
+        own = [f"{name}.{inner}" if inner else name for name, inner in linear.items()]
+        names = tuple(f"classifier.{leaf}.{name}" for leaf in range(self.tree.leaves) for name in own)
         self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names
 
     def level(self, index: int) -> AnyLevel:
@@ -277,6 +284,8 @@ class LevelTree(Adaptive):
         features = Activations.unstacked(x)
         if pre_logits:
             pooled = self._run(self.head, features).stacked()
+            if isinstance(pooled, tuple):  # one for each classifier of a distilled backbone, which timm averages
+                pooled = torch.stack(pooled).mean(0)
             return pooled.mean(1) if reduce else pooled
         return self._logits(features, reduce)
 
@@ -298,10 +307,13 @@ class LevelTree(Adaptive):
         """Replace the classifiers by new ones, initialised independently per leaf; 0 classes output pooled features.
 
         Raises:
-            ValueError: a change of pooling, or a classifier other than a linear layer.
+            ValueError: a change of pooling, or a classifier without a linear layer.
         """
         if global_pool is not None:
-            raise ValueError("the pooling is part of the tree: set global_pool when creating the backbone.")
+            raise ValueError(
+                f"the pooling is part of the tree, so global_pool={global_pool!r} cannot be set: set it when creating "
+                "the backbone, or call forward_features for features that are not pooled."
+            )
         for name in self.classifier_names:
             old = self._leaves()[0].get_submodule(name)
             if num_classes == 0:
@@ -311,6 +323,7 @@ class LevelTree(Adaptive):
                 make = classifier_maker(old, self.head_hidden_size)
                 fresh = [make(num_classes).to(like.device, like.dtype) for _ in range(self.tree.leaves)]
             self.classifier.replace(name, fresh)
+        self._name_classifiers()
         self._count_classes(num_classes)
 
     def no_weight_decay(self) -> set[str]:

@@ -71,9 +71,9 @@ class MultiExit(WeightedExits):
     def _name_classifiers(self) -> None:
         """Record for timm which layers depend on the number of classes."""
         names = [
-            f"exits.{index}.classifier{'.' + name if name else ''}"
+            f"exits.{index}.{name}"
             for index, exit in enumerate(self.exits)
-            for name in (exit.names if isinstance(exit, OwnExit) else ("",))
+            for name in (exit.linear_names() if isinstance(exit, OwnExit) else ("classifier",))
         ]
         names += [
             f"embeddings.{index}.{name}" for index in range(len(self.embeddings)) for name in ("embed.0", "classifier")
@@ -290,7 +290,10 @@ class MultiExit(WeightedExits):
         last = self.exits[-1]
         if not isinstance(last, OwnExit) or self.collaborate or self.weighting is not None:
             raise ValueError("forward_head is the backbone's, and here other exits contribute: call the model instead.")
-        return last.head(x) if pre_logits else last(x)
+        if not pre_logits:
+            return last(x)
+        pooled = last.head(x)
+        return torch.stack(pooled).mean(0) if isinstance(pooled, tuple) else pooled
 
     def get_classifier(self) -> Any:
         """The last exit's linear layer; a tuple if it has several."""

@@ -20,7 +20,7 @@ from hierens.models.tree_exits import TreeWithExits
 __all__ = ["hne", "hne_exits", "multi_exit"]
 
 _DEFAULT = {"num_classes": 1000, "input_size": (3, 224, 224)}
-default_cfgs = generate_default_cfgs({"hne": _DEFAULT, "hne_exits": _DEFAULT})
+default_cfgs = generate_default_cfgs(dict.fromkeys(__all__, _DEFAULT))
 
 _OF_TREES = ("blocks", "head", "at", "branching", "leaves", "init", "seed", "looped")
 _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # for timm's builder, not for a backbone
@@ -30,6 +30,10 @@ Model = TypeVar("Model", bound=Adaptive)
 
 def _built(make: Callable[..., Model], variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Model:
     """The model that `make` returns, through timm's builder if there are weights or a description to load."""
+    if not kwargs.get("backbone"):
+        raise ValueError(
+            f"{variant} needs the name of a timm model: timm.create_model({variant!r}, backbone='resnet18')."
+        )
     if not pretrained and not kwargs.get("pretrained_cfg"):
         return make(**{k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
     model: Model = build_model_with_cfg(make, variant, pretrained, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["resnet8_cifar", "resnet14_cifar", "resnet20_cifar", "resnet56_cifar"]
 
@@ -45,14 +45,30 @@ class CifarResNet(ResNet):
         )
         self.conv1 = nn.Conv2d(in_chans, width, 3, stem_stride, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = self.layer4 = nn.Identity()  # called by timm's forward pass
+        self.maxpool, self.layer4 = nn.Identity(), nn.Sequential()  # called by timm's forward pass
         for info in self.feature_info:
             info["reduction"] = stem_stride * max(1, info["reduction"] // 4)
 
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, **kwargs: Any) -> Any:
+        """As of timm's `ResNet`, without its fourth stage."""
+        return super().forward_intermediates(x, self._taken(indices), **kwargs)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
+        """As of timm's `ResNet`, without its fourth stage."""
+        taken: list[int] = super().prune_intermediate_layers(self._taken(indices), *args, **kwargs)
+        return taken
+
+    def _taken(self, indices: int | list[int] | None) -> list[int]:
+        """Indices of stages from 0; timm would count its fourth stage."""
+        stages = range(len(self.feature_info))
+        if indices is None or isinstance(indices, int):
+            return list(stages[-(indices or 0) :])
+        return [stages[index] for index in indices]
+
 
 def _cifar_resnet(variant: str, pretrained: bool, blocks_per_stage: int, **kwargs: Any) -> nn.Module:
-    layers = (blocks_per_stage,) * 3
-    return build_model_with_cfg(CifarResNet, variant, pretrained, **{"layers": layers, "num_classes": 10, **kwargs})
+    defaults = {"layers": (blocks_per_stage,) * 3, "num_classes": 10, "feature_cfg": {"out_indices": (0, 1, 2, 3)}}
+    return build_model_with_cfg(CifarResNet, variant, pretrained, **{**defaults, **kwargs})
 
 
 @register_model
