@@ -83,7 +83,8 @@ def test_an_accuracy_out_of_reach_is_refused_with_the_best_one():
     with pytest.raises(ValueError, match=r"at most (\d+\.\d\d) %, .* on these 4,000 images, got 99.9 %") as refused:
         calibrate(None, held_out, accuracy=99.9)
     best = float(str(refused.value).split()[6])
-    assert expectation(held_out, calibrate(None, held_out, accuracy=best)).accuracy.mean == pytest.approx(best, abs=0.05)
+    found = expectation(held_out, calibrate(None, held_out, accuracy=best))
+    assert found.accuracy.mean == pytest.approx(best, abs=0.05)
     with pytest.raises(ValueError, match=r"in percent, above 1 and at most 100, got 0.9"):
         calibrate(None, held_out, accuracy=0.9)
 

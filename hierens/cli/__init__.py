@@ -14,7 +14,7 @@ from importlib.util import find_spec
 if missing := [name for name in ("tyro", "rich", "yaml") if find_spec(name) is None]:
     sys.exit(f"error: the command line needs {' and '.join(missing)}: pip install 'hierens[train]'.")
 
-from hierens.cli.calibration import CALIBRATE
+from hierens.cli.calibrate import CALIBRATE
 from hierens.cli.command import Command, UsageError
 from hierens.cli.completion import completion_of
 from hierens.cli.costs import PROFILE, ZOO

@@ -96,7 +96,7 @@ def plot_cost(
     if len(groups) > _TOGETHER:
         figure, panels = _panels(len(groups))
         for axes, group in zip(panels, groups, strict=True):
-            _curves(axes, [other for other in groups if other is not group], field, cost, color="0.85")
+            _curves(axes, [other for other in groups if other is not group], field, cost, color="0.85", marker="")
             _curves(axes, [group], field, cost, color="C0", zorder=3)
             axes.set_title(_wrapped(group.name, 40), fontsize=8)
         figure.supxlabel(_COSTS[cost][0], fontsize=9)
@@ -153,6 +153,7 @@ def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
         axes.bar(range(1, len(alone) + 1), alone, color="0.8", label="each network alone")
         axes.plot(group.leaves, ensemble, "o-", ms=4, label="ensemble of the first networks")
         axes.set_title(_wrapped(group.name, 40), fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(lowest - 0.1 * (highest - lowest) - 0.1, highest + 0.1 * (highest - lowest) + 0.1)
         _plain(axes)
     figure.supxlabel("networks", fontsize=9)

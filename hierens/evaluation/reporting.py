@@ -80,8 +80,8 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
             raise ValueError(f"{directory} is not a finished run: {' '.join(str(error).split())}.") from error
     names = list(names) or distinct_names(configs, [Path(directory).name for directory in directories])
     groups: dict[str, Group] = {}
-    for name, result, directory in zip(names, results, directories, strict=True):
-        group = groups.setdefault(name, Group(name, result["macs"], [], directory))
+    for name, result, place in zip(names, results, directories, strict=True):
+        group = groups.setdefault(name, Group(name, result["macs"], [], place))
         group.records.append(result)
     return list(groups.values())
 

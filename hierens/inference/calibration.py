@@ -72,9 +72,7 @@ class CalibrationSet:
 
 
 @torch.no_grad()
-def collect(
-    model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]], *, timed: bool = False
-) -> CalibrationSet:
+def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]], *, timed: bool = False) -> CalibrationSet:
     """Predictions of every depth, from one pass over all networks, in evaluation mode.
 
     Args:
