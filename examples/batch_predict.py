@@ -28,7 +28,7 @@ from hierens.inference.policies import Deadline, FixedDepth, Policy, load_policy
 from hierens.models.loading import load_with_policy
 from hierens.training.checkpoints.files import publish
 from hierens.training.config import DataConfig
-from hierens.training.preprocessing import data_config, label_names
+from hierens.training.preprocessing import PREPARED, data_config, label_names
 
 try:
     import pyarrow as pa
@@ -175,12 +175,11 @@ def describe(
         weights.update(f"{name} {tuple(tensor.shape)}".encode())
         weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     prepared = asdict(config)
-    fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation", "max_pixels")
     found = {"dataset": settings.dataset, "split": settings.split, "found": inputs.fingerprint()}
     described = {
         "model": weights.hexdigest(),
         "policy": policy.to_dict(),
-        "preprocessing": {field: prepared[field] for field in fields},
+        "preprocessing": {field: prepared[field] for field in PREPARED},
         "inputs": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
         "labels": names,
         "shard size": settings.shard_size,

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hierens.training.config import DataConfig
 from hierens.training.data.decoding import Source, create_decoder
 from hierens.training.data.loaders import class_names, create_held_out, create_transform
+from hierens.training.data.splits import images_below
 from hierens.training.data.streams import hugging_face_bytes
 from hierens.training.data.unreadable import UnreadableImageError
 
@@ -68,12 +68,7 @@ class Folder:
         self.root, self.read = Path(root), _reader(config)
         if not root or not self.root.is_dir():
             raise ValueError(f"the folder {root!r} does not exist: give --input the folder that holds the images.")
-        kinds, found = get_img_extensions(as_set=True), []
-        for folder, _, files in os.walk(root, followlinks=True):
-            found += [os.path.join(folder, file) for file in files if Path(file).suffix.lower() in kinds]
-        self.files = sorted(Path(file).relative_to(root).as_posix() for file in found)
-        if not self.files:
-            raise ValueError(f"there is no image in {root} or below: files end in {', '.join(sorted(kinds))}.")
+        self.files = sorted(Path(file).relative_to(root).as_posix() for file in images_below(root))
         self.names = sorted(
             {Path(file).parent.name for file in self.files} - {""}, key=lambda name: (natural_key(name), name)
         )

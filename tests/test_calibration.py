@@ -1,13 +1,18 @@
 """Thresholds, temperatures and prediction sets chosen on one half keep their promise on the other."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import hierens
 from hierens.evaluation.uncertainty import MEASURES
+from hierens.inference import calibration
 from hierens.inference.calibration import CalibrationSet, calibrate, collect, exits, fit_temperatures, mean_cost
 from hierens.inference.conformal import fit_prediction_sets
-from support.networks import tiny_tree
+from hierens.inference.expectation import expectation, expectations_of_depths
+from support.networks import tiny_backbone, tiny_tree
 
 MACS = (100, 140, 220, 380)
 
@@ -60,6 +65,89 @@ def test_a_budget_out_of_reach_is_refused(budget):
         calibrate(None, made_up(100), budget)
 
 
+def test_an_accuracy_is_reached_at_the_lowest_cost():
+    held_out = made_up()
+    depths = [one.accuracy.mean for one in expectations_of_depths(held_out)]
+    wanted = (depths[1] + depths[2]) / 2
+    found = expectation(held_out, calibrate(None, held_out, accuracy=wanted))
+    assert wanted <= found.accuracy.mean < wanted + 0.3
+    cheaper = expectation(held_out, calibrate(None, held_out, budget=found.macs.mean * 0.97))
+    assert cheaper.accuracy.mean < wanted and found.macs.mean < MACS[2]
+    on_others = expectation(made_up(seed=1), calibrate(None, held_out, accuracy=wanted)).accuracy
+    assert abs(on_others.mean - wanted) < 4 * on_others.error
+    assert expectation(held_out, calibrate(None, held_out, accuracy=depths[0] - 1)).macs.mean == MACS[0]
+
+
+def test_an_accuracy_out_of_reach_is_refused_with_the_best_one():
+    held_out = made_up()
+    with pytest.raises(ValueError, match=r"at most (\d+\.\d\d) %, .* on these 4,000 images, got 99.9 %") as refused:
+        calibrate(None, held_out, accuracy=99.9)
+    best = float(str(refused.value).split()[6])
+    found = expectation(held_out, calibrate(None, held_out, accuracy=best))
+    assert found.accuracy.mean == pytest.approx(best, abs=0.05)
+    with pytest.raises(ValueError, match=r"in percent, above 1 and at most 100, got 0.9"):
+        calibrate(None, held_out, accuracy=0.9)
+
+
+def test_milliseconds_are_a_budget_too():
+    held_out = dataclasses.replace(made_up(), milliseconds=(2.0, 3.0, 5.0, 9.0))
+    policy = calibrate(None, held_out, milliseconds=4)
+    assert expectation(held_out, policy).milliseconds.mean == pytest.approx(4, rel=0.01)
+    with pytest.raises(ValueError, match=r"from 2 to 9 milliseconds per image, got 1\.$"):
+        calibrate(None, held_out, milliseconds=1)
+    with pytest.raises(ValueError, match="timed=True"):
+        calibrate(None, made_up(100), milliseconds=4)
+
+
+@pytest.mark.parametrize("targets", [{}, {"budget": 200, "accuracy": 90}])
+def test_there_is_one_target(targets):
+    with pytest.raises(ValueError, match="give one of budget="):
+        calibrate(None, made_up(100), **targets)
+
+
+MODELS = {
+    "tree": lambda: tiny_tree(3),
+    "exits": lambda: hierens.multi_exit(tiny_backbone(), 3).eval(),
+    "tree with exits": lambda: hierens.tree_with_exits(tiny_backbone(), 3).eval(),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_time_of_a_depth_is_that_of_an_image_that_leaves_there(kind, monkeypatch):
+    model = MODELS[kind]()
+    monkeypatch.setattr(calibration, "median_ms", lambda call, device: float(call().leaves))
+    batch = torch.randn(12, 1, 16, 16), torch.arange(12) % 10
+    held_out = collect(model, [batch], timed=True)
+    assert held_out.milliseconds == model.sizes and collect(model, [batch]).milliseconds == ()
+    policy = calibrate(model, [batch], milliseconds=model.sizes[0])
+    assert policy(model, batch[0]).leaves.tolist() == [model.sizes[0]] * 12
+
+
+def test_halves_share_no_image_and_have_all_classes():
+    whole = dataclasses.replace(made_up(101), labels=torch.arange(101) % 5)
+    one, other = whole.halves(seed=3)
+    assert len(one.labels) == 51 and len(other.labels) == 50
+    assert (one.labels.bincount() - other.labels.bincount()).abs().max() <= 1
+    assert torch.equal(torch.cat([one.logits, other.logits]).sum((1, 2)).sort()[0], whole.logits.sum((1, 2)).sort()[0])
+    assert torch.equal(whole.halves(seed=3)[0].logits, one.logits)
+    assert not torch.equal(whole.halves(seed=4)[0].logits, one.logits)
+    with pytest.raises(ValueError, match="at least 2 labelled images, got 1"):
+        made_up(1).halves()
+
+
+def test_an_expectation_is_what_the_policy_does():
+    model = tiny_tree(3)
+    images, labels = 3 * torch.randn(60, 1, 16, 16), torch.randint(10, (60,))
+    held_out = collect(model, [(images, labels)])
+    policy = calibrate(model, held_out, budget=sum(model.macs((1, 16, 16))[:2]) / 2)
+    found, done = expectation(held_out, policy), policy(model, images)
+    right = 100 * (done.logits.argmax(-1) == labels).double()
+    for estimate, values in ((found.accuracy, right), (found.macs, done.macs), (found.leaves, done.leaves)):
+        assert estimate.mean == pytest.approx(float(values.double().mean()))
+        assert estimate.error == pytest.approx(float(values.double().var() / 60) ** 0.5)
+    assert found.images == 60 and found.milliseconds is None
+
+
 def test_temperatures_lower_the_loss_and_leave_the_classes():
     fitted, test = fit_temperatures(made_up(seed=0)), made_up(seed=1)
     assert len(fitted.values) == 4 and all(value > 1 for value in fitted.values[:1]), "one network is too sure"
@@ -91,6 +179,11 @@ def test_too_few_images_cannot_promise_much():
         fit_prediction_sets(made_up(50), 0.01)
     with pytest.raises(ValueError, match="between 0 and 1, got 1"):
         fit_prediction_sets(made_up(50), 1)
+
+
+def test_labels_of_other_classes_are_refused():
+    with pytest.raises(ValueError, match="image 1 of a batch has the label 10"):
+        collect(tiny_tree(2), [(torch.randn(2, 1, 16, 16), torch.tensor([0, 10]))])
 
 
 def test_nothing_to_calibrate_on():

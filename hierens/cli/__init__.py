@@ -14,6 +14,7 @@ from importlib.util import find_spec
 if missing := [name for name in ("tyro", "rich", "yaml") if find_spec(name) is None]:
     sys.exit(f"error: the command line needs {' and '.join(missing)}: pip install 'hierens[train]'.")
 
+from hierens.cli.calibrate import CALIBRATE
 from hierens.cli.command import Command, UsageError
 from hierens.cli.completion import completion_of
 from hierens.cli.costs import PROFILE, ZOO
@@ -28,7 +29,7 @@ from hierens.core.version import __version__
 __all__ = ["COMMANDS", "main", "results_table", "train"]
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (DEMO, TRAIN, EVAL, REPORT, PROFILE, PREDICT, EXPORT, PUSH, ZOO)
+    command.name: command for command in (DEMO, TRAIN, EVAL, CALIBRATE, REPORT, PROFILE, PREDICT, EXPORT, PUSH, ZOO)
 }
 COMMANDS["completion"] = completion_of(COMMANDS)
 

@@ -1,4 +1,4 @@
-"""`hierens predict`: predictions of a saved model for single images."""
+"""`hierens predict`: predictions of a saved model for images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PredictSettings:
     model: tyro.conf.Positional[str]
     """folder of a saved model, or user/name on the Hub"""
     images: tyro.conf.Positional[tuple[str, ...]]
-    """image files; for whole folders use examples/batch_predict.py"""
+    """image files, and folders, of which all images are classified, with those of their subfolders"""
     depth: int | None = None
     """evaluate the first 2^depth networks, and ignore the policy"""
     policy: str = ""
@@ -42,25 +42,25 @@ def predict(arguments: Sequence[str]) -> None:
     """Classify images one by one; each unreadable one has a line on stderr, and the exit code is then 1."""
     settings = PREDICT.parse(arguments)
     if not settings.images:
-        raise UsageError("give at least one image: hierens predict MODEL IMAGE...")
+        raise UsageError("give at least one image or folder: hierens predict MODEL IMAGE...")
     if settings.depth is not None and settings.policy:
         raise UsageError("give --depth or --policy, not both.")
     if settings.top < 1:
         raise UsageError(f"--top must be at least 1, got {settings.top}.")
-    if folder := next((name for name in settings.images if Path(name).is_dir()), None):
-        raise UsageError(f"{folder} is a folder: give image files, or use examples/batch_predict.py for the folder.")
 
     from hierens.training.data.decoding import create_decoder
     from hierens.training.data.loaders import create_transform
+    from hierens.training.data.splits import images_below
     from hierens.training.preprocessing import data_config, label_names
 
+    files = [file for name in settings.images for file in (images_below(name) if Path(name).is_dir() else [name])]
     answers: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with json_output(settings.json) as write_json:
         model, policy = _loaded(settings)
         names, data = label_names(model), data_config(model, settings.model)
         decode, transform = create_decoder(data), create_transform(data, training=False)
-        for file in with_progress(settings.images, len(settings.images), "predicting"):
+        for file in with_progress(files, len(files), "predicting"):
             try:
                 image = _read(file, decode, transform)
             except ValueError as error:
@@ -132,9 +132,13 @@ def _rows(answers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 PREDICT = Command(
     "predict",
-    "classify single images with a saved model: classes, probabilities and costs",
+    "classify images and folders of images with a saved model: classes, probabilities and costs",
     PredictSettings,
     predict,
     "MODEL IMAGE...",
-    examples=("hierens predict runs/demo/model a.png b.png --depth 1", "hierens predict user/name cat.jpg --json"),
+    examples=(
+        "hierens predict runs/demo/model a.png b.png --depth 1",
+        "hierens predict runs/demo/model FOLDER --top 1",
+        "hierens predict user/name cat.jpg --json",
+    ),
 )

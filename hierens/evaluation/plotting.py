@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from hierens.core.atomic_files import replacing
 
+Cost = Literal["macs", "milliseconds"]
+_COSTS: dict[Cost, tuple[str, float]] = {
+    "macs": ("million multiply-accumulates per image", 1e6),
+    "milliseconds": ("milliseconds per image", 1.0),
+}
 _MARKERS = "osD^vX*P"
+_TOGETHER = 5  # curves that can be told apart in one panel
 
 
 class Compared(Protocol):
@@ -21,6 +28,10 @@ class Compared(Protocol):
     @property
     def macs(self) -> Sequence[float]:
         """MACs of every depth."""
+
+    @property
+    def milliseconds(self) -> Sequence[float]:
+        """Measured time of every depth; empty if it was not measured."""
 
     @property
     def leaves(self) -> Sequence[int]:
@@ -60,9 +71,43 @@ def plot_accuracy(
     axes.margins(x=0.1, y=0.15)
     _plain(axes)
     axes.legend(frameon=False, loc="lower right")
-    with replacing(path) as file:
-        figure.savefig(file)
-    return Path(path)
+    return _saved(figure, path)
+
+
+def plot_cost(
+    groups: Sequence[Compared],
+    path: str | Path,
+    field: str = "accuracy",
+    label: str = "accuracy (%)",
+    cost: Cost = "macs",
+) -> Path:
+    """Plot a field over the cost of every depth, with error bars of one standard deviation over seeds.
+
+    Args:
+        groups: a curve each; of more than five, each has its own panel, in which the others are grey.
+        path: the file to write.
+        field: of `hierens.evaluation.metrics.LeafEvaluation`, with a value per depth.
+        label: of the field.
+        cost: on the x axis.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if len(groups) > _TOGETHER:
+        figure, panels = _panels(len(groups))
+        for axes, group in zip(panels, groups, strict=True):
+            _curves(axes, [other for other in groups if other is not group], field, cost, color="0.85", marker="")
+            _curves(axes, [group], field, cost, color="C0", zorder=3)
+            axes.set_title(_wrapped(group.name, 40), fontsize=8)
+        figure.supxlabel(_COSTS[cost][0], fontsize=9)
+        figure.supylabel(label, fontsize=9)
+    else:
+        figure = _figure(6.4, 3.8 + 0.2 * len(groups))
+        axes = figure.add_subplot()
+        _curves(axes, groups, field, cost)
+        axes.set(xlabel=_COSTS[cost][0], ylabel=label)
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize=8)
+    return _saved(figure, path)
 
 
 def plot_comparison(groups: Sequence[Compared], path: str | Path, title: str = "") -> Path:
@@ -81,27 +126,13 @@ def plot_comparison(groups: Sequence[Compared], path: str | Path, title: str = "
     for axes, (field, label) in zip(
         panels, (("accuracy", "accuracy (%)"), ("std", "standard deviation of logits")), strict=True
     ):
-        for group, marker in zip(groups, _MARKERS * len(groups), strict=False):
-            millions = [macs / 1e6 for macs in group.macs]
-            axes.errorbar(
-                millions,
-                group.mean(field),
-                group.spread(field),
-                marker=marker,
-                ms=4,
-                capsize=2,
-                lw=1.2,
-                label=group.name,
-            )
-        axes.set(xlabel="million multiply-accumulates per image", ylabel=label)
-        _plain(axes)
+        _curves(axes, groups, field, "macs")
+        axes.set(xlabel=_COSTS["macs"][0], ylabel=label)
     figure.suptitle(title)
     figure.legend(
         *panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2, fontsize=8
     )
-    with replacing(path) as file:
-        figure.savefig(file)
-    return Path(path)
+    return _saved(figure, path)
 
 
 def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
@@ -114,26 +145,54 @@ def plot_leaves(groups: Sequence[Compared], path: str | Path) -> Path:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = _figure(3.4 * columns, 2.8 * rows)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    figure, panels = _panels(len(groups))
     lowest = min(min(group.mean("leaf_accuracy") + group.mean("accuracy")) for group in groups)
     highest = max(max(group.mean("accuracy")) for group in groups)
-    for axes, group in zip(panels, groups, strict=False):
+    for axes, group in zip(panels, groups, strict=True):
         alone, ensemble = group.mean("leaf_accuracy"), group.mean("accuracy")
         axes.bar(range(1, len(alone) + 1), alone, color="0.8", label="each network alone")
         axes.plot(group.leaves, ensemble, "o-", ms=4, label="ensemble of the first networks")
-        axes.set_title(group.name, fontsize=9)
+        axes.set_title(_wrapped(group.name, 40), fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(lowest - 0.1 * (highest - lowest) - 0.1, highest + 0.1 * (highest - lowest) + 0.1)
         _plain(axes)
-    for axes in panels[len(groups) :]:
-        axes.set_visible(False)
     figure.supxlabel("networks", fontsize=9)
     figure.supylabel("accuracy (%)", fontsize=9)
     figure.legend(
-        *panels[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2, fontsize=8
+        *panels[0].get_legend_handles_labels(),
+        frameon=False,
+        loc="outside upper center",
+        ncols=min(2, len(groups)),
+        fontsize=8,
     )
+    return _saved(figure, path)
+
+
+def _curves(axes: Any, groups: Sequence[Compared], field: str, cost: Cost, **style: Any) -> None:
+    scale = _COSTS[cost][1]
+    for group, marker in zip(groups, _MARKERS * len(groups), strict=False):
+        costs = [value / scale for value in getattr(group, cost)]
+        look = {"marker": marker, "ms": 4, "capsize": 2, "lw": 1.2, "label": _wrapped(group.name, 90), **style}
+        axes.errorbar(costs, group.mean(field), group.spread(field), **look)
+    _plain(axes)
+
+
+def _panels(count: int) -> tuple[Any, Sequence[Any]]:
+    """A figure with at most three panels in a row, and the panels."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = _figure(3.4 * columns, 2.8 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]
+
+
+def _wrapped(name: str, width: int) -> str:
+    return textwrap.fill(name.replace("+", " + "), width, break_on_hyphens=False)
+
+
+def _saved(figure: Any, path: str | Path) -> Path:
     with replacing(path) as file:
         figure.savefig(file)
     return Path(path)

@@ -87,15 +87,16 @@ def profile(model: AdaptiveBase, size: tuple[int, ...], batch_size: int = 1) -> 
 @torch.no_grad()
 def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> float:
     """Median milliseconds of a forward pass at a depth, measured for at least `seconds`."""
+    return median_ms(partial(model, x, depth=depth), x.device, seconds)
 
-    def once(at_least: float = 0.0) -> float:
-        return call_ms(partial(model, x, depth=depth), x.device, at_least)
 
-    once(), once()  # warm-up: kernels and caches are created in the first calls
+def median_ms(call: Callable[[], Any], device: torch.device, seconds: float = 0.2) -> float:
+    """Median milliseconds of a call that computes on a device, measured for at least `seconds`."""
+    call_ms(call, device, 0.0), call_ms(call, device, 0.0)  # warm-up: the first calls create kernels and caches
     start = time.perf_counter()
     times: list[float] = []
     while not times or time.perf_counter() - start < seconds:
-        times.append(once(seconds / 20))  # several short passes per reading of the clock
+        times.append(call_ms(call, device, seconds / 20))  # several short passes per reading of the clock
     return statistics.median(times)
 
 

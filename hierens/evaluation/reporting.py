@@ -1,14 +1,13 @@
 """Compares the results of finished runs. Runs that differ only in their seed are averaged.
 
-The plots follow the paper: accuracy and diversity over cost (figures 4, 5 and 6), and accuracy over the number of
-networks, with that of each network as bars (figure 9).
+The plots follow the paper, one for each question: accuracy over cost, diversity over cost (figures 4, 5 and 6), and
+accuracy over the number of networks, with that of each network as bars (figure 9).
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,9 @@ from typing import Any
 from hierens.core.atomic_files import replacing
 from hierens.core.json_files import read_json, short
 from hierens.core.tree import nested_sizes
-from hierens.evaluation.plotting import plot_comparison, plot_leaves
+from hierens.evaluation.plotting import Cost, plot_cost, plot_leaves
 from hierens.evaluation.profiling import table
-
-# Fields that do not distinguish runs.
-_IGNORED = ("seed", "output_dir", "resume", "workers", "data_dir", "trackers", "cpu")
+from hierens.evaluation.run_names import distinct_names
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,15 @@ class Group:
         macs: of every depth.
         records: per seed, the record of the last validation, with the fields of
             `hierens.evaluation.metrics.LeafEvaluation`.
+        directory: of the first run.
+        milliseconds: measured time of every depth; empty if it was not measured.
     """
 
     name: str
     macs: list[float]
     records: list[dict[str, Any]]
+    directory: str | Path = ""
+    milliseconds: Sequence[float] = ()
 
     @property
     def leaves(self) -> list[int]:
@@ -60,8 +61,8 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
 
     Args:
         directories: `output_dir` of each run.
-        names: one for each run, by default made of the fields in which the runs differ; runs with equal names are
-            averaged.
+        names: one for each run, by default made of the fields in which the runs differ (see
+            `hierens.evaluation.run_names`); runs with equal names are averaged.
 
     Raises:
         ValueError: a directory without results, or a wrong number of names.
@@ -71,16 +72,16 @@ def read_runs(directories: Sequence[str | Path], names: Sequence[str] = ()) -> l
     configs, results = [], []
     for directory in map(Path, directories):
         try:
-            configs.append(_flat(read_json(directory / "run.json", "a run's configuration")))
+            configs.append(dict(read_json(directory / "run.json", "a run's configuration")))
             results.append(read_json(directory / "results.json", "a run's results", nan=True))
             if not isinstance(results[-1], dict) or not isinstance(results[-1].get("macs"), list):
                 raise ValueError(f"its results.json holds {short(results[-1])}")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{directory} is not a finished run: {' '.join(str(error).split())}.") from error
-    names = list(names) or _distinct_names(configs, [Path(directory).name for directory in directories])
+    names = list(names) or distinct_names(configs, [Path(directory).name for directory in directories])
     groups: dict[str, Group] = {}
-    for name, result in zip(names, results, strict=True):
-        group = groups.setdefault(name, Group(name, result["macs"], []))
+    for name, result, place in zip(names, results, directories, strict=True):
+        group = groups.setdefault(name, Group(name, result["macs"], [], place))
         group.records.append(result)
     return list(groups.values())
 
@@ -103,16 +104,19 @@ def comparison(groups: Sequence[Group], field: str = "accuracy", digits: int = 2
     return table(("", *(f"{column}" for column in columns)), rows)
 
 
-def write_report(groups: Sequence[Group], directory: str | Path) -> Path:
-    """Write `report.md` with tables, `accuracy.png` (figures 4 to 6) and `leaves.png` (figure 9).
+def write_report(groups: Sequence[Group], directory: str | Path, cost: Cost = "macs") -> list[Path]:
+    """Write a page of tables, and a picture of accuracy, of diversity, and of accuracy network by network.
+
+    Args:
+        groups: the runs.
+        directory: created if missing.
+        cost: on the x axis of the first two pictures; milliseconds must have been measured for all groups.
 
     Returns:
-        The path of `report.md`.
+        The paths of `report.md`, `accuracy.png`, `diversity.png` and `leaves.png`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    plot_comparison(groups, directory / "accuracy.png")
-    plot_leaves(groups, directory / "leaves.png")
     shown = {
         "accuracy": "Accuracy (%)",
         "nll": "Negative log-likelihood (nats)",
@@ -120,36 +124,24 @@ def write_report(groups: Sequence[Group], directory: str | Path) -> Path:
         "std": "Standard deviation of logits over networks",
         "agreement": "Share of images for which two networks agree",
     }
+    pictures = {
+        "Accuracy over cost": plot_cost(groups, directory / "accuracy.png", cost=cost),
+        "Diversity over cost": plot_cost(
+            groups, directory / "diversity.png", "std", "standard deviation of logits over networks", cost
+        ),
+        "Accuracy network by network": plot_leaves(groups, directory / "leaves.png"),
+    }
     parts = [
         f"## {title}\n\n{comparison(groups, field, 2 if field == 'accuracy' else 3)}" for field, title in shown.items()
     ]
+    parts += [f"## {title}\n\n![{title}]({picture.name})" for title, picture in pictures.items()]
     seeds = ", ".join(f"{group.name}: {len(group.records)}" for group in groups)
     page = directory / "report.md"
     text = (
         "# Report\n\nColumns: networks evaluated; mean and standard deviation over seeds.\n\n"
         + "\n\n".join(parts)
-        + "\n\n![Accuracy and diversity over cost](accuracy.png)\n\n![Single networks](leaves.png)\n\n"
-        + f"Runs: {seeds}.\n"
+        + f"\n\nNumber of runs: {seeds}.\n"
     )
     with replacing(page) as file:
         file.write_text(text)
-    return page
-
-
-def _distinct_names(configs: Sequence[Mapping[str, str]], directories: Sequence[str]) -> list[str]:
-    """Names made of the fields in which runs differ; if they differ in none, the name of a directory."""
-    fields = dict.fromkeys(field for config in configs for field in config)
-    differing = [f for f in fields if len({config.get(f) for config in configs}) > 1]
-    if not differing:
-        return [directories[0]] * len(configs) if len(configs) > 1 else list(directories)
-    return [", ".join(f"{f.rpartition('.')[2]}={config.get(f, '-')}" for f in differing) for config in configs]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif name not in _IGNORED:
-            flat[prefix + name] = json.dumps(value).strip('"')
-    return flat
+    return [page, *pictures.values()]

@@ -1,22 +1,31 @@
-"""Thresholds for a budget and temperatures, chosen on held-out images.
+"""Thresholds for a budget or an accuracy, and temperatures, chosen on held-out images.
 
 Both are computed from a `CalibrationSet`, which `collect` makes in one pass over labelled images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hierens.core.labels import as_indices, out_of_range
 from hierens.core.modes import evaluating
 from hierens.core.protocol import AdaptiveModel
 from hierens.core.tree import nested_sizes
+from hierens.evaluation.profiling import median_ms
 from hierens.evaluation.uncertainty import Measure, certainty
 from hierens.inference.confidence import EVERYBODY, NOBODY, Confidence
+
+# Logarithms of the ratio of the shares of two depths, from all images leaving at the first depth to all at the last.
+_LOWEST, _HIGHEST = -30.0, 30.0
+_LOG_RATIOS = (_LOWEST, *(step / 40 for step in range(-400, 401)), _HIGHEST)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class CalibrationSet:
         labels: (N,).
         macs: of every depth, per image.
         sizes: networks (or exits) of every depth; by default those of a tree.
+        milliseconds: time of one image that leaves at every depth; empty if it was not measured.
     """
 
     logits: Tensor
@@ -36,6 +46,23 @@ class CalibrationSet:
     labels: Tensor
     macs: tuple[int, ...]
     sizes: tuple[int, ...] = ()
+    milliseconds: tuple[float, ...] = ()
+
+    def halves(self, seed: int = 0) -> tuple[CalibrationSet, CalibrationSet]:
+        """Two sets of different images, drawn at random, with half of the images of every class in each.
+
+        Raises:
+            ValueError: there are fewer than two images.
+        """
+        if len(self.labels) < 2:
+            raise ValueError(f"two halves need at least 2 labelled images, got {len(self.labels)}.")
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        order = order[self.labels[order].argsort(stable=True)]
+        one, other = (
+            replace(self, logits=self.logits[rows], votes=self.votes[rows], labels=self.labels[rows])
+            for rows in (order[::2], order[1::2])
+        )
+        return one, other
 
     def certainties(self, measure: Measure) -> Tensor:
         """Certainty of the prediction of every depth, (N, depths): see `hierens.evaluation.uncertainty.certainty`."""
@@ -45,68 +72,127 @@ class CalibrationSet:
 
 
 @torch.no_grad()
-def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]]) -> CalibrationSet:
+def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]], *, timed: bool = False) -> CalibrationSet:
     """Predictions of every depth, from one pass over all networks, in evaluation mode.
 
     Args:
         model: the ensemble.
         batches: images (N, C, H, W) and class indices (N,); images with a negative index are skipped.
+        timed: also measure how long one image takes that leaves at each depth, on the model's device.
 
     Raises:
-        ValueError: there are no labelled images.
+        ValueError: there are no labelled images, or a label is not one of the model's classes.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     device = next(model.parameters()).device
     size: tuple[int, ...] = ()
     with evaluating(model):
         for images, labels in batches:
-            size = tuple(images.shape[1:])
+            size, labels = tuple(images.shape[1:]), as_indices(labels, "a batch")
+            if len(wrong := (labels >= model.num_classes).nonzero()):
+                raise out_of_range(int(wrong[0]), int(labels[wrong[0]]), model.num_classes, "a batch")
             known = labels >= 0
             leaf_logits = model(images.to(device), reduce=False).cpu()[known]
             parts.append((model.prediction_weights.cpu()(leaf_logits), leaf_logits.argmax(-1), labels[known]))
-    if not sum(len(labels) for *_, labels in parts):
-        raise ValueError("there is nothing to calibrate on: no labelled image was seen.")
-    logits, votes, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return CalibrationSet(logits, votes, labels, model.macs(size), model.sizes)
+        if not sum(len(labels) for *_, labels in parts):
+            raise ValueError("there is nothing to calibrate on: no labelled image was seen.")
+        logits, votes, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        milliseconds = _milliseconds(model, size) if timed else ()
+        return CalibrationSet(logits, votes, labels, model.macs(size), model.sizes, milliseconds)
 
 
 def calibrate(
     model: AdaptiveModel,
     batches: Iterable[tuple[Tensor, Tensor]] | CalibrationSet,
-    budget: float,
+    budget: float | None = None,
     measure: Measure = "probability",
+    *,
+    milliseconds: float | None = None,
+    accuracy: float | None = None,
 ) -> Confidence:
-    """Thresholds with which the mean cost per image is a given number of MACs (budgeted batch classification).
+    """Thresholds for a mean cost per image (budgeted batch classification), or for an accuracy at the lowest cost.
 
     The method is that of MSDNet (Huang et al., ICLR 2018, section 4): at each depth, the images with the most certain
     predictions leave. Their shares of all images fall or rise geometrically from depth to depth. The ratio is found by
-    bisection so that the mean cost on the held-out images meets the budget.
+    bisection so that the mean cost on the held-out images meets the budget. For an accuracy, it is the first of 803
+    ratios, in the order of cost, with which the held-out images are classified that accurately.
 
     Args:
         model: the ensemble.
         batches: held-out images and labels, or the result of `collect`.
         budget: mean multiply-accumulates per image.
         measure: of certainty.
+        milliseconds: instead of a budget of multiply-accumulates, the mean time of single images, which is measured on
+            the model's device; from a `CalibrationSet`, it takes the times that `collect(..., timed=True)` measured.
+        accuracy: instead of a budget, the accuracy on the held-out images in percent.
 
     Returns:
-        The policy. On images like the held-out ones, its mean cost is the budget.
+        The policy. On images like the held-out ones, its mean cost is the budget; an accuracy will be a little lower,
+        since the thresholds were chosen for these images (see `hierens.inference.expectation`).
 
     Raises:
-        ValueError: a budget below the cost of the first network, or above that of all networks.
+        ValueError: not exactly one target; a budget below the cost of the first depth or above that of the last; an
+            accuracy that no ratio reaches; no measured times; or a model of one depth.
     """
-    held_out = batches if isinstance(batches, CalibrationSet) else collect(model, batches)
-    least, most = held_out.macs[0], held_out.macs[-1]
-    if not least <= budget <= most:
-        raise ValueError(f"the budget must be from {least:.3g} to {most:.3g} MACs per image, got {budget:.3g}.")
+    if sum(target is not None for target in (budget, milliseconds, accuracy)) != 1:
+        raise ValueError(f"give one of {budget=}, {milliseconds=} and {accuracy=}.")
+    timed = milliseconds is not None
+    held_out = batches if isinstance(batches, CalibrationSet) else collect(model, batches, timed=timed)
+    if len(held_out.macs) < 2:
+        raise ValueError("the model has a single depth, so there are no thresholds to choose.")
     certainties = held_out.certainties(measure)
-    low, high = -30.0, 30.0  # logarithms of the ratio: all images leave at the first depth, or at the last
+    if accuracy is not None:
+        return Confidence(_for_accuracy(held_out, certainties, accuracy), measure)
+    if budget is not None:
+        return Confidence(_for_budget(certainties, held_out.macs, budget, "MACs"), measure)
+    assert milliseconds is not None
+    if not held_out.milliseconds:
+        raise ValueError("milliseconds were not measured with this calibration set: use collect(..., timed=True).")
+    return Confidence(_for_budget(certainties, held_out.milliseconds, milliseconds, "milliseconds"), measure)
+
+
+def _for_budget(certainties: Tensor, costs: Sequence[float], budget: float, unit: str) -> tuple[float, ...]:
+    """The thresholds with the highest mean cost that is not above the budget."""
+    least, most = costs[0], costs[-1]
+    if not least <= budget <= most:
+        raise ValueError(f"the budget must be from {least:.3g} to {most:.3g} {unit} per image, got {budget:.3g}.")
+    low, high = _LOWEST, _HIGHEST
     for _ in range(60):
         middle = (low + high) / 2
-        if mean_cost(certainties, _thresholds(certainties, middle), held_out.macs) <= budget:
+        if mean_cost(certainties, _thresholds(certainties, middle), costs) <= budget:
             low = middle
         else:
             high = middle
-    return Confidence(_thresholds(certainties, low), measure)
+    return _thresholds(certainties, low)
+
+
+def _for_accuracy(held_out: CalibrationSet, certainties: Tensor, accuracy: float) -> tuple[float, ...]:
+    """The cheapest thresholds with an accuracy. It can fall again where more is computed, so there is no bisection."""
+    if not 1 < accuracy <= 100:
+        raise ValueError(f"the accuracy must be in percent, above 1 and at most 100, got {accuracy:g}.")
+    right = (held_out.logits.argmax(-1) == held_out.labels[:, None]).double()
+    best = 0.0
+    for log_ratio in _LOG_RATIOS:
+        thresholds = _thresholds(certainties, log_ratio)
+        reached = 100 * float(right.gather(1, exits(certainties, thresholds)[:, None]).mean())
+        if reached >= accuracy - 1e-9:
+            return thresholds
+        best = max(best, reached)
+    raise ValueError(
+        f"the accuracy must be at most {math.floor(100 * best) / 100:.2f} %, the best that thresholds reach on these "
+        f"{len(right):,} images, got {accuracy:g} %."
+    )
+
+
+def _milliseconds(model: AdaptiveModel, size: tuple[int, ...]) -> tuple[float, ...]:
+    """Median time of an image (C, H, W) that leaves at each depth; made not to fall from one depth to the next."""
+    parameter = next(model.parameters())
+    image = torch.randn(1, *size, device=parameter.device, dtype=parameter.dtype)
+    times = []
+    for depth in range(model.depths):
+        leaving = Confidence(((NOBODY,) * depth + (EVERYBODY,))[: max(model.depths - 1, 1)])
+        times.append(median_ms(partial(leaving, model, image), image.device))
+    return tuple(accumulate(times, max))
 
 
 def exits(certainties: Tensor, thresholds: Sequence[float]) -> Tensor:
@@ -114,9 +200,9 @@ def exits(certainties: Tensor, thresholds: Sequence[float]) -> Tensor:
     return (certainties >= torch.tensor([*thresholds, EVERYBODY], dtype=certainties.dtype)).int().argmax(1)
 
 
-def mean_cost(certainties: Tensor, thresholds: Sequence[float], macs: Sequence[int]) -> float:
-    """Mean multiply-accumulates per image."""
-    return float(torch.tensor(macs, dtype=torch.float64)[exits(certainties, thresholds)].mean())
+def mean_cost(certainties: Tensor, thresholds: Sequence[float], costs: Sequence[float]) -> float:
+    """Mean cost per image, given the cost of every depth."""
+    return float(torch.tensor(costs, dtype=torch.float64)[exits(certainties, thresholds)].mean())
 
 
 def _thresholds(certainties: Tensor, log_ratio: float) -> tuple[float, ...]:

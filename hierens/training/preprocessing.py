@@ -8,7 +8,10 @@ from typing import Any
 from hierens.core.labels import label_names
 from hierens.training.config import DataConfig
 
-__all__ = ["data_config", "label_names"]
+__all__ = ["PREPARED", "data_config", "label_names"]
+
+PREPARED = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation", "max_pixels")
+"""the fields of `DataConfig` that describe the preprocessing"""
 
 
 def data_config(model: Any, name: str | Path) -> DataConfig:
@@ -29,8 +32,7 @@ def data_config(model: Any, name: str | Path) -> DataConfig:
 
         run = load_run(trained)
         if run.data.input_size == size:  # otherwise run.json belongs to another model
-            fields = ("input_size", "mean", "std", "augment", "pad", "crop_pct", "interpolation", "max_pixels")
-            return DataConfig(**{field: getattr(run.data, field) for field in fields})
+            return DataConfig(**{field: getattr(run.data, field) for field in PREPARED})
     named = {field: cfg[field] for field in ("mean", "std", "crop_pct", "interpolation") if cfg.get(field) is not None}
     named.update({field: tuple(named[field]) for field in ("mean", "std") if field in named})
     return DataConfig(input_size=size, **named)

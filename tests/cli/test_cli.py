@@ -123,7 +123,7 @@ def test_the_version():
         ),
         (["zoo", "--blocks", "3"], 2, "give a name or a pattern"),
         (["predict", "nowhere", "a.png"], 1, "nowhere"),
-        (["predict", "nowhere", "."], 2, "examples/batch_predict.py"),
+        (["predict", "nowhere", "."], 1, "there is no image in . or below"),
         (["predict", "m", "a.png", "--depth", "1", "--policy", "p"], 2, "not both"),
         (["export", "nowhere", "out", "--depths", "some"], 2, "`all` or numbers"),
         (["push", "nowhere", "name"], 2, "user/name"),

@@ -1,6 +1,7 @@
 """`hierens predict`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hierens.inference.policies import Confidence, save_policy
 from hierens.training.data.loaders import create_datasets
 from hierens.training.presets import load_run
 from support.command_line import hierens
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -52,6 +55,20 @@ def test_a_policy_answers_and_classes_have_names(trained, images, tmp_path):
     done = hierens("predict", tmp_path / "model", images[0], "--policy", tmp_path / "other", "--json")
     (answer,) = json.loads(done.out)["answers"]
     assert answer["networks"] == 2 and len(answer["top"]) == 5
+
+
+def test_folders_stand_for_their_images_sorted_by_path(images, tmp_path):
+    folder = tmp_path / "folder"
+    for name, image in (("b.PNG", 0), ("a/z.jpeg", 1), ("c.png", 2)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(images[image]).save(folder / name, "png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "a" / "bad.jpg").write_text("no image")
+    done = hierens("predict", ROOT / "models" / "digits-tree", images[2], folder, "--depth", 3, "--top", 1)
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in done.out.splitlines()[2:]]
+    names = [images[2], folder / "a" / "z.jpeg", folder / "b.PNG", folder / "c.png"]
+    assert rows == [[str(name), label] for name, label in zip(names, "2102", strict=True)]
+    assert done.code == 1 and f"error: {folder}/a/bad.jpg: it is no image" in done.err
 
 
 def test_bad_images_are_named_and_the_others_answered(trained, images, tmp_path):

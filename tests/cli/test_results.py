@@ -22,6 +22,9 @@ def test_a_report_of_two_seeds(trained):
     directory, *_ = trained
     done = hierens("report", directory / "run0", directory / "run1", "--output", directory / "out")
     assert done.code == 0, done.err
-    assert "±" in done.out and (directory / "out" / "accuracy.png").is_file()
-    done = hierens("report", directory / "run0", "--output", directory / "one", "--json")
-    assert json.loads(done.out)["page"] == f"{directory}/one/report.md" and len(json.loads(done.out)["runs"]) == 1
+    files = [f"{directory}/out/{name}" for name in ("report.md", "accuracy.png", "diversity.png", "leaves.png")]
+    assert "±" in done.out and done.out.splitlines()[-4:] == [f"wrote {file}" for file in files]
+    done = hierens("report", directory / "run0", "--output", directory / "one", "--cost", "milliseconds", "--json")
+    record = json.loads(done.out)
+    assert record["page"] == record["files"][0] == f"{directory}/one/report.md" and len(record["runs"]) == 1
+    assert len(record["runs"][0]["milliseconds"]) == len(record["runs"][0]["macs"]) == 2

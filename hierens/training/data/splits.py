@@ -134,6 +134,21 @@ def walk_split(folder: str, empty: list[str]) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
+def images_below(folder: str) -> list[str]:
+    """The images in a folder and its subfolders, links followed, sorted by path.
+
+    Raises:
+        ValueError: there is none, a link leads in a cycle, or a folder cannot be read.
+    """
+    try:
+        found = sorted(path for path, _ in _images(folder, ()))
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    if not found:
+        raise ValueError(f"there is no image in {folder} or below: files end in {', '.join(sorted(_EXTENSIONS))}.")
+    return found
+
+
 def match_classes(own: Sequence[str], wanted: Sequence[str], where: str, of: str) -> list[int] | None:
     """The indices of a split's classes in training or in a model.
 

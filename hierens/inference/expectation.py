@@ -1,0 +1,80 @@
+"""What thresholds cost and how accurate they are, estimated on images that were not used to choose them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hierens.core.tree import nested_sizes
+from hierens.inference.calibration import CalibrationSet, exits
+from hierens.inference.confidence import Confidence
+
+
+class Estimate(NamedTuple):
+    """A mean over images and its standard error; the error is 0 for a single image."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """The estimate from one value per image, (N,).
+
+        Examples:
+            >>> Estimate.of(torch.tensor([1.0, 3.0]))
+            Estimate(mean=2.0, error=1.0)
+        """
+        error = float(values.double().std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+        return cls(float(values.double().mean()), error)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Accuracy and cost per image, with standard errors over the images.
+
+    Attributes:
+        images: their number.
+        accuracy: in percent.
+        leaves: networks (or exits) evaluated.
+        macs: multiply-accumulates.
+        milliseconds: for single images, if the calibration set has measured times; the standard error does not include
+            that of these times.
+    """
+
+    images: int
+    accuracy: Estimate
+    leaves: Estimate
+    macs: Estimate
+    milliseconds: Estimate | None
+
+
+def expectation(held_out: CalibrationSet, policy: Confidence) -> Expectation:
+    """The accuracy and cost of a policy on labelled images.
+
+    Args:
+        held_out: images that were not used to choose the thresholds: see `CalibrationSet.halves`.
+        policy: with a threshold for every depth below the full one, as `calibrate` returns it.
+    """
+    return _expectation(held_out, exits(held_out.certainties(policy.measure), policy.thresholds))
+
+
+def expectations_of_depths(held_out: CalibrationSet) -> list[Expectation]:
+    """The accuracy and cost of every depth on the same images, if all leave there."""
+    count = len(held_out.labels)
+    return [_expectation(held_out, torch.full((count,), depth)) for depth in range(len(held_out.macs))]
+
+
+def _expectation(held_out: CalibrationSet, left: Tensor) -> Expectation:
+    """The estimates if the images leave at the given depths, (N,)."""
+
+    def of(costs: Sequence[float]) -> Estimate:
+        return Estimate.of(torch.tensor(costs, dtype=torch.float64)[left])
+
+    right = held_out.logits[torch.arange(len(left)), left].argmax(-1) == held_out.labels
+    milliseconds = of(held_out.milliseconds) if held_out.milliseconds else None
+    sizes = held_out.sizes or nested_sizes(held_out.votes.shape[1])
+    return Expectation(len(left), Estimate.of(100 * right.double()), of(sizes), of(held_out.macs), milliseconds)
