@@ -1,5 +1,6 @@
 """Trains a hierarchical neural ensemble on ImageNet with the paper's recipe, or on any images that timm can read.
 
+pip install -e ".[train]"                                                          what it needs
 accelerate launch examples/train_imagenet.py --data-dir /path/to/imagenet          the paper's recipe
 accelerate launch examples/train_imagenet.py --data-dir /path/to/images            a folder with train/ and validation/
 accelerate launch examples/train_imagenet.py --dataset torch/cifar100 --data-dir DIR
