@@ -34,7 +34,7 @@ $(LOWEST)/.installed: pyproject.toml
 	$(call install,$(LOWEST),--resolution lowest-direct --editable ".[train$(comma)demo$(comma)dev]")
 
 demo: $(VENV)/.installed ## train a small ensemble on photographs of clothes, on a CPU, in a minute or two
-	$(BIN)/python examples/train_imagenet.py
+	$(BIN)/hierens demo
 
 test: $(VENV)/.installed ## run the tests
 	$(RUN) -m pytest --numprocesses 2

@@ -1,5 +1,6 @@
 """Web demo of a saved model: drop an image, set the depth, and watch the prediction change network by network.
 
+pip install -e ".[app]"                                                               what it needs
 python examples/app.py --model DIR
 python examples/app.py --model user/name --examples FOLDER --labels cat dog owl       a folder of images
 python examples/app.py --model DIR --examples DIR                                     Fashion-MNIST's idx files
@@ -29,6 +30,7 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
 import hierens
+from hierens.core.install import install_command
 from hierens.training.config import DataConfig
 from hierens.training.data.builtin import digits, fashion_mnist
 from hierens.training.data.decoding import DecodingError, create_decoder, decode
@@ -38,7 +40,7 @@ from hierens.training.preprocessing import data_config, label_names
 try:
     import gradio as gr
 except ImportError:
-    sys.exit("error: the page is made with Gradio: pip install 'hierens[app]'.")
+    sys.exit(f"error: the page is made with Gradio: {install_command('app')}.")
 
 STYLE = Path(__file__).with_name("app.css")
 _PIXELS = "#image img, #examples img { image-rendering: pixelated; }"  # for models with small input images

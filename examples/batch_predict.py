@@ -1,5 +1,6 @@
 """Predicts a folder of images, or any data set that hierens reads, with a saved model; writes Parquet files, resumable.
 
+pip install -e ".[batch]"                                                              what it needs
 python examples/batch_predict.py --model DIR --input FOLDER --output OUT               images in it and below
 python examples/batch_predict.py --model user/name --dataset fashion_mnist --input DIR --output OUT
 accelerate launch examples/batch_predict.py ...                                        on all devices
@@ -24,6 +25,7 @@ from inputs import Batch, Batches, Folder, Indexed, Stream, open_inputs
 from torch.utils.data import DataLoader
 
 import hierens
+from hierens.core.install import install_command
 from hierens.inference.policies import Deadline, FixedDepth, Policy, load_policy
 from hierens.models.loading import load_with_policy
 from hierens.training.checkpoints.files import publish
@@ -34,7 +36,7 @@ try:
     import pyarrow as pa
     import pyarrow.parquet as pq
 except ImportError:
-    sys.exit("error: Parquet files are written by pyarrow: pip install 'hierens[batch]'.")
+    sys.exit(f"error: Parquet files are written by pyarrow: {install_command('batch')}.")
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders ignore names with a leading underscore
 SCHEMA = pa.schema(

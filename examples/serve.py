@@ -1,5 +1,6 @@
 """Serves a model over HTTP with Ray Serve; reduces the depth under load to hold a latency target.
 
+pip install -e ".[serve]"                                             # what it needs
 python examples/serve.py --model DIR_OR_HUB_ID                        # serves http://127.0.0.1:8000
 curl -F image=@shirt.png http://127.0.0.1:8000/predict                # or several: -F image=@a.png -F image=@b.png
 
@@ -19,12 +20,17 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # the default is 15, which would give other programs priority
 
-import ray
-import tyro
-from ray import serve
-from service.gateway import Gateway
-from service.network import Inputs, Network, load
-from service.settings import Settings
+from hierens.core.install import install_command
+
+try:
+    import ray
+    import tyro
+    from ray import serve
+    from service.gateway import Gateway
+    from service.network import Inputs, Network, load
+    from service.settings import Settings
+except ModuleNotFoundError as error:
+    sys.exit(f"error: the server needs {error.name}: {install_command('serve')}.")
 
 
 def build(settings: Settings) -> serve.Application:

@@ -1,5 +1,6 @@
 """Trains the paper's CIFAR ensemble with its recipe: 16 networks, SGD, 200 epochs (Ruiz & Verbeek, section 4.1).
 
+pip install -e ".[train]"                                             what it needs
 accelerate launch examples/train_cifar.py --data-dir DIR              CIFAR-100, in torchvision's format
 accelerate launch examples/train_cifar.py --data-dir DIR --dataset torch/cifar10
 accelerate launch examples/train_cifar.py --data-dir DIR --small      half the channels: the paper's HNE_small

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import grimp
@@ -16,7 +14,6 @@ from hierens.cli.command import UsageError
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 RUNNABLE = [page for page in PAGES if "```python\n" in page.read_text()]
-RUN_WHOLE = ("tutorial.md",)  # their commands need nothing but what the page itself has made
 
 
 def name_of(page):
@@ -45,16 +42,14 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if page.name != "tutorial.md"], ids=name_of)
 def test_code_on_pages_runs(page, tmp_path, monkeypatch):
+    """The tutorial is run, with its commands, by `test_tutorial.py`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")  # pages speak as from a checkout
     names = {}
-    for language, block in re.findall(r"```(python|bash)\n(.*?)```", page.read_text(), re.DOTALL):
-        if language == "python":
-            exec(compile(block, str(page), "exec"), names)
-        elif page.name in RUN_WHOLE:
-            subprocess.run(["bash", "-ec", f'hierens() {{ "{sys.executable}" -m hierens "$@"; }}\n{block}'], check=True)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
 
 
 def test_there_are_pages_to_run():

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from hierens.core.install import install_command
+
 if missing := [name for name in ("tyro", "rich", "yaml") if find_spec(name) is None]:
-    sys.exit(f"error: the command line needs {' and '.join(missing)}: pip install 'hierens[train]'.")
+    sys.exit(f"error: the command line needs {' and '.join(missing)}: {install_command('train')}.")
 
 from hierens.cli.calibrate import CALIBRATE
 from hierens.cli.command import Command, UsageError
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         extra = _BROUGHT_BY.get(str(error.name).partition(".")[0])
         if extra is None:
             raise
-        _fail(ValueError(f"hierens {name} needs {error.name}: pip install 'hierens[{extra}]'."), 1)
+        _fail(ValueError(f"hierens {name} needs {error.name}: {install_command(extra)}."), 1)
     except (ValueError, OSError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:

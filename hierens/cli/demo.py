@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Any
 
 from hierens.cli.command import Command
@@ -43,8 +45,11 @@ def demo(arguments: Sequence[str]) -> None:
     wanted = dataclasses.replace(start.train, output_dir=settings.output_dir, epochs=settings.epochs)
     run = dataclasses.replace(start, train=wanted)
     with json_output(settings.json) as write_json:
-        record = trained(run, quiet=settings.json)
+        first, second = ARMS
+        print(first)
+        record = trained(run, quiet=True)
         if record is not None:
+            print(f"\n{second}")
             compared = compare_with_labels_only(run)
             if settings.json:
                 write_json({**record, **compared})
@@ -56,28 +61,24 @@ def compare_with_labels_only(run: Run) -> dict[str, Any]:
     from hierens.models.loading import from_pretrained
     from hierens.training.run import train as run_training
 
-    print("\nthe same again, with labels only")
     directory = Path(run.train.output_dir) / "independent"
     train = dataclasses.replace(run.train, objective="independent", output_dir=str(directory))
     labels_only, record = run_training(dataclasses.replace(run, train=train))
-    model = from_pretrained(Path(run.train.output_dir) / "model")
+    saved = Path(run.train.output_dir) / "model"
+    model = from_pretrained(saved)
     ours, theirs = (_right_answers(one, run) for one in (model, labels_only))
 
-    print("\naccuracy (%)\n")
+    title = f"photographs of clothes, {len(ours):,} test images"
+    print(f"\n{title}: accuracy (%)\n")
     print_table(*_compared(model, ours, theirs))
-    print("\ngain over depth 0, of the same network\n")
-    print_table(*_gained(ours, theirs))
-    print(
-        f"\nDifferences and gains: in percent of the {len(ours):,} test images ± standard error, paired image by image,"
-        f"\nand in images. This is one run of each, of seed {run.train.seed}; docs/results/demo.md has five.\n"
-    )
     curves = {
         name: (model.macs(), (100 * right.double().mean(0)).tolist())
         for name, right in zip(ARMS, (ours, theirs), strict=True)
     }
-    title = f"photographs of clothes, {len(ours):,} test images"
     picture = plot_accuracy(curves, Path(run.train.output_dir) / "accuracy.png", title)
-    print(f"picture: {picture}")
+    program = "hierens" if which("hierens") else f"{sys.executable} -m hierens"
+    print(f"\ndifference: percentage points ± standard error (images); one run of each, seed {run.train.seed}")
+    print(f"picture: {picture}\nnext: {program} predict {saved} IMAGE")
     return {
         "accuracy_without_distillation": record["accuracy"],
         "test_images": len(ours),
@@ -106,17 +107,6 @@ def _compared(model: Adaptive, ours: Tensor, theirs: Tensor) -> tuple[tuple[str,
         difference = PairedDifference.of(ours[:, depth], theirs[:, depth])
         rows.append((f"{depth}", f"{networks}", millions(macs), *accuracy, f"{difference}"))
     return ("depth", "networks", "MACs", *ARMS, "difference"), rows
-
-
-def _gained(ours: Tensor, theirs: Tensor) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: the gain of more networks over the first one, in both runs."""
-    from hierens.evaluation.metrics import PairedDifference
-
-    rows = [
-        (f"{depth}", *(f"{PairedDifference.of(right[:, depth], right[:, 0])}" for right in (ours, theirs)))
-        for depth in range(1, ours.shape[1])
-    ]
-    return ("depth", *ARMS), rows
 
 
 DEMO = Command(

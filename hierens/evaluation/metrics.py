@@ -1,6 +1,6 @@
 """Metrics of an ensemble: accuracy, likelihood and calibration of every depth, and the diversity of its networks.
 
-Needs torchmetrics (`pip install 'hierens[train]'`).
+Needs torchmetrics (the extra `train`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hierens.core.install import install_command
 from hierens.core.labels import NO_CLASS, as_indices, out_of_range
 from hierens.core.modes import evaluating
 from hierens.core.predictions import PredictionWeights
@@ -267,7 +268,7 @@ def _classification() -> Any:
     try:
         from torchmetrics.functional import classification
     except ImportError as error:
-        raise ValueError("metrics need torchmetrics: pip install 'hierens[train]'.") from error
+        raise ValueError(f"metrics need torchmetrics: {install_command('train')}.") from error
     return classification
 
 

@@ -1,4 +1,4 @@
-"""Plots of accuracy and diversity over cost, as in the paper. Needs matplotlib (`hierens[plot]`)."""
+"""Plots of accuracy and diversity over cost, as in the paper. Needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hierens.core.atomic_files import replacing
+from hierens.core.install import install_command
 
 Cost = Literal["macs", "milliseconds"]
 _COSTS: dict[Cost, tuple[str, float]] = {
@@ -207,5 +208,5 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'hierens[plot]'.") from error
+        raise ValueError(f"plots need matplotlib: {install_command('plot')}.") from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")

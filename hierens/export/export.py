@@ -21,6 +21,7 @@ from torch import Tensor
 from hierens.core.adaptive import AdaptiveBase
 from hierens.core.atomic_files import saving
 from hierens.core.errors import did_you_mean, first_line
+from hierens.core.install import install_command
 from hierens.core.labels import label_names
 from hierens.core.modes import evaluating
 from hierens.core.version import __version__
@@ -115,7 +116,7 @@ def _format(name: str) -> type[Format]:
         raise ExportError(f"there is no format {name!r}: {hint}.")
     if missing := FORMATS[name].missing():
         extra = name if name == "executorch" else "export"
-        raise ExportError(f"exporting to {name} needs {' and '.join(missing)}: pip install 'hierens[{extra}]'.")
+        raise ExportError(f"exporting to {name} needs {' and '.join(missing)}: {install_command(extra)}.")
     return FORMATS[name]
 
 
@@ -147,7 +148,7 @@ def _calibration(format: str, quantize: str, calibration: Iterable[Any] | None) 
     if format != "onnx":
         raise ExportError(f"quantize='int8' is for format='onnx', not {format!r}.")
     if find_spec("onnxruntime") is None:
-        raise ExportError("quantize='int8' needs onnxruntime: pip install 'hierens[export]'.")
+        raise ExportError(f"quantize='int8' needs onnxruntime: {install_command('export')}.")
     batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in calibration or ()]
     if not batches or not all(isinstance(batch, Tensor) and batch.ndim == 4 for batch in batches):
         raise ExportError("quantize='int8' needs calibration=batches of images (N, C, H, W), alone or with labels.")

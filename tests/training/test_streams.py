@@ -168,7 +168,7 @@ def test_missing_shards_and_packages_say_so(shards, tmp_path, monkeypatch):
     counted = config(shards, train_split="train-{0000..0003}.tar|40")
     assert len(create_loaders(counted, 8, 4)[0]) == 5
     monkeypatch.setattr("hierens.training.data.loaders.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'hierens\[data\]'"):
+    with pytest.raises(ValueError, match=r'pip install -e ".*\[data\]"'):
         create_loaders(config(shards), 8, 4)
 
 

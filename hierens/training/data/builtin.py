@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hierens.core.install import install_command
 from hierens.training.config import DataConfig
 
 CLOTHING = Path(__file__).with_name("clothing")
@@ -58,7 +59,7 @@ def digits(config: DataConfig, training: bool) -> tuple[Any, Any]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ValueError("the digits are part of scikit-learn: pip install 'hierens[demo]'.") from error
+        raise ValueError(f"the digits are part of scikit-learn: {install_command('demo')}.") from error
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     train_x, val_x, train_y, val_y = train_test_split(

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
+from hierens.core.install import install_command
 from hierens.training.config import DataConfig
 from hierens.training.data.builtin import CLASSES, read_built_in
 from hierens.training.data.colour import warn_of_lost_colours
@@ -314,7 +315,7 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, fol
     name, root = config.dataset, folder or config.data_dir
     for prefix, package in (("wds/", "webdataset"), ("hfds/", "datasets"), ("hfids/", "datasets")):
         if name.startswith(prefix) and find_spec(package) is None:
-            raise ValueError(f"{name} needs the package {package}: pip install 'hierens[data]'.")
+            raise ValueError(f"{name} needs the package {package}: {install_command('data')}.")
     if name.startswith("tfds/"):
         raise ValueError(f"{name} cannot be resumed exactly, so it is not supported: use hfds/, hfids/ or wds/.")
     if not name.startswith(_HOSTED) or (name.startswith("wds/") and ":" not in config.data_dir):
