@@ -42,6 +42,10 @@ def test_macs_grow_with_the_image(model):
 def test_tables_align():
     lines = table(("a", "wide header"), [("1", "2"), ("333333", "4")]).splitlines()
     assert len({len(line) for line in lines}) == 1
+    mixed = table(
+        ("", "claim", "gain"), [("1.5 M / 0.7", "it helps", "+0.1 ± 0.2"), ("2 %", "no", "not run"), ("", "", "-1.0")]
+    )
+    assert mixed.splitlines()[1] == "| ----------: | -------- | ---------: |", "text to the left, numbers to the right"
     assert millions(0) == "0.00 M"
 
 
