@@ -155,7 +155,7 @@ def millions(count: float) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table which is also readable in a terminal: numbers are right-aligned, text is left-aligned.
 
-    A column is text if most of its cells, the empty ones left out, contain a word.
+    A column is text if most of its cells, the empty ones left out, contain a word or no digit.
 
     Examples:
         >>> print(table(["name", "ms"], [["a tree", "1.25"], ["a network", "10.00"]]))
@@ -167,7 +167,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for column in zip(header, *rows, strict=True):
         filled = [cell for cell in column[1:] if cell.strip()]
-        words = sum(bool(re.search("[A-Za-z]{3}", cell)) for cell in filled)
+        words = sum(bool(re.search("[A-Za-z]{3}", cell) or not re.search(r"\d", cell)) for cell in filled)
         width, text = max(3, *map(len, column)), 2 * words > len(filled)
         rule = "-" * width if text else "-" * (width - 1) + ":"
         head, *cells = (cell.ljust(width) if text else cell.rjust(width) for cell in column)
