@@ -1,6 +1,6 @@
-"""What the site adds to MkDocs: formulas as MathML, and Mermaid graphs as SVG, so that pages load nothing from elsewhere.
+"""Additions of the site to MkDocs: formulas as MathML and Mermaid graphs as SVG, made when it is built.
 
-GitHub shows both in the same files by itself: `$...$`, and fences of `math` and `mermaid`.
+Pages therefore load nothing from elsewhere. GitHub shows both in the same files by itself: `$...$`, and fences of `math` and `mermaid`.
 """
 
 from __future__ import annotations
