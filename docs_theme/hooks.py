@@ -1,6 +1,7 @@
 """Additions of the site to MkDocs: formulas as MathML and Mermaid graphs as SVG, made when it is built.
 
-Pages therefore load nothing from elsewhere. GitHub shows both in the same files by itself: `$...$`, and fences of `math` and `mermaid`.
+Pages therefore load nothing from elsewhere. GitHub shows both in the same files by itself: `$...$`, and fences of
+`math` and `mermaid`.
 """
 
 from __future__ import annotations
