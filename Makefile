@@ -70,10 +70,10 @@ types: $(VENV)/.installed ## check types, strictly
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.installed ## show the documentation while writing it
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(VENV)/.installed ## train on Fashion-MNIST and write docs/results/fashion_mnist.md: DATA=folder of the idx files
 	$(BIN)/python benchmarks/fashion_mnist.py --data-dir $(DATA)

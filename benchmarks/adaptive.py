@@ -372,7 +372,7 @@ average.
 
 
 def _draw(found: dict[str, Any]) -> None:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     for axes, objective in zip(figure.subplots(1, len(OBJECTIVES)), OBJECTIVES, strict=True):
         these = found[objective]
         for measure in MEASURES:
@@ -385,7 +385,7 @@ def _draw(found: dict[str, Any]) -> None:
         axes.set(xlabel="million multiply-accumulates per image, mean", ylabel="accuracy (%)", title=objective)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(RESULTS / "adaptive.png", dpi=120)
+    figure.savefig(RESULTS / "adaptive.png", dpi=150)
 
 
 def _uncertainty_page(found: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import timm
 import torch
 
 import hierens
+from hierens.evaluation.profiling import table
 
 Rows = list[dict[str, Any]]
 
@@ -132,11 +133,6 @@ def summary(measured: Rows, settings: Any) -> list[tuple[str, ...]]:
 PHASE = ("phase", "per s", "sent", "503", "lost", "p50 (ms)", "p99 (ms)", "late (%)", "mean depth", "accuracy (%)")
 
 
-def markdown(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---:",) * len(header), *lines))
-
-
 def page(settings: Any, found: dict[str, Any]) -> str:
     """The results page."""
     measured, killed, attacked = found["surge"], found["kill"], found["attack"]
@@ -170,9 +166,9 @@ def page(settings: Any, found: dict[str, Any]) -> str:
         capacity=measured["capacity"],
         images_per_s=measured["capacity"] * settings.per_request,
         paired=paired(measured["load"], measured["calibration"]["full_right"], settings),
-        depths=markdown(("depth", "networks", "MACs", "ms per request, model alone", "accuracy (%)"), depth_lines),
-        load=markdown(PHASE, summary(measured["load"], settings)),
-        fixed=markdown(PHASE, summary(measured["fixed"], settings)),
+        depths=table(("depth", "networks", "MACs", "ms per request, model alone", "accuracy (%)"), depth_lines),
+        load=table(PHASE, summary(measured["load"], settings)),
+        fixed=table(PHASE, summary(measured["fixed"], settings)),
         killed=killed,
         statuses=statuses,
         errors=" ".join(f"*{error}*" for error in killed["errors"]) or "none",
@@ -185,8 +181,8 @@ def page(settings: Any, found: dict[str, Any]) -> str:
         attacked=attacked,
         count=sum(sum(counts.values()) for counts in attacked["statuses"].values()),
         unexpected=len(attacked["unexpected"]),
-        kinds=markdown(("upload", "responses"), kinds),
-        memory=markdown(("process", "before (MB)", "peak (MB)", "after (MB)"), memory),
+        kinds=table(("upload", "responses"), kinds),
+        memory=table(("process", "before (MB)", "peak (MB)", "after (MB)"), memory),
         served=", ".join(f"{count} times {status}" for status, count in attacked["served"].items()),
         flags=f" {flags}" if flags else "",
     )

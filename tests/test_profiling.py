@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hierens
 from hierens.core.macs import count_macs
-from hierens.evaluation import profiling
+from hierens.evaluation import plotting, profiling
 from hierens.evaluation.plotting import plot_accuracy
 from hierens.evaluation.profiling import latency, millions, table
 from support.clock import Clock
@@ -42,12 +42,23 @@ def test_macs_grow_with_the_image(model):
 def test_tables_align():
     lines = table(("a", "wide header"), [("1", "2"), ("333333", "4")]).splitlines()
     assert len({len(line) for line in lines}) == 1
+    mixed = table(
+        ("", "claim", "gain"), [("1.5 M / 0.7", "it helps", "+0.1 ± 0.2"), ("2 %", "no", "not run"), ("", "", "-1.0")]
+    )
+    assert mixed.splitlines()[1] == "| ----------: | -------- | ---------: |", "text to the left, numbers to the right"
     assert millions(0) == "0.00 M"
 
 
 def test_pictures_are_drawn(tmp_path):
     path = plot_accuracy({"one": ([1e6, 2e6], [90, 91]), "other": ([1e6], [80])}, tmp_path / "a.png", "title")
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
+
+
+def test_axes_of_level_curves_stay_near_the_values(tmp_path, monkeypatch):
+    figures, make = [], plotting._figure
+    monkeypatch.setattr(plotting, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    plot_accuracy({"digits": ([1e6, 2e6], [99.8, 99.8])}, tmp_path / "a.png")
+    assert figures[0].axes[0].get_ylim() == pytest.approx((99.3, 100.3)), "no accuracies of 104 %"
 
 
 def test_what_is_measured_is_a_pass_at_the_depth_asked_for(monkeypatch):

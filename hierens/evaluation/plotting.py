@@ -66,10 +66,13 @@ def plot_accuracy(
     for (name, (macs, accuracy)), marker in zip(curves.items(), _MARKERS * len(curves), strict=False):
         axes.plot([m / 1e6 for m in macs], accuracy, marker=marker, label=name)
     longest = max(curves.values(), key=lambda curve: len(curve[0]))
-    for depth, (cost, reached) in enumerate(zip(*longest, strict=True)):
-        axes.annotate(str(depth), (cost / 1e6, reached), (0, -14), textcoords="offset points", ha="center", fontsize=8)
+    for depth, (cost, accuracy) in enumerate(zip(*longest, strict=True)):
+        axes.annotate(str(depth), (cost / 1e6, accuracy), (0, -14), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xlabel="million multiply-accumulates per image (numbers: depth)", ylabel="accuracy (%)", title=title)
-    axes.margins(x=0.1, y=0.15)
+    axes.margins(x=0.1)
+    reached = [accuracy for _, accuracies in curves.values() for accuracy in accuracies]
+    pad = 0.15 * (max(reached) - min(reached)) or 0.5  # points, for curves that are level
+    axes.set_ylim(min(reached) - pad, max(reached) + pad)
     _plain(axes)
     axes.legend(frameon=False, loc="lower right")
     return _saved(figure, path)
@@ -122,7 +125,7 @@ def plot_comparison(groups: Sequence[Compared], path: str | Path, title: str = "
     Raises:
         ValueError: matplotlib is not installed.
     """
-    figure = _figure(10.0, 4.2)
+    figure = _figure(8.4, 3.9)
     panels = figure.subplots(1, 2)
     for axes, (field, label) in zip(
         panels, (("accuracy", "accuracy (%)"), ("std", "standard deviation of logits")), strict=True
@@ -182,7 +185,7 @@ def _panels(count: int) -> tuple[Any, Sequence[Any]]:
     """A figure with at most three panels in a row, and the panels."""
     columns = min(3, count)
     rows = -(-count // columns)
-    figure = _figure(3.4 * columns, 2.8 * rows)
+    figure = _figure(2.7 * columns, 2.5 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes in panels[count:]:
         axes.set_visible(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -153,15 +154,23 @@ def millions(count: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with right-aligned columns, which is also readable in a terminal.
+    """A Markdown table which is also readable in a terminal: numbers are right-aligned, text is left-aligned.
+
+    A column is text if most of its cells, the empty ones left out, contain a word or no digit.
 
     Examples:
-        >>> print(table(["a", "long"], [["1", "2"]]))
-        |   a | long |
-        | --: | ---: |
-        |   1 |    2 |
+        >>> print(table(["name", "ms"], [["a tree", "1.25"], ["a network", "10.00"]]))
+        | name      |    ms |
+        | --------- | ----: |
+        | a tree    |  1.25 |
+        | a network | 10.00 |
     """
-    widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
-    lines = [[cell.rjust(w) for cell, w in zip(line, widths, strict=True)] for line in (header, *rows)]
-    lines.insert(1, ["-" * (w - 1) + ":" for w in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = []
+    for column in zip(header, *rows, strict=True):
+        filled = [cell for cell in column[1:] if cell.strip()]
+        words = sum(bool(re.search("[A-Za-z]{3}", cell) or not re.search(r"\d", cell)) for cell in filled)
+        width, text = max(3, *map(len, column)), 2 * words > len(filled)
+        rule = "-" * width if text else "-" * (width - 1) + ":"
+        head, *cells = (cell.ljust(width) if text else cell.rjust(width) for cell in column)
+        lines.append((head, rule, *cells))
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*lines, strict=True))

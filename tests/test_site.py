@@ -1,0 +1,112 @@
+"""The documentation as built: pages fit the screens of readers, and load nothing from elsewhere."""
+
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+for needed in ("material", "mkdocstrings", "latex2mathml", "playwright.sync_api"):
+    pytest.importorskip(needed, reason="the site is built with hierens[docs] and shown by playwright")
+
+from app_picture import find_browser
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed"),
+]
+# What sticks out of the page, or is cut by a box that does not scroll.
+CUT = """() => {
+    const cut = [], width = document.documentElement.clientWidth
+    if (document.documentElement.scrollWidth > width) cut.push('the page')
+    for (const part of document.querySelectorAll('article :is(pre, table, img, svg, math, .formula)')) {
+        let right = part.getBoundingClientRect().right
+        for (let box = part; box.tagName != 'ARTICLE'; box = box.parentElement) {
+            const scrolls = ['auto', 'scroll'].includes(getComputedStyle(box).overflowX)
+            const inside = box.getBoundingClientRect().right
+            if (scrolls) right = Math.min(right, inside)
+            if (getComputedStyle(box).overflowX == 'hidden' && right > inside + 1) right = Infinity
+        }
+        if (right > width + 1) cut.push(`${part.tagName} ${part.getAttribute('src') ?? part.textContent.slice(0, 60)}`)
+    }
+    for (const code of document.querySelectorAll('article pre > code'))
+        if (code.scrollWidth > code.clientWidth + 1 && (width >= 1220 || getComputedStyle(code).overflowX != 'auto'))
+            cut.push(`code ${code.textContent.slice(0, 60)}`)
+    return cut
+}"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the built site, and its address."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+        chromium = playwright.chromium.launch(executable_path=find_browser(), args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_page_fits(site, browser, width):
+    folder, address = site
+    page, requested = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.on("request", lambda request: requested.append(request.url))
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.html"))
+    assert len(files) > 50
+    cut = {}
+    for file in files:
+        page.goto(f"{address}/{file}")
+        if found := page.evaluate(CUT):
+            cut[str(file)] = found
+    assert not cut
+    assert all(url.startswith((address, "data:", "blob:")) for url in requested), "pages load nothing from elsewhere"
+
+
+def test_formulas_and_graphs_are_drawn_when_the_site_is_built(site, browser):
+    _, address = site
+    page = browser.new_page()
+    page.goto(f"{address}/explanation/method/")
+    assert page.locator("article math").count() > 20 and page.locator("article math[display=block]").count() >= 3
+    assert "$" not in page.locator("article").inner_text() and page.locator("td math").count() > 5
+    page.goto(f"{address}/architecture/")
+    assert page.locator("svg.graph rect").count() == 12 and page.locator("svg.graph path").count() == 14
+
+
+def test_numbers_are_on_the_right_and_text_on_the_left(site, browser):
+    _, address = site
+    page = browser.new_page()
+    page.goto(f"{address}/results/cifar100/")
+    cells = page.locator("article table").first.locator("tbody tr").first.locator("td")
+    aligned = cells.evaluate_all("cells => cells.map(cell => getComputedStyle(cell).textAlign)")
+    assert aligned[:3] == ["right", "right", "left"]
+
+
+def test_the_card_for_links(site):
+    folder, _ = site
+    assert 'property="og:image" content="assets/social.png"' in (folder / "index.html").read_text()
+    assert (folder / "assets" / "social.png").read_bytes()[:4] == b"\x89PNG"
