@@ -21,7 +21,7 @@ class Adaptive(AdaptiveBase):
 
     def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
         """Leaves, parameters, MACs and latency of every depth; prints as a table."""
-        return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
+        return profile(self, self.image_size(size), batch_size)
 
     def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
         """Write `config.json`, `model.safetensors` and a model card: see `hierens.hub.saving.save_pretrained`."""
