@@ -23,7 +23,7 @@ from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.tree import leaves_at
 
-_COUNTING = threading.Lock()
+_COUNTING = threading.RLock()  # a model may be printed while it is counted
 
 
 class AdaptiveBase(nn.Module, ABC):
