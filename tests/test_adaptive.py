@@ -1,4 +1,6 @@
-"""What all networks whose depth can be chosen do alike: batches of no images get no answers."""
+"""What all networks whose depth can be chosen do alike: no images get no answers, and a print begins with costs."""
+
+import copy
 
 import pytest
 import timm
@@ -6,6 +8,7 @@ import torch
 
 import hierens
 from hierens.evaluation.metrics import LeafMetrics, evaluate_model
+from hierens.evaluation.profiling import millions
 from hierens.evaluation.uncertainty import MEASURES
 from hierens.inference.policies import Confidence, Deadline, FixedDepth, Load
 from hierens.losses import distillation
@@ -89,3 +92,30 @@ def test_metrics_pass_over_them_and_losses_refuse_them(small_copies, small_image
             Objective(name)(logits, none)
     with pytest.raises(ValueError, match="there is no image in the batch"):
         distillation(logits, torch.zeros(0, 10))
+
+
+def test_a_print_begins_with_the_cost_of_every_depth(model):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lines = repr(copy.deepcopy(model)).splitlines()
+    for line, depth in zip(lines[3:], range(model.depths), strict=False):
+        cells = [cell.strip() for cell in line.strip(" |").split("|")]
+        costs = (model.macs()[depth], model.parameter_counts()[depth])
+        assert cells == [f"{depth}", f"{model.sizes[depth]}", *map(millions, costs)]
+    assert lines[0] == f"{type(model).__name__}(" and lines[1].split("|")[2].strip() == model.unit
+    assert repr(model).splitlines()[:5] == lines[:5]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    if not isinstance(model, hierens.MultiExit):
+        assert lines[3 + model.depths].strip() == "executor: auto"
+
+
+def test_every_model_can_be_printed(small_copies):
+    tree = small_copies
+    expected = repr(tree)
+    assert repr(copy.deepcopy(tree).to("meta")) == expected
+    tree.level(2).loop("of a reason")
+    tree.set_executor("looped")
+    assert "executor: looped\n  level 2 is looped: of a reason\n" in repr(tree)
+    tree.pretrained_cfg["input_size"] = (3, 32, 32)
+    assert "unknown" in repr(tree) and "(levels): ModuleList(" in repr(tree)
+    del tree.tree
+    assert repr(tree).startswith("HierarchicalEnsemble(\n  (levels): ModuleList(")

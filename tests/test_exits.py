@@ -266,7 +266,7 @@ def test_timms_factories_take_it(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b: hierens.multi_exit(b, 99), "blocks=99 is more than"),
+        (lambda b: hierens.multi_exit(b, 99), "exits=99 is more than"),
         (lambda b: hierens.multi_exit(b, 2, head="mlp"), "head must be 'pool' or 'conv', got 'mlp'"),
         (lambda b: hierens.multi_exit(b, 2, weights="linear_risng"), "did you mean 'linear_rising'"),
         (lambda b: hierens.multi_exit(b, 2, weights=[1, 0]), "2 positive numbers"),

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         sys.stdout.flush()
     except UsageError as error:
-        _fail(error, 2)
+        _fail(error, 2, name)
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
@@ -62,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         extra = _BROUGHT_BY.get(str(error.name).partition(".")[0])
         if extra is None:
             raise
-        _fail(ValueError(f"hierens {name} needs {error.name}: {install_command(extra)}."), 1)
+        _fail(ValueError(f"hierens {name} needs {error.name}: {install_command(extra)}."), 1, name)
     except (ValueError, OSError) as error:
-        _fail(error, 1)
+        _fail(error, 1, name)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -86,6 +86,7 @@ def usage() -> str:
     )
 
 
-def _fail(error: Exception, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: Exception, code: int, name: str) -> None:
+    message = COMMANDS[name].in_flags(str(error)) if name in COMMANDS else error
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code) from error

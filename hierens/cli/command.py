@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,17 @@ class Command:
         """The fields that are given as arguments."""
         names = {_flag_name(argument).removeprefix("--no-").removeprefix("--") for argument in arguments}
         return {_field(flag) for flag in self.flags() if flag.name.removeprefix("--") in names}
+
+    def in_flags(self, message: str) -> str:
+        """A message of the library with this command's flags in place of arguments: `blocks=3` as `--blocks 3`."""
+        names = "|".join(_field(flag) for flag in self.flags() if flag.name.startswith("--"))
+        value = r"'[^']*'|\[[^]]*\]|[\w.+-]*\w"
+
+        def flag(found: re.Match[str]) -> str:
+            return f"--{found[1].replace('_', '-')} {re.sub(r'[][,]', '', found[2]).strip(chr(39))}"
+
+        message = re.sub(rf"(?<![^\s(])({names})=({value})(?![^\s,:;.)])", flag, message)
+        return re.sub(rf"^({names})(?= must )", lambda found: f"--{found[1].replace('_', '-')}", message)
 
     def help(self, default: Any = None, description: str = "") -> str:
         """Usage, the most common flags, examples."""

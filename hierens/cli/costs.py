@@ -87,6 +87,8 @@ def _model(settings: ProfileSettings, given: set[str]) -> Adaptive:
     if isinstance(backbone, Adaptive):  # hne_...: already a tree
         check_made(given, name, _OF_TIMM_MODELS)
         return backbone
+    if not backbone.num_classes:
+        backbone.reset_classifier(1000)
     if settings.method == "multi_exit":
         return multi_exit(backbone, settings.exits)
     return (tree_with_exits if settings.method == "hne_exits" else hierensify)(backbone, settings.blocks)

@@ -23,8 +23,9 @@ from hierens.core.labels import forget_labels
 from hierens.core.model_info import ModelInfo
 from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
+from hierens.core.tree import leaves_at
 
-_COUNTING = threading.Lock()
+_COUNTING = threading.RLock()  # a model may be printed while it is counted
 
 
 class AdaptiveBase(nn.Module, ABC):
@@ -126,20 +127,8 @@ class AdaptiveBase(nn.Module, ABC):
         return len(self.sizes)
 
     def leaves_at(self, depth: int | None = None, leaves: int | None = None) -> int:
-        """The number of leaves to run: those of a depth, a given number, or all.
-
-        Raises:
-            ValueError: both are given, or one is out of range.
-        """
-        if depth is not None and leaves is not None:
-            raise ValueError(f"give depth or leaves, not both (got depth={depth}, leaves={leaves}).")
-        if depth is not None and not 0 <= depth < self.depths:
-            raise ValueError(f"depth must be from 0 to {self.depths - 1} for {self.leaves} leaves, got {depth}.")
-        if leaves is not None and not 1 <= leaves <= self.leaves:
-            raise ValueError(f"leaves must be from 1 to {self.leaves}, got {leaves}.")
-        if depth is not None:
-            return self.sizes[depth]
-        return self.leaves if leaves is None else leaves
+        """The number of leaves to run: see `hierens.core.tree.leaves_at`."""
+        return leaves_at(self.sizes, depth, leaves)
 
     # --- cost -------------------------------------------------------------------------------------------------------
 
@@ -154,11 +143,23 @@ class AdaptiveBase(nn.Module, ABC):
         """
         return tuple(self.cost(leaves, size) for leaves in self.sizes)
 
+    def image_size(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """The size (C, H, W) of an image, by default that of `pretrained_cfg`.
+
+        Raises:
+            ValueError: it is no such size, or has other channels than the model's images.
+        """
+        found = self.pretrained_cfg["input_size"] if size is None else size
+        listed = isinstance(found, (tuple, list)) and len(found) == 3
+        if not listed or found[0] != self.in_chans or not all(hasattr(n, "__index__") and n > 0 for n in found):
+            raise ValueError(f"size must be ({self.in_chans}, H, W), the model's channels first, got {found!r}.")
+        return tuple(found)
+
     def _counted(
         self, size: tuple[int, ...] | None, count: Callable[[tuple[int, ...]], tuple[int, ...]]
     ) -> tuple[int, ...]:
         """MACs for one image of size (C, H, W), by default the model's; counted once per size."""
-        size = tuple(size or self.pretrained_cfg["input_size"])
+        size = self.image_size(size)
         if (known := self._macs.get(size)) is None:
             with _COUNTING:  # other threads wait instead of counting the same
                 if (known := self._macs.get(size)) is None:
@@ -191,8 +192,14 @@ class AdaptiveBase(nn.Module, ABC):
         """Images in the layout of the first block.
 
         Raises:
-            ValueError: the shape does not fit the model.
+            ValueError: they are not a floating-point tensor, or the shape does not fit the model.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(
+                f"expected images (N, {self.in_chans}, H, W) as a floating-point tensor, got {got}: prepare them with "
+                "timm.data.create_transform(**timm.data.resolve_model_data_config(model))."
+            )
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected images (N, {self.in_chans}, H, W), got a tensor of shape {tuple(x.shape)}.")
         return x

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 def nested_sizes(leaves: int) -> tuple[int, ...]:
@@ -21,6 +22,44 @@ def nested_sizes(leaves: int) -> tuple[int, ...]:
     """
     depths = (leaves - 1).bit_length() + 1
     return tuple(min(2**depth, leaves) for depth in range(depths))
+
+
+def checked_integer(name: str, value: Any, least: int, most: int | None = None, among: str = "") -> int:
+    """An argument that must be an integer within bounds.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        least: the smallest allowed value.
+        most: the largest allowed value, if there is one.
+        among: said after the bounds.
+
+    Raises:
+        ValueError: it is none, or out of bounds.
+    """
+    integer = type(value) is int or (hasattr(value, "__index__") and not isinstance(value, bool))
+    if not integer or value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}{among}"
+        raise ValueError(f"{name} must be {'' if integer else 'an integer, '}{bounds}, got {value!r}.")
+    return value  # type: ignore[no-any-return]
+
+
+def leaves_at(sizes: Sequence[int], depth: int | None = None, leaves: int | None = None) -> int:
+    """The number of leaves to run: those of a depth (eq. 5), a given number, or all.
+
+    Args:
+        sizes: leaves of every depth.
+        depth: index of a size.
+        leaves: a number of leaves, instead of a depth.
+
+    Raises:
+        ValueError: both are given, or one is not an integer or out of range.
+    """
+    if depth is not None and leaves is not None:
+        raise ValueError(f"give depth or leaves, not both (got depth={depth}, leaves={leaves}).")
+    if depth is not None:
+        return sizes[checked_integer("depth", depth, 0, len(sizes) - 1, f" for {sizes[-1]} leaves")]
+    return sizes[-1] if leaves is None else checked_integer("leaves", leaves, 1, sizes[-1])
 
 
 @dataclass(frozen=True)
@@ -48,21 +87,18 @@ class Tree:
         if not self.branching or any(not isinstance(f, int) or f < 1 for f in self.branching):
             raise ValueError(f"branching must be integers of at least 1, one per level, got {self.branching}.")
         total = math.prod(self.branching)
-        if not 0 <= self.leaves <= total:
-            raise ValueError(f"leaves must be from 1 to {total} for branching {self.branching}, got {self.leaves}.")
         if self.leaves == 0:
             object.__setattr__(self, "leaves", total)
+        checked_integer("leaves", self.leaves, 1, total, f" for branching {self.branching}")
 
     @classmethod
     def binary(cls, blocks: int) -> Tree:
         """The paper's tree: `blocks` = B + 1 levels, level l with 2^l branches (eq. 4).
 
         Raises:
-            ValueError: fewer than one block.
+            ValueError: fewer than one block, or not an integer.
         """
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {blocks}.")
-        return cls((1,) + (2,) * (blocks - 1))
+        return cls((1,) + (2,) * (checked_integer("blocks", blocks, 1) - 1))
 
     @property
     def levels(self) -> int:
@@ -95,20 +131,8 @@ class Tree:
         return next(level for level in range(self.levels) if leaf % self.span(level) == 0)
 
     def leaves_at(self, depth: int | None = None, leaves: int | None = None) -> int:
-        """The number of leaves to run: those of a depth (eq. 5), a given number, or all.
-
-        Raises:
-            ValueError: both are given, or one is out of range.
-        """
-        if depth is not None and leaves is not None:
-            raise ValueError(f"give depth or leaves, not both (got depth={depth}, leaves={leaves}).")
-        if depth is not None:
-            if not 0 <= depth < self.depths:
-                raise ValueError(f"depth must be from 0 to {self.depths - 1} for {self.leaves} leaves, got {depth}.")
-            return nested_sizes(self.leaves)[depth]
-        if leaves is not None and not 1 <= leaves <= self.leaves:
-            raise ValueError(f"leaves must be from 1 to {self.leaves}, got {leaves}.")
-        return self.leaves if leaves is None else leaves
+        """The number of leaves to run: see `leaves_at`."""
+        return leaves_at(nested_sizes(self.leaves), depth, leaves)
 
     def prefix(self, leaves: int) -> Tree:
         """The sub-tree of the first `leaves` leaves."""

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hierens.core.adaptive import AdaptiveBase
 from hierens.core.modes import evaluating, ordinary_tensors
 from hierens.core.timm_info import example_input
+from hierens.core.tree import checked_integer
 from hierens.cutting.trace import CoarseTrace, CutPoint, Cutting
 from hierens.cutting.tracer import CutError, ancestors
 
@@ -25,6 +27,7 @@ __all__ = [
     "CutError",
     "CutPoint",
     "Cutting",
+    "check_backbone",
     "classifier_names",
     "cut",
     "cut_points",
@@ -46,6 +49,7 @@ def cut(
     at: Sequence[str] | None = None,
     example: Tensor | None = None,
     single: bool = False,
+    counted: str = "blocks",
 ) -> Cutting:
     """Cut a copy of a backbone into blocks of about equal MACs.
 
@@ -56,21 +60,23 @@ def cut(
         example: an input (N, C, H, W) with which MACs are counted; by default made from the backbone's configuration.
         single: cut only where a single tensor of features crosses, possibly with other values; takes an example of
             at least two images.
+        counted: the caller's name of `blocks`, for messages.
 
     Raises:
-        CutError: too few places to cut, an unknown name in `at`, no classifier, or a forward pass that fails to trace.
+        ValueError: `blocks` is not an integer of at least 1.
+        CutError: not a timm model, too few places to cut, an unknown name in `at`, no classifier, or a forward pass
+            that fails to trace.
     """
-    if blocks < 1:
-        raise CutError(f"blocks must be at least 1, got {blocks}.")
+    checked_integer(counted, blocks, 1)
+    classifiers = classifier_names(backbone)
     backbone = copy.deepcopy(backbone)
     if any(parameter.is_meta for parameter in backbone.parameters()):
         backbone.to("meta")  # buffers too: a forward pass needs all tensors on one device
     shared = _unshare(backbone)
     example = example_input(backbone, 2 if single else 1) if example is None else example
-    classifiers = classifier_names(backbone)
     with evaluating(backbone):
         # Cuts are always made by name, so that a saved model is cut in the same way.
-        names = _balanced(backbone, classifiers, blocks, example, single) if at is None else at
+        names = _balanced(backbone, classifiers, blocks, example, single, counted) if at is None else at
         trace, positions = _traced_for(backbone, classifiers, names, example)
         cutting, called_again = _unshare_blocks(trace.split(positions))
         _verify(cutting, backbone, example)
@@ -186,7 +192,7 @@ def _measured(
 
 
 def _balanced(
-    backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor, single: bool
+    backbone: nn.Module, classifiers: tuple[str, ...], blocks: int, example: Tensor, single: bool, counted: str
 ) -> list[str]:
     """The best cuts by name; modules are opened, the most expensive first, until no block has too many MACs."""
     opened, closed = ancestors(classifiers), set[str]()
@@ -208,7 +214,7 @@ def _balanced(
             closed |= set(names)
     if best is None:
         raise CutError(
-            f"blocks={blocks} is more than this {type(backbone).__name__} can be cut into: "
+            f"{counted}={blocks} is more than this {type(backbone).__name__} can be cut into: "
             f"{len(candidates) + 1} at most."
         )
     return [candidates[index][1].name for index in best[0]]
@@ -249,8 +255,9 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
     """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone.
 
     Raises:
-        CutError: there is no classifier.
+        CutError: this is not a timm model with a classifier.
     """
+    check_backbone(backbone)
     getter: Callable[[], Any] | None = getattr(backbone, "get_classifier", None)
     found = getter() if getter else None
     modules = found if isinstance(found, (tuple, list)) else [found]
@@ -263,6 +270,24 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
         kind = type(backbone).__name__
         raise CutError(f"this {kind} has no classifier: make it with num_classes of at least 1.")
     return tuple(names)
+
+
+def check_backbone(backbone: Any) -> None:
+    """Check that an argument is a timm model that can be converted.
+
+    Raises:
+        CutError: it is not.
+    """
+    kind, module = type(backbone).__name__, type(backbone).__module__
+    if isinstance(backbone, str):
+        raise CutError(f"the backbone must be a model, not its name: give timm.create_model({backbone!r}).")
+    if isinstance(backbone, AdaptiveBase):
+        raise CutError(f"this {kind} is converted already: give the timm model that it was made from.")
+    if module.startswith("timm.models._features"):
+        raise CutError(f"this {kind} returns feature maps only: make the backbone without features_only=True.")
+    if not isinstance(backbone, nn.Module) or not (module.startswith("timm.") or hasattr(backbone, "get_classifier")):
+        got = f"a {module}.{kind}"
+        raise CutError(f"the backbone must be a timm model, such as timm.create_model('resnet18'), got {got}.")
 
 
 def _unshare(backbone: nn.Module) -> list[str]:

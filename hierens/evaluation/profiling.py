@@ -85,6 +85,21 @@ def profile(model: AdaptiveBase, size: tuple[int, ...], batch_size: int = 1) -> 
     return Profile(rows, tuple(size), batch_size, str(parameter.device), model.unit)
 
 
+def summary(model: AdaptiveBase) -> str:
+    """A table of every depth's leaves, MACs for an image of the model's size, and parameters.
+
+    MACs are counted on a copy without values; if this fails, they are "unknown".
+    """
+    try:
+        macs = [millions(count) for count in model.macs()]
+    except Exception:  # modules raise all kinds of errors
+        macs = ["unknown"] * model.depths
+    parameters = map(millions, model.parameter_counts())
+    size = "x".join(map(str, model.pretrained_cfg["input_size"]))
+    rows = [(f"{b}", f"{n}", *counts) for b, (n, *counts) in enumerate(zip(model.sizes, macs, parameters, strict=True))]
+    return table(("depth", model.unit, f"MACs ({size})", "parameters"), rows)
+
+
 @torch.no_grad()
 def latency(model: nn.Module, x: Tensor, depth: int, seconds: float = 0.2) -> float:
     """Median milliseconds of a forward pass at a depth, measured for at least `seconds`."""

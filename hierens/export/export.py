@@ -130,9 +130,10 @@ def _depths(model: AdaptiveBase, depths: Literal["all"] | Sequence[int]) -> list
 
 def _size(model: AdaptiveBase, size: tuple[int, ...] | None) -> tuple[int, int, int]:
     """The size of an image, checked by running the model."""
-    found = tuple(size or model.pretrained_cfg["input_size"])
-    if len(found) != 3 or found[0] != model.in_chans:
-        raise ExportError(f"size must be ({model.in_chans}, H, W), the model's channels first, got {found}.")
+    try:
+        found = model.image_size(size)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
     try:
         with torch.no_grad(), evaluating(model):
             model(_as_input(model, torch.zeros(2, *found)), depth=0)

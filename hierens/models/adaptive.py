@@ -1,13 +1,15 @@
-"""`Adaptive`: the base class with the methods that save, publish, export and profile a model."""
+"""`Adaptive`: the base class with the methods that save, publish, export, profile and print a model."""
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+from hierens.branches.any_level import AnyLevel
 from hierens.core.adaptive import AdaptiveBase
-from hierens.evaluation.profiling import Profile, profile
+from hierens.evaluation.profiling import Profile, profile, summary
 from hierens.export.export import export
 from hierens.hub.saving import push_to_hub, save_pretrained
 
@@ -19,9 +21,21 @@ class Adaptive(AdaptiveBase):
     def at_depth(self, depth: int | None = None, *, leaves: int | None = None) -> Adaptive:
         """A new model with only the part that a depth (or the first `leaves`) needs."""
 
+    def extra_repr(self) -> str:
+        """The beginning of `print(model)`: the cost of every depth, and how levels are run. Never raises an error."""
+        with contextlib.suppress(Exception):  # an incomplete model can be printed as well
+            levels = [module for module in self.modules() if isinstance(module, AnyLevel)]
+            executors = ", ".join(dict.fromkeys(level.executor for level in levels))
+            run = [f"executor: {executors}"] if levels else []
+            run += [
+                f"level {i} is looped: {level.fallback_reason}" for i, level in enumerate(levels) if not level.grouped
+            ]
+            return "\n".join([summary(self), *run])
+        return ""
+
     def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
         """Leaves, parameters, MACs and latency of every depth; prints as a table."""
-        return profile(self, tuple(size or self.pretrained_cfg["input_size"]), batch_size)
+        return profile(self, self.image_size(size), batch_size)
 
     def save_pretrained(self, directory: str | Path, **kwargs: Any) -> None:
         """Write `config.json`, `model.safetensors` and a model card: see `hierens.hub.saving.save_pretrained`."""

@@ -16,7 +16,7 @@ from hierens.branches.level import Level
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
-from hierens.cutting.cut import Cutting, cut
+from hierens.cutting.cut import Cutting, check_backbone, cut
 from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_weights import ExitWeights, prior
@@ -151,11 +151,12 @@ def multi_exit(
         >>> model(torch.randn(1, 3, 64, 64), depth=0).shape
         torch.Size([1, 10])
     """
+    check_backbone(backbone)
     backbone = copy.deepcopy(backbone)
     if num_classes is not None and num_classes != backbone.num_classes:
         reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
         reset(num_classes)
-    cutting = cut(backbone, exits, at, single=True)
+    cutting = cut(backbone, exits, at, single=True, counted="exits")
     features = int(getattr(backbone, "head_hidden_size", backbone.num_features))  # type: ignore[arg-type]
     own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
     heads: list[Exit] = [*new_exits(head, backbone, cutting.blocks), own]

@@ -228,7 +228,7 @@ class TreeWithExits(Adaptive):
 
     def cost(self, leaves: int | None = None, size: tuple[int, ...] | None = None) -> int:
         """Multiply-accumulates of the first exits and networks for one image (C, H, W)."""
-        size = tuple(size or self.pretrained_cfg["input_size"])
+        size = self.image_size(size)
         exits_run, networks = self._split(self.leaves if leaves is None else leaves)
         levels = self._tree.cost(networks, size) if networks else sum(self._tree.branch_macs(size)[:exits_run])
         return levels + sum(self.exit_macs(size)[:exits_run])

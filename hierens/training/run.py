@@ -97,7 +97,7 @@ def _load(run: Run, num_classes: int) -> Adaptive:
     if model.in_chans != run.data.input_size[0]:
         raise ValueError(f"{config.start} takes {model.in_chans} channels, input_size has {run.data.input_size[0]}.")
     if model.architecture != config.method:
-        raise ValueError(f"{config.start} was made by another method: set method to {model.architecture!r}.")
+        raise ValueError(f"{config.start} was made by another method: use method={model.architecture!r}.")
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     if config.collaborate and not model.collaborate:
@@ -125,7 +125,7 @@ def _create(run: Run, num_classes: int) -> Adaptive:
         raise ValueError(f"timm cannot create {config.backbone}{weights}: {error}") from error
     if isinstance(backbone, Adaptive):  # hne_...: already a tree
         if backbone.architecture != config.method:
-            raise ValueError(f"{config.backbone} has another method: set method to {backbone.architecture!r}.")
+            raise ValueError(f"{config.backbone} has another method: use method={backbone.architecture!r}.")
         return backbone
     if config.warm and backbone.num_classes != backbone.pretrained_cfg["num_classes"]:
         # With few classes, some timm networks initialise a classifier with such large weights that the first steps

@@ -51,4 +51,4 @@ def test_many_models_of_the_zoo_and_those_that_cannot_be_cut():
     shown = hierens("zoo", "test_convnext*").out.splitlines()
     assert len(shown) == 5 and "test_convnext2" in shown[3]
     done = hierens("zoo", "test_resnet", "--blocks", 999)
-    assert done.code == 1 and "cannot be cut into 999 blocks: blocks=999 is more than" in done.err and not done.out
+    assert done.code == 1 and "cannot be cut into 999 blocks: --blocks 999 is more than" in done.err and not done.out

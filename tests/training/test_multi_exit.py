@@ -109,7 +109,7 @@ def test_flags_alone_train_a_multi_exit_network(tmp_path):
         ({**WITH_EXITS, "blocks": 2}, {}, "a tree has no last exit"),
         ({"start": "/nowhere"}, {}, "not a local directory"),
         ({}, {"freeze_levels": 4}, "freeze_levels is 4, but the model has 3 levels"),
-        ({"backbone": "hne_resnet50_cifar", "backbone_args": {}}, {}, "set method to 'hne'"),
+        ({"backbone": "hne_resnet50_cifar", "backbone_args": {}}, {}, "use method='hne'"),
     ],
 )
 def test_what_does_not_combine_is_refused_before_training(tmp_path, model, settings, message):

@@ -25,7 +25,14 @@ from hierens.core.json_files import short
 from hierens.hub.saving import WEIGHTS, save_config
 from hierens.training.agreement import first_problem
 from hierens.training.checkpoints.files import PARTIAL, collect_write_errors, free_space, publish, remove, seal
-from hierens.training.checkpoints.resuming import check_config, check_data, check_sharding, check_states, check_weights
+from hierens.training.checkpoints.resuming import (
+    check_config,
+    check_data,
+    check_model,
+    check_sharding,
+    check_states,
+    check_weights,
+)
 from hierens.training.checkpoints.selection import apply_policy, checkpoint_folder
 from hierens.training.checkpoints.state import STATE, TrainState, read_state
 from hierens.training.config import TrainConfig, to_json
@@ -122,6 +129,7 @@ def load_checkpoint(
     check_data(folder, data_before, dict(data or {}))
     check_config(folder, before, now, within_an_epoch=state.batch > 0)
     model = _model(accelerator)
+    check_model(folder, model)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:  # it has its own layout
         check_weights(folder / WEIGHTS, model)
     if average is not None:

@@ -13,16 +13,18 @@ import random
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate.utils.other import load
 from torch import Tensor, nn
 
+from hierens.core.adaptive import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
-from hierens.core.json_files import is_finite, is_whole, short
+from hierens.core.json_files import is_finite, is_whole, read_json, short
+from hierens.hub.saving import CONFIG
 from hierens.hub.validate import check_types, read_header
 from hierens.training.checkpoints.state import LARGEST
 
@@ -46,11 +48,41 @@ def check_config(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     for name in (*_FIXED, *(_FIXED_WITHIN_AN_EPOCH if within_an_epoch else ())):
         was, new = before.get(name), now[name]
         if was != new and (name != "ema_decay" or None in (was, new)):
-            where = "an epoch that is under way" if name in _FIXED_WITHIN_AN_EPOCH else "it"
-            raise ValueError(
-                f"{folder} was written with {name}={short(was)}, this run has {new!r}: {where} cannot resume with "
-                "another value. Keep the value, or start anew with resume='never'."
-            )
+            _refuse(folder, name, was, new, "an epoch that is under way" if name in _FIXED_WITHIN_AN_EPOCH else "it")
+
+
+def check_model(folder: Path, model: AdaptiveBase) -> None:
+    """Check that the checkpoint's network was made with the same arguments as the model.
+
+    Raises:
+        ValueError: it was not.
+        LoadError: its description cannot be read.
+    """
+    if not (folder / CONFIG).is_file():  # the comparison of tensors remains
+        return
+    content = read_json(folder / CONFIG, "the config of a hierens model")
+    there = content if isinstance(content, dict) else {}
+    before = _arguments(there.get("architecture"), there.get("model_args"))
+    for name, new in _arguments(model.architecture, model.arguments()).items():
+        if (was := before.get(name)) not in (None, new):
+            _refuse(folder, name, was, new)
+
+
+def _arguments(architecture: Any, arguments: Any) -> dict[str, Any]:
+    """What a user chose of a network, by the names of flags and fields."""
+    known = arguments if isinstance(arguments, Mapping) else {}
+    found = {"method": architecture, "backbone": known.get("backbone")}
+    for name, key in (("blocks", "branching"), ("exits", "kept")):
+        if isinstance(parts := known.get(key), list):
+            found[name] = len(parts)
+    return found | {"branching": known.get("branching")}
+
+
+def _refuse(folder: Path, name: str, was: Any, new: Any, what: str = "it") -> NoReturn:
+    raise ValueError(
+        f"{folder} was written with {name}={short(was)}, this run has {new!r}: {what} cannot resume with another "
+        "value. Keep the value, or start anew with resume='never'."
+    )
 
 
 def check_data(folder: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
