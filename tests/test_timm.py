@@ -121,9 +121,13 @@ def test_models_are_converted_without_weights_as_accelerate_does(convert, includ
     assert torch.equal(model(x), expected(x))
 
 
-def test_torchscript_is_refused_in_favour_of_export():
-    with pytest.raises(ValueError, match=r"model\.export"):
-        torch.jit.script(hierens.hierensify(made("resnet10t"), 2))
+@pytest.mark.parametrize("convert", [hierens.hierensify, hierens.multi_exit, hierens.tree_with_exits])
+def test_tracers_that_cannot_work_are_refused_in_favour_of_export(convert):
+    model = convert(made("resnet10t"), 2)
+    all_of_it = {"depth": None, "leaves": None, "reduce": True}
+    for tracer in (torch.jit.script, torch.fx.symbolic_trace, lambda m: torch.fx.symbolic_trace(m, all_of_it)):
+        with pytest.raises(ValueError, match=r"cannot trace the choice of a depth: use model\.export"):
+            tracer(model)
 
 
 def test_unpooled_features_are_pointed_out():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +25,7 @@ from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.tree import leaves_at
 
+_CANNOT_TRACE = "cannot trace the choice of a depth: use model.export(directory, format='torch-export')."
 _COUNTING = threading.RLock()  # a model may be printed while it is counted
 
 
@@ -128,6 +129,8 @@ class AdaptiveBase(nn.Module, ABC):
 
     def leaves_at(self, depth: int | None = None, leaves: int | None = None) -> int:
         """The number of leaves to run: see `hierens.core.tree.leaves_at`."""
+        if isinstance(depth, fx.Proxy):
+            raise ValueError(f"torch.fx {_CANNOT_TRACE}")
         return leaves_at(self.sizes, depth, leaves)
 
     # --- cost -------------------------------------------------------------------------------------------------------
@@ -194,6 +197,8 @@ class AdaptiveBase(nn.Module, ABC):
         Raises:
             ValueError: they are not a floating-point tensor, or the shape does not fit the model.
         """
+        if isinstance(x, fx.Proxy):
+            raise ValueError(f"torch.fx {_CANNOT_TRACE}")
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(
@@ -215,10 +220,7 @@ class AdaptiveBase(nn.Module, ABC):
             yield Step(leaves, logits, self.cost(leaves, tuple(x.shape[1:])), logits)
 
     def __prepare_scriptable__(self) -> None:
-        raise ValueError(
-            "TorchScript cannot compile the choice of a depth: use model.export(directory, format='torch-export'), or "
-            "torch.jit.trace of model.at_depth(b)."
-        )
+        raise ValueError(f"TorchScript {_CANNOT_TRACE}")
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
