@@ -146,7 +146,7 @@ class AdaptiveBase(nn.Module, ABC):
         """
         return tuple(self.cost(leaves, size) for leaves in self.sizes)
 
-    def image_size(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    def image_size(self, size: tuple[int, ...] | None = None) -> tuple[int, int, int]:
         """The size (C, H, W) of an image, by default that of `pretrained_cfg`.
 
         Raises:
@@ -156,7 +156,8 @@ class AdaptiveBase(nn.Module, ABC):
         listed = isinstance(found, (tuple, list)) and len(found) == 3
         if not listed or found[0] != self.in_chans or not all(hasattr(n, "__index__") and n > 0 for n in found):
             raise ValueError(f"size must be ({self.in_chans}, H, W), the model's channels first, got {found!r}.")
-        return tuple(found)
+        channels, height, width = found
+        return channels, height, width
 
     def _counted(
         self, size: tuple[int, ...] | None, count: Callable[[tuple[int, ...]], tuple[int, ...]]

@@ -41,7 +41,7 @@ def checked_integer(name: str, value: Any, least: int, most: int | None = None, 
     if not integer or value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"from {least} to {most}{among}"
         raise ValueError(f"{name} must be {'' if integer else 'an integer, '}{bounds}, got {value!r}.")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def leaves_at(sizes: Sequence[int], depth: int | None = None, leaves: int | None = None) -> int:

@@ -66,11 +66,11 @@ def plot_accuracy(
     for (name, (macs, accuracy)), marker in zip(curves.items(), _MARKERS * len(curves), strict=False):
         axes.plot([m / 1e6 for m in macs], accuracy, marker=marker, label=name)
     longest = max(curves.values(), key=lambda curve: len(curve[0]))
-    for depth, (cost, accuracy) in enumerate(zip(*longest, strict=True)):
-        axes.annotate(str(depth), (cost / 1e6, accuracy), (0, -14), textcoords="offset points", ha="center", fontsize=8)
+    for depth, (cost, value) in enumerate(zip(*longest, strict=True)):
+        axes.annotate(str(depth), (cost / 1e6, value), (0, -14), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xlabel="million multiply-accumulates per image (numbers: depth)", ylabel="accuracy (%)", title=title)
     axes.margins(x=0.1)
-    reached = [accuracy for _, accuracies in curves.values() for accuracy in accuracies]
+    reached = [value for _, accuracy in curves.values() for value in accuracy]
     pad = 0.15 * (max(reached) - min(reached)) or 0.5  # points, for curves that are level
     axes.set_ylim(min(reached) - pad, max(reached) + pad)
     _plain(axes)
