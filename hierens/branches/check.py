@@ -21,6 +21,7 @@ from hierens.branches.level import Level
 from hierens.branches.tensors import state_of
 from hierens.core.errors import first_line
 from hierens.core.modes import evaluating, quiet_dropout
+from hierens.core.progress import with_progress
 from hierens.core.timm_info import example_input
 from hierens.core.values import Value
 from hierens.cutting.cut import Cutting
@@ -210,7 +211,7 @@ def reasons_to_loop(cutting: Cutting, backbone: nn.Module, branches: Sequence[in
     pieces = (*cutting.blocks, cutting.head, cutting.classifier)
     value: Any = _small_example(backbone)
     found = {}
-    for index, piece in enumerate(pieces):
+    for index, piece in with_progress(enumerate(pieces), len(pieces), "checking the executors"):
         if branches is None or branches[index] > 1:
             found[str(index)] = self_check(piece, value)
         with torch.no_grad(), evaluating(piece):

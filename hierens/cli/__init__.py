@@ -26,6 +26,7 @@ from hierens.cli.results import EVAL, REPORT, results_table
 from hierens.cli.sharing import EXPORT, PUSH
 from hierens.cli.training import TRAIN, train
 from hierens.core.errors import did_you_mean
+from hierens.core.progress import progress_bars
 from hierens.core.version import __version__
 
 __all__ = ["COMMANDS", "main", "results_table", "train"]
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif name == "--version":
             print(f"hierens {__version__}")
         elif name in COMMANDS:
-            COMMANDS[name].run(rest)
+            with progress_bars():
+                COMMANDS[name].run(rest)
         else:
             raise UsageError(
                 f"there is no command {name!r}{did_you_mean(name, COMMANDS)}: choose {', '.join(COMMANDS)}."

@@ -11,8 +11,9 @@ import tyro
 
 from hierens.cli.command import Command, UsageError
 from hierens.cli.methods import check_made, check_method
-from hierens.cli.output import json_output, print_table, print_to_stderr, with_progress
+from hierens.cli.output import json_output, print_table, print_to_stderr
 from hierens.core.errors import did_you_mean, first_line
+from hierens.core.progress import with_progress
 
 if TYPE_CHECKING:
     from torch import nn

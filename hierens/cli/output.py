@@ -1,4 +1,4 @@
-"""The output of commands: tables, one JSON object for scripts, and progress bars on terminals."""
+"""The output of commands: tables, and one JSON object for scripts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import Any, TypeVar
-
-_Item = TypeVar("_Item")
+from typing import Any
 
 
 @contextmanager
@@ -41,17 +39,6 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         drawn.add_row(*map(Text, row))
     Console().print(drawn)
-
-
-def with_progress(items: Iterable[_Item], total: int | None, what: str) -> Iterator[_Item]:
-    """The items, with a progress bar on stderr if it is a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, what, total, console=Console(stderr=True), transient=True)
 
 
 def print_to_stderr(text: str) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import json_output, print_table, print_to_stderr, with_progress
+from hierens.cli.output import json_output, print_table, print_to_stderr
 from hierens.core.errors import first_line
+from hierens.core.progress import with_progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from hierens.cli.command import Command, UsageError
-from hierens.cli.output import json_output, print_table, with_progress
+from hierens.cli.output import json_output, print_table
+from hierens.core.progress import with_progress
 from hierens.training.config import DataConfig
 from hierens.training.presets import load_run
 

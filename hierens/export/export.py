@@ -24,6 +24,7 @@ from hierens.core.errors import did_you_mean, first_line
 from hierens.core.install import install_command
 from hierens.core.labels import label_names
 from hierens.core.modes import evaluating
+from hierens.core.progress import with_progress
 from hierens.core.version import __version__
 from hierens.export.formats import FORMATS, INPUT, OUTPUT, Format, Run
 from hierens.export.graphs import for_inference, graph
@@ -161,7 +162,8 @@ def _write(
 ) -> Format:
     written = kind(folder)
     plain = for_inference(model)
-    for depth in reversed(depths):  # the weights of a small depth are part of those of a larger one
+    steps = with_progress(depths[::-1], len(depths), "writing graphs")
+    for depth in steps:  # the weights of a small depth are part of those of a larger one
         try:
             written.write(graph(plain, depth, size, separate, kind.largest_batch), _name(kind, depth), size)
         except Exception as error:
@@ -189,7 +191,7 @@ def _compare(
         warnings.warn(f"{written.runs_with} is not installed: the exported graphs were not compared.", stacklevel=3)
         return {}
     found = {}
-    for depth in depths:
+    for depth in with_progress(depths, len(depths), "comparing graphs"):
         name = _name(type(written), depth)
         try:
             run = written.runner(name)

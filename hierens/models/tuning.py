@@ -27,6 +27,7 @@ from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
 from hierens.core.json_files import is_finite, is_whole, read_json, short
 from hierens.core.modes import evaluating
+from hierens.core.progress import with_progress
 from hierens.core.tree import nested_sizes
 from hierens.core.version import __version__
 from hierens.evaluation.profiling import call_ms, table
@@ -145,7 +146,8 @@ def tune(
     found = next((t for t in known if (t.machine, t.model, t.size) == key), None)
     if found is None or not wanted <= _covered(model, found, batches):
         with evaluating(model), torch.no_grad():
-            found = Tuning(*key, tuple(_measured(model, example[:1], counts, batches)))
+            measured = with_progress(_measured(model, example[:1], counts, batches), None, "tuning")
+            found = Tuning(*key, tuple(measured))
         for module in model.modules():
             if isinstance(module, FusedConvolution):
                 module.forget()
