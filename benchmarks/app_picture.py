@@ -23,6 +23,8 @@ import tyro
 from PIL import Image
 
 APP = Path(__file__).parents[1] / "examples" / "app.py"
+QUIET = [f"--disable-{part}" for part in ("gpu", "quic", "background-networking", "component-update", "sync")]
+FLAGS = ["--no-sandbox", "--no-first-run", *QUIET]
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,7 @@ def opened(address: str, width: int, height: int = 800, browser: str = "", dark:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=browser or find_browser(), args=["--no-sandbox", "--disable-gpu"]
-        )
+        chromium = playwright.chromium.launch(executable_path=browser or find_browser(), args=FLAGS)
         scheme = "dark" if dark else "light"
         page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.goto(address)

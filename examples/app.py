@@ -32,7 +32,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 import hierens
 from hierens.core.install import install_command
 from hierens.training.config import DataConfig
-from hierens.training.data.builtin import digits, fashion_mnist
+from hierens.training.data.builtin import CLASSES, fashion_mnist, read_built_in
 from hierens.training.data.decoding import DecodingError, create_decoder, decode
 from hierens.training.data.loaders import create_transform
 from hierens.training.preprocessing import data_config, label_names
@@ -59,7 +59,8 @@ class Settings:
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 allows other machines"""
     examples: str = ""
-    """folder of example images, or of Fashion-MNIST's idx files; by default digits, for greyscale models"""
+    """folder of example images, or of Fashion-MNIST's idx files; by default images that come with hierens, if the model
+    has their class names (the photographs of clothes, the digits)"""
     labels: tuple[str, ...] = ()
     """names of the classes; by default those in the model's config"""
     pace: float = 0.5
@@ -153,15 +154,17 @@ class Demo:
 
 
 def example_images(settings: Settings, demo: Demo) -> list[Image.Image]:
-    """The example images: one per class, or the first ones of a folder.
+    """The example images: one per class, the first ones of a folder, or none.
 
     Raises:
         ValueError: the folder does not exist, or contains no readable image.
     """
     folder = Path(settings.examples)
     if not settings.examples:
-        built_in = demo.mode == "L" and find_spec("sklearn") is not None
-        return _one_of_each(demo, *digits(DataConfig(), training=False)) if built_in else []
+        for name in ("clothing", "digits") if find_spec("sklearn") else ("clothing",):
+            if demo.names == list(CLASSES[name]):
+                return _one_of_each(demo, *read_built_in(DataConfig(dataset=name), "validation"))
+        return []
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} does not exist: give --examples a folder of images.")
     if any(folder.glob("t10k-images-idx3-ubyte*")):

@@ -14,10 +14,16 @@ from app_view import Answer, drawing, page, percent, quantity
 
 import hierens
 from hierens.core.tree import Tree
+from hierens.training.data.builtin import CLASSES
 from support.made_up import jpeg
 from support.networks import tiny_tree
 
 NAMES = ("cat", "dog & co", "owl")
+DROPPED = """bytes => {
+    const files = new DataTransfer()
+    files.items.add(new File([new Uint8Array(bytes)], 'photo.jpg', {type: 'image/jpeg'}))
+    return files
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,15 @@ def test_numbers_as_people_write_them():
     assert (percent(0.9996), percent(0.25)) == ("&gt; 99.9 %", "25.0 %")
 
 
+@pytest.mark.parametrize("name", ["clothing", "digits"])
+def test_examples_are_images_of_the_models_classes(name, model_dir, demo, monkeypatch):
+    settings = app.Settings(str(model_dir))
+    assert app.example_images(settings, demo) == [], "of cats there are none"
+    monkeypatch.setattr(demo, "names", list(CLASSES[name]))
+    monkeypatch.setattr(demo, "gains_most", lambda images, label: label)
+    assert len(app.example_images(settings, demo)) == 10
+
+
 def test_bad_settings_are_named(model_dir, demo, tmp_path):
     with pytest.raises(ValueError, match="2 names, but the model 3 classes"):
         app.Demo(app.Settings(str(model_dir), labels=("a", "b")))
@@ -87,7 +102,6 @@ def test_bad_settings_are_named(model_dir, demo, tmp_path):
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
 def test_in_a_browser(model_dir, tmp_path):
     pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    (tmp_path / "photo.jpg").write_bytes(jpeg(1))
     (tmp_path / "broken.jpg").write_bytes(b"<html>404 not found</html>")
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "a.jpg").write_bytes(jpeg(2))
@@ -105,13 +119,19 @@ def test_in_a_browser(model_dir, tmp_path):
         expect(networks=0)
         shown.click("#walk")
         shown.get_by_text("Drop an image first").wait_for()
-        shown.set_input_files("#image input[type=file]", tmp_path / "photo.jpg")
+        dropped = shown.evaluate_handle(DROPPED, list(jpeg(1)))
+        shown.dispatch_event("#image .wrap", "drop", {"dataTransfer": dropped})
         expect(networks=4, macs=macs[2], answer="owl")
         slider = shown.locator("#depth input[type=range]")
         slider.focus()
         slider.press("Home")
         expect(networks=1, macs=macs[0], answer="cat")
-        slider.press("ArrowRight")
+        track = slider.bounding_box()
+        middle = track["y"] + track["height"] / 2
+        shown.mouse.move(track["x"] + 5, middle)
+        shown.mouse.down()
+        shown.mouse.move(track["x"] + track["width"] / 2, middle, steps=5)
+        shown.mouse.up()
         expect(networks=2, macs=macs[1], answer="dog & co")
         shown.click("#walk")
         for networks in (1, 2, 3, 4):

@@ -13,7 +13,7 @@ import pytest
 for needed in ("material", "mkdocstrings", "latex2mathml", "playwright.sync_api"):
     pytest.importorskip(needed, reason="the site is built with hierens[docs] and shown by playwright")
 
-from app_picture import find_browser
+from app_picture import FLAGS, find_browser
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -65,8 +65,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        chromium = playwright.chromium.launch(executable_path=find_browser(), args=flags)
+        chromium = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         yield chromium
         chromium.close()
 
