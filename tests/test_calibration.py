@@ -141,8 +141,11 @@ def test_an_expectation_is_what_the_policy_does():
     held_out = collect(model, [(images, labels)])
     policy = calibrate(model, held_out, budget=sum(model.macs((1, 16, 16))[:2]) / 2)
     found, done = expectation(held_out, policy), policy(model, images)
-    right = 100 * (done.logits.argmax(-1) == labels).double()
-    for estimate, values in ((found.accuracy, right), (found.macs, done.macs), (found.leaves, done.leaves)):
+    right = (done.logits.argmax(-1) == labels).double()
+    added = torch.cat([right, torch.tensor([0.0, 0.0, 1.0, 1.0])])
+    assert found.accuracy.mean == pytest.approx(100 * float(right.mean()))
+    assert found.accuracy.error == pytest.approx(100 * float(added.var(correction=0) / 64) ** 0.5)
+    for estimate, values in ((found.macs, done.macs), (found.leaves, done.leaves)):
         assert estimate.mean == pytest.approx(float(values.double().mean()))
         assert estimate.error == pytest.approx(float(values.double().var() / 60) ** 0.5)
     assert found.images == 60 and found.milliseconds is None

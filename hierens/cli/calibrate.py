@@ -107,7 +107,7 @@ def _record(found: Expectation) -> dict[str, object]:
 
 CALIBRATE = Command(
     "calibrate",
-    "choose confidence thresholds for a mean cost or an accuracy, and save them beside the model",
+    "choose thresholds for a mean cost or an accuracy, and save them beside the model",
     CalibrateSettings,
     calibrate,
     "MODEL",

@@ -133,7 +133,7 @@ def _rows(answers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 PREDICT = Command(
     "predict",
-    "classify images and folders of images with a saved model: classes, probabilities and costs",
+    "classify images or whole folders with a saved model: classes, probabilities and costs",
     PredictSettings,
     predict,
     "MODEL IMAGE...",

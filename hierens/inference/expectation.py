@@ -38,7 +38,8 @@ class Expectation:
 
     Attributes:
         images: their number.
-        accuracy: in percent.
+        accuracy: in percent. Its standard error is computed with two right and two wrong images added (Agresti and
+            Coull, 1998), so that it is not 0 if all predictions are right.
         leaves: networks (or exits) evaluated.
         macs: multiply-accumulates.
         milliseconds: for single images, if the calibration set has measured times; the standard error does not include
@@ -75,6 +76,8 @@ def _expectation(held_out: CalibrationSet, left: Tensor) -> Expectation:
         return Estimate.of(torch.tensor(costs, dtype=torch.float64)[left])
 
     right = held_out.logits[torch.arange(len(left)), left].argmax(-1) == held_out.labels
+    share = (int(right.sum()) + 2) / (len(right) + 4)
+    accuracy = Estimate(100 * float(right.double().mean()), 100 * (share * (1 - share) / (len(right) + 4)) ** 0.5)
     milliseconds = of(held_out.milliseconds) if held_out.milliseconds else None
     sizes = held_out.sizes or nested_sizes(held_out.votes.shape[1])
-    return Expectation(len(left), Estimate.of(100 * right.double()), of(sizes), of(held_out.macs), milliseconds)
+    return Expectation(len(left), accuracy, of(sizes), of(held_out.macs), milliseconds)
