@@ -60,7 +60,7 @@ def find_browser() -> str | None:
 
 
 @contextmanager
-def serving(*flags: str, timeout: float = 120) -> Iterator[str]:
+def serving(*flags: str, timeout: float = 300) -> Iterator[str]:
     """Run the app in a separate process, and yield its address.
 
     Raises:
