@@ -1,7 +1,7 @@
 """Progress bars: on request, on terminals, one at a time, in one process."""
 
 import io
-import sys
+from contextlib import redirect_stderr
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ STEPS = {
     "checking the executors": lambda tree, folder: hierens.hierensify(tree, 2),
     "tuning": lambda tree, folder: hierens.hierensify(tree, 2, looped={}).tune(torch.zeros(1, 1, 32, 32)),
     "writing graphs": lambda tree, folder: hierens.hierensify(tree, 2, looped={}).export(
-        folder / "out", "torch-export", [0], check=False
+        folder / "out", "torch-export", depths=[0], check=False
     ),
 }
 
@@ -25,37 +25,49 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def terminal(monkeypatch):
+def shown(monkeypatch):
+    """A function that runs another one, and returns what that wrote on a terminal's stderr."""
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    return sys.stderr
+
+    def run(call, *arguments):
+        with redirect_stderr(Terminal()) as stderr:
+            call(*arguments)
+        return stderr.getvalue()
+
+    return run
+
+
+def steps(what):
+    assert list(with_progress("ab", 2, what)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("what", STEPS)
-def test_long_steps_show_a_bar_on_request_only(what, small_backbone, terminal, tmp_path):
-    STEPS[what](small_backbone, tmp_path)
-    assert not terminal.getvalue()
+def test_long_steps_show_a_bar_on_request_only(what, small_backbone, shown, tmp_path):
+    assert not shown(STEPS[what], small_backbone, tmp_path)
     with progress_bars():
-        STEPS[what](small_backbone, tmp_path)
-    assert what in terminal.getvalue()
-    written = terminal.getvalue()
-    assert list(with_progress("ab", 2, "later")) == ["a", "b"] and terminal.getvalue() == written
+        assert what in shown(STEPS[what], small_backbone, tmp_path)
+    assert not shown(steps, "later")
 
 
-def test_one_bar_at_a_time_on_a_terminal_in_the_first_process(terminal, monkeypatch):
-    with progress_bars():
-        assert [list(with_progress("ab", 2, "inner")) for _ in with_progress("ab", None, "outer")] == [["a", "b"]] * 2
-        assert "outer" in terminal.getvalue() and "inner" not in terminal.getvalue()
-        for _ in with_progress("ab", 2, "left early"):
+def test_one_bar_at_a_time_on_a_terminal_in_the_first_process(shown, monkeypatch):
+    def nested():
+        for _ in with_progress("ab", None, "outer"):
+            steps("inner")
+
+    def left_early():
+        for _ in with_progress("ab", 2, "left"):
             break
-        assert list(with_progress("ab", 2, "after it")) == ["a", "b"] and "after it" in terminal.getvalue()
+
+    with progress_bars():
+        written = shown(nested)
+        assert "outer" in written and "inner" not in written
+        assert "left" in shown(left_early) and "next" in shown(steps, "next")
+        with redirect_stderr(io.StringIO()) as file:
+            steps("file")
+        assert not file.getvalue()
         monkeypatch.setenv("LOCAL_RANK", "1")
-        assert list(with_progress("ab", 2, "elsewhere")) == ["a", "b"] and "elsewhere" not in terminal.getvalue()
-        monkeypatch.delenv("LOCAL_RANK")
-        monkeypatch.setattr(sys, "stderr", io.StringIO())
-        assert list(with_progress("ab", 2, "file")) == ["a", "b"] and not sys.stderr.getvalue()
+        assert not shown(steps, "elsewhere")
 
 
-def test_the_program_asks_for_bars(terminal):
-    cli.main(["zoo", "test_resnet", "--blocks", "2"])
-    assert "cutting" in terminal.getvalue()
+def test_the_program_asks_for_bars(shown):
+    assert "cutting" in shown(cli.main, ["zoo", "test_resnet", "--blocks", "2"])
