@@ -81,7 +81,7 @@ def test_the_description_on_an_index_has_no_relative_links(tmp_path):
     links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "README.md").read_text())
     assert all("://" in link for link in links)
     assert "https://host/a/b/blob/v1/docs/tutorial.md" in links
-    assert "https://host/a/b/raw/v1/docs/results/demo.png" in links
+    assert "https://host/a/b/raw/v1/docs/results/cifar100_costs.png" in links
 
 
 @pytest.mark.parametrize(
