@@ -52,13 +52,17 @@ def test_each_block_prints_what_is_shown(tmp_path, monkeypatch):
     def run_command(command):
         if command.startswith((SERVE, ASK)):
             return ""
-        few = ["--epochs", "1"] if command.startswith(TRAIN) else []
-        done = hierens(*shlex.split(command)[1:], *few)
+        short = ["--epochs", "1"] if command.startswith(TRAIN) else []
+        done = hierens(*shlex.split(command)[1:], *short)
         assert done.code == 0, done.err
         return done.out
 
     whole = builtin.clothing
-    monkeypatch.setattr(builtin, "clothing", lambda *args: tuple(part[::8] for part in whole(*args)))
+
+    def few(config, training):
+        return tuple(part[:: 8 if training else 1] for part in whole(config, training))
+
+    monkeypatch.setattr(builtin, "clothing", few)
     monkeypatch.chdir(tmp_path)
     run_page(run_command)
     assert {"policy.json", "config.json"} <= {file.name for file in Path("my-model").iterdir()}
