@@ -23,7 +23,7 @@ def json_output(wanted: bool) -> Iterator[Callable[[Any], None]]:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table, as Markdown if the output is not a terminal."""
-    from hierens.evaluation.profiling import table
+    from hierens.evaluation.profiling import is_text, table
 
     rows = list(rows)
     if not sys.stdout.isatty():
@@ -34,8 +34,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.text import Text
 
     drawn = Table(*header, box=None, header_style="bold", pad_edge=False)
-    for column in drawn.columns:
-        column.justify = "right"
+    for column, cells in zip(drawn.columns, zip(*rows, strict=True), strict=False):
+        column.justify = "left" if is_text(cells) else "right"
     for row in rows:
         drawn.add_row(*map(Text, row))
     Console().print(drawn)

@@ -168,10 +168,15 @@ def millions(count: float) -> str:
     return f"{count / 1e6:.2f} M"
 
 
+def is_text(cells: Sequence[str]) -> bool:
+    """Whether most cells of a column, the empty ones left out, contain a word or no digit."""
+    filled = [cell for cell in cells if cell.strip()]
+    words = sum(bool(re.search("[A-Za-z]{3}", cell) or not re.search(r"\d", cell)) for cell in filled)
+    return 2 * words > len(filled)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table which is also readable in a terminal: numbers are right-aligned, text is left-aligned.
-
-    A column is text if most of its cells, the empty ones left out, contain a word or no digit.
 
     Examples:
         >>> print(table(["name", "ms"], [["a tree", "1.25"], ["a network", "10.00"]]))
@@ -182,9 +187,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     lines = []
     for column in zip(header, *rows, strict=True):
-        filled = [cell for cell in column[1:] if cell.strip()]
-        words = sum(bool(re.search("[A-Za-z]{3}", cell) or not re.search(r"\d", cell)) for cell in filled)
-        width, text = max(3, *map(len, column)), 2 * words > len(filled)
+        width, text = max(3, *map(len, column)), is_text(column[1:])
         rule = "-" * width if text else "-" * (width - 1) + ":"
         head, *cells = (cell.ljust(width) if text else cell.rjust(width) for cell in column)
         lines.append((head, rule, *cells))

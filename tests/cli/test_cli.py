@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hierens import cli
+from hierens.cli.output import print_table
 from support.command_line import hierens
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +151,10 @@ def test_a_reader_that_leaves_is_no_fault():
     done = subprocess.run([sys.executable, "-c", PROGRAM, "--help"], stdout=write, stderr=subprocess.PIPE, cwd=ROOT)
     os.close(write)
     assert done.returncode == 1 and not done.stderr
+
+
+def test_tables_on_a_terminal_have_text_to_the_left_and_numbers_to_the_right(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    print_table(("image", "class", "%"), [("a/000.png", "shoes", "89.03"), ("hat.png", "hat", "2.50")])
+    assert capsys.readouterr().out.splitlines()[2].split("hat") == ["", ".png    ", "     2.50"]
