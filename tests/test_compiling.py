@@ -15,10 +15,19 @@ def fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("executor", ["auto", "looped", "grouped"])
+@pytest.mark.parametrize(
+    ("executor", "fused"),
+    [
+        ("auto", False),
+        ("grouped", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("auto", True), ("looped", False), ("looped", True), ("grouped", False))
+        ),
+    ],
+)
 @torch.no_grad()
-def test_a_graph_for_each_depth_and_no_more(fused, executor):
+def test_a_graph_for_each_depth_and_no_more(executor, fused):
     model, x = shared_tree("test_efficientnet", 3)
     model = model.fuse() if fused else model
     model.set_executor(executor)

@@ -37,8 +37,10 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
-def test_programs_answer_as_the_model_at_every_depth(tmp_path):
-    names = ["tree", "transformer", "exits", "tree with exits"]
+@pytest.mark.parametrize(
+    "names", [["tree with exits"], pytest.param(["tree", "transformer", "exits"], marks=pytest.mark.slow)]
+)
+def test_programs_answer_as_the_model_at_every_depth(names, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps(names), str(tmp_path)],
         capture_output=True,
