@@ -78,6 +78,10 @@ BLOCKS = [
     )
 ]
 TREES = [
+    *(
+        (lambda make=make: make(tiny_backbone((8, 8, 8)), at="layer2"), CutError, ["give at=['layer2']."])
+        for make in MAKERS.values()
+    ),
     (lambda: hierens.multi_exit(tiny_backbone((8, 8, 8)), 99), CutError, ["exits=99 is more than", "at most"]),
     (lambda: hierens.multi_exit(torchvision.models.AlexNet(), num_classes=3), CutError, ["must be a timm model"]),
     (lambda: hierens.hierensify(tiny_backbone((8, 8, 8)), 2, leaves=1.5), ValueError, ["leaves must be an integer"]),

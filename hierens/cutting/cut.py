@@ -68,6 +68,8 @@ def cut(
             that fails to trace.
     """
     checked_integer(counted, blocks, 1)
+    if isinstance(at, str):
+        raise CutError(f"at must be a list of names of modules, got {at!r}: give at=[{at!r}].")
     classifiers = classifier_names(backbone)
     backbone = copy.deepcopy(backbone)
     if any(parameter.is_meta for parameter in backbone.parameters()):
