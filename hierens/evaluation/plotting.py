@@ -54,8 +54,8 @@ def plot_accuracy(
     for (name, (macs, accuracy)), marker in zip(curves.items(), _MARKERS * len(curves), strict=False):
         axes.plot([m / 1e6 for m in macs], accuracy, marker=marker, label=name)
     longest = max(curves.values(), key=lambda curve: len(curve[0]))
-    for depth, (cost, accuracy) in enumerate(zip(*longest, strict=True)):
-        axes.annotate(str(depth), (cost / 1e6, accuracy), (0, -14), textcoords="offset points", ha="center", fontsize=8)
+    for depth, (cost, percent) in enumerate(zip(*longest, strict=True)):
+        axes.annotate(str(depth), (cost / 1e6, percent), (0, -14), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xlabel="million multiply-accumulates per image (numbers: depth)", ylabel="accuracy (%)", title=title)
     axes.margins(x=0.1)
     reached = [accuracy for _, accuracies in curves.values() for accuracy in accuracies]
