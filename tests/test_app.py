@@ -99,6 +99,7 @@ def test_bad_settings_are_named(model_dir, demo, tmp_path):
         app.example_images(app.Settings(str(model_dir), examples=str(tmp_path)), demo)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
 def test_in_a_browser(model_dir, tmp_path):
     pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")

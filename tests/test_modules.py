@@ -252,6 +252,25 @@ def test_nothing_changed_runs_in_one_call_and_agrees(executor):
             agree(model)
 
 
+def test_modules_may_choose_another_method_of_their_class_as_forward():
+    """As timm's FasterNet does. A change of that choice is seen, in one branch or in all."""
+    backbone = timm.create_model("fasternet_t0", num_classes=5, embed_dim=8, depths=(1, 1, 1, 1)).eval()
+    model = independent_tree(backbone, 3)
+    images = torch.randn(2, 3, 64, 64)
+    for level in model.levels:
+        assert level.grouped and not level.looped_layers and level.channelwise
+    model.set_executor("grouped")
+    mixing = [m for branch in model.levels[2] for n, m in branch.named_modules() if n.endswith("spatial_mixing")]
+    assert mixing
+    for changed in (mixing[:0], mixing[:1], mixing):
+        for module in changed:
+            module.forward = module.forward_slicing
+        torch.testing.assert_close(model(images, reduce=False), oracle(model, images))
+    for module in mixing:
+        module.forward = lambda x: x * 2
+    torch.testing.assert_close(model(images, reduce=False), oracle(model, images))
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_hooks_of_every_branch_run_once(executor):
     model, ran = tree(executor), []

@@ -112,6 +112,8 @@ class _Snapshot:
         self.types = list(map(type, modules))
         self.states = [vars(module) for module in modules]
         self.sizes = list(map(len, self.states))  # an instance's own `forward` adds one
+        self.with_forward = [state for state in self.states if "forward" in state]
+        self.forwards = [state["forward"] for state in self.with_forward]
         alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for module in modules:
             alike.setdefault(tuple(_settings(module)), []).append(vars(module))
@@ -137,6 +139,7 @@ class _Snapshot:
             [list(map(get, states)) for get, states in self.settings] == self.values
             and list(map(type, self.modules)) == self.types
             and list(map(len, self.states)) == self.sizes
+            and [state["forward"] for state in self.with_forward] == self.forwards
             and not any(self.hooks)
             and not any(self.empty)
             and self.owners == self.owned
@@ -174,11 +177,25 @@ def _reason_to_loop(name: str, module: nn.Module, branches: Sequence[nn.Module],
             return f"branches have {kind.__name__} and {type(peer).__name__}"
         if any(getattr(peer, hooks) for hooks in _HOOKS):
             return "it has hooks"
-        if "forward" in vars(peer):
+        if (forward := _forward_of(peer)) is None or forward is not _forward_of(module):
             return "it has a forward of its own"
         if not _same_settings(peer, module) or not _same_tensors(peer, module):
             return "it is not the same in all branches"
     return ""
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """What a call runs: the class, for its `forward`, or another method of it; None if it is something else.
+
+    A module may choose another method of its class as its `forward`, as those of timm's FasterNet do. A layer with a
+    packed form may not: that form is the class's own `forward`.
+    """
+    own = vars(module).get("forward")
+    if own is None:
+        return class_of(module)
+    function = getattr(own, "__func__", None)
+    is_method = getattr(own, "__self__", None) is module and function in vars(type(module)).values()
+    return function if is_method and layer_form(module) is None and not per_channel(module) else None
 
 
 def class_of(module: nn.Module) -> type:
