@@ -19,6 +19,8 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # the default is 15, which would give other programs priority
+# After 3 times the default of 5 s, Ray ends a proxy that is still starting, as it may be on a busy machine.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 
 from hierens.core.install import install_command
 
