@@ -265,7 +265,7 @@ def test_class_names_are_saved_with_the_model_and_shown(folder_run, tmp_path):
     image = folder_run / "data" / "validation" / "red" / "0.png"
     (answer,) = json.loads(hierens("predict", run / "model", image, "--json").out)["answers"]
     assert answer["top"][0]["name"] == "red" and answer["top"][0]["class"] == 2
-    assert " red |" in hierens("predict", run / "model", image).out
+    assert "| red " in hierens("predict", run / "model", image).out
     pytest.importorskip("onnxscript")
     assert hierens("export", run / "model", tmp_path, "--depths", 0).code == 0
     assert json.loads((tmp_path / MANIFEST).read_text())["label_names"] == names
