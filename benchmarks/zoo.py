@@ -103,10 +103,7 @@ def cut_only(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         backbone = timm.create_model(name, num_classes=10).eval()
     found = {"millions": sum(p.numel() for p in backbone.parameters()) / 1e6}
-    try:
-        return {**found, "at": cut(backbone, BLOCKS).at}
-    except hierens.CutError as error:
-        return {**found, "error": f"CutError: {error}"}
+    return found | _safely(lambda _: {"at": cut(backbone, BLOCKS).at}, name)
 
 
 @torch.no_grad()

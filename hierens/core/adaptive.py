@@ -11,7 +11,7 @@ import copy
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -198,9 +198,9 @@ class AdaptiveBase(nn.Module, ABC):
         Raises:
             ValueError: they are not a floating-point tensor, or the shape does not fit the model.
         """
-        if isinstance(x, fx.Proxy):
-            raise ValueError(f"torch.fx {_CANNOT_TRACE}")
         if not isinstance(x, Tensor) or not x.is_floating_point():
+            if isinstance(x, fx.Proxy):
+                raise ValueError(f"torch.fx {_CANNOT_TRACE}")
             got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(
                 f"expected images (N, {self.in_chans}, H, W) as a floating-point tensor, got {got}: prepare them with "
@@ -257,6 +257,17 @@ def linear_name(classifier: nn.Module) -> str | None:
     """The name of the linear layer in a classifier, "" if it is one itself; None if there is not exactly one."""
     names = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
     return names[0] if len(names) == 1 else None
+
+
+def linear_names(part: nn.Module, classifiers: Sequence[str]) -> list[str]:
+    """The names of the linear layers in classifiers, which are given by their own names in a part of a model."""
+    inner = {name: linear_name(part.get_submodule(name)) for name in classifiers}
+    return [f"{name}.{own}" if own else name for name, own in inner.items()]
+
+
+def mean_of_heads(pooled: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Pooled features; those of a distilled backbone, one for each of its classifiers, are averaged as timm does."""
+    return torch.stack(pooled).mean(0) if isinstance(pooled, tuple) else pooled
 
 
 def classifier_maker(old: nn.Module, features: int) -> Callable[[int], nn.Module]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hierens.core.adaptive import classifier_maker, linear_name
+from hierens.core.adaptive import classifier_maker
 from hierens.core.modes import evaluating
 from hierens.core.timm_info import example_input
 
@@ -230,11 +230,6 @@ class OwnExit(nn.Module):
         pooled = self.head(*value) if isinstance(value, tuple) else self.head(value)
         logits: Tensor = self.classifier(*pooled) if isinstance(pooled, tuple) else self.classifier(pooled)
         return logits
-
-    def linear_names(self) -> list[str]:
-        """Names of the linear layers that give the logits."""
-        inner = {name: linear_name(self.classifier.get_submodule(name)) for name in self.names}
-        return [f"classifier.{name}.{own}" if own else f"classifier.{name}" for name, own in inner.items()]
 
     def reset(self, num_classes: int) -> None:
         """Replace the last linear layers by new ones."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel, Executor
 from hierens.branches.level import Level
-from hierens.core.adaptive import classifier_maker, linear_name
+from hierens.core.adaptive import classifier_maker, linear_names, mean_of_heads
 from hierens.core.equilibrium import scale_gradient, scaled
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
@@ -64,9 +64,9 @@ class LevelTree(Adaptive):
 
     def _name_classifiers(self) -> None:
         """Record for timm which layers depend on the number of classes."""
-        first = self.classifier[0] if isinstance(self.classifier, Level) else None  # a fused model is not saved
-        linear = {name: first and linear_name(first.get_submodule(name)) for name in self.classifier_names}
-        own = [f"{name}.{inner}" if inner else name for name, inner in linear.items()]
+        own: Sequence[str] = self.classifier_names
+        if isinstance(self.classifier, Level):  # a fused model is not saved
+            own = linear_names(self.classifier[0], own)
         names = tuple(f"classifier.{leaf}.{name}" for leaf in range(self.tree.leaves) for name in own)
         self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names
 
@@ -283,9 +283,7 @@ class LevelTree(Adaptive):
         """Mean logits from the result of `forward_features`, or with `pre_logits` mean pooled features."""
         features = Activations.unstacked(x)
         if pre_logits:
-            pooled = self._run(self.head, features).stacked()
-            if isinstance(pooled, tuple):  # one for each classifier of a distilled backbone, which timm averages
-                pooled = torch.stack(pooled).mean(0)
+            pooled = mean_of_heads(self._run(self.head, features).stacked())
             return pooled.mean(1) if reduce else pooled
         return self._logits(features, reduce)
 

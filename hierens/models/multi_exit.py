@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.fuse import fold_where_traced
+from hierens.core.adaptive import linear_names, mean_of_heads
 from hierens.core.equilibrium import scaled
 from hierens.core.macs import count_macs
 from hierens.core.model_info import ModelInfo
@@ -71,9 +72,9 @@ class MultiExit(WeightedExits):
     def _name_classifiers(self) -> None:
         """Record for timm which layers depend on the number of classes."""
         names = [
-            f"exits.{index}.{name}"
+            f"exits.{index}.classifier{'.' + name if name else ''}"
             for index, exit in enumerate(self.exits)
-            for name in (exit.linear_names() if isinstance(exit, OwnExit) else ("classifier",))
+            for name in (linear_names(exit.classifier, exit.names) if isinstance(exit, OwnExit) else ("",))
         ]
         names += [
             f"embeddings.{index}.{name}" for index in range(len(self.embeddings)) for name in ("embed.0", "classifier")
@@ -290,10 +291,7 @@ class MultiExit(WeightedExits):
         last = self.exits[-1]
         if not isinstance(last, OwnExit) or self.collaborate or self.weighting is not None:
             raise ValueError("forward_head is the backbone's, and here other exits contribute: call the model instead.")
-        if not pre_logits:
-            return last(x)
-        pooled = last.head(x)
-        return torch.stack(pooled).mean(0) if isinstance(pooled, tuple) else pooled
+        return mean_of_heads(last.head(x)) if pre_logits else last(x)
 
     def get_classifier(self) -> Any:
         """The last exit's linear layer; a tuple if it has several."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.data.readers.img_extensions import get_img_extensions
@@ -119,17 +120,22 @@ def walk_split(folder: str, empty: list[str]) -> Iterator[tuple[str, str]]:
         ValueError: a link leads in a cycle, an image is in no class folder, or a folder cannot be read.
     """
     real = os.path.realpath(folder)
+    with _naming_unreadable_folders(), os.scandir(folder) as entries:
+        for entry in entries:
+            found = None
+            if _is_folder(entry):
+                for found in _images(entry.path, (real,)):
+                    yield found
+                if found is None and not entry.name.startswith("."):
+                    empty.append(entry.name)
+            elif _is_image(entry):
+                raise ValueError(f"{entry.path} is in no class folder: {folder} must have a folder per class.")
+
+
+@contextmanager
+def _naming_unreadable_folders() -> Iterator[None]:
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                found = None
-                if _is_folder(entry):
-                    for found in _images(entry.path, (real,)):
-                        yield found
-                    if found is None and not entry.name.startswith("."):
-                        empty.append(entry.name)
-                elif _is_image(entry):
-                    raise ValueError(f"{entry.path} is in no class folder: {folder} must have a folder per class.")
+        yield
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
@@ -140,10 +146,8 @@ def images_below(folder: str) -> list[str]:
     Raises:
         ValueError: there is none, a link leads in a cycle, or a folder cannot be read.
     """
-    try:
+    with _naming_unreadable_folders():
         found = sorted(path for path, _ in _images(folder, ()))
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
     if not found:
         raise ValueError(f"there is no image in {folder} or below: files end in {', '.join(sorted(_EXTENSIONS))}.")
     return found
