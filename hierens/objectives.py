@@ -127,7 +127,8 @@ class Objective:
             target: class indices (N,), or probabilities (N, classes), as from mixup, or (N, H, W) and
                 (N, classes, H, W). The distillation terms do not use it: with mixup, their teacher is the full
                 ensemble's prediction for the mixed image.
-            teacher: logits (N, classes), or (N, classes, H, W), that replace y^E in the distillation terms, for example of averaged weights.
+            teacher: logits (N, classes) or (N, classes, H, W) that replace y^E in the distillation terms, for example
+                of averaged weights.
             prediction_weights: `model.prediction_weights`; by default those of a tree.
 
         Raises:

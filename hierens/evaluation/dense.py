@@ -64,8 +64,8 @@ class DenseMetrics(LeafMetrics):
             )
         if len(wrong := targets[(targets < NO_CLASS) | (targets >= classes)]):
             raise ValueError(
-                f"a pixel has the label {wrong[0].item()}, but the model's classes are 0 to {classes - 1}: label pixels "
-                f"without a class {NO_CLASS}."
+                f"a pixel has the label {wrong[0].item()}, but the model's classes are 0 to {classes - 1}: label "
+                f"pixels without a class {NO_CLASS}."
             )
         known = targets != NO_CLASS
         pixels, labels = leaf_logits.movedim((3, 4), (1, 2))[known], targets[known]  # (P, leaves, classes) and (P,)
