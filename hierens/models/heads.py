@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hierens.core.adaptive import classifier_maker
 from hierens.core.modes import evaluating
+from hierens.core import timm_info
 from hierens.core.timm_info import example_input
 
 HeadKind = Literal["pool", "conv"]
@@ -274,7 +275,7 @@ def new_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule,
         ValueError: an unknown kind, features that it cannot read, or whose channels and positions cannot be
             distinguished.
     """
-    classes, like = int(backbone.num_classes), next(backbone.parameters())  # type: ignore[arg-type]
+    classes, like = timm_info.num_classes(backbone), next(backbone.parameters())
     exits = [new_exit(kind, layout, classes, backbone) for layout in layouts(backbone, blocks)]
     return [exit.to(like.device, like.dtype) for exit in exits]
 
