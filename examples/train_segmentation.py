@@ -105,11 +105,13 @@ def double_convolution(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def create_tree(blocks: int, seed: int) -> hierens.HierarchicalEnsemble:
-    """A tree of U-Nets, or with one block a single U-Net; networks start with different weights."""
+    """A tree of U-Nets, or with one block a single U-Net. All branches start with weights of their own."""
+    tree = hierens.hierensify(UNet(), blocks, classifier="classifier", input_size=(3, SIDE, SIDE))
     torch.manual_seed(seed)
-    return hierens.hierensify(
-        UNet(), blocks, classifier="classifier", input_size=(3, SIDE, SIDE), init="reinit", seed=seed
-    )
+    for module in tree.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()  # as UNet() does
+    return tree
 
 
 def train(model: nn.Module, objective: Objective, data: tuple[Tensor, Tensor], epochs: int, seed: int) -> float:
@@ -154,7 +156,15 @@ def results_table(model: hierens.HierarchicalEnsemble, found: Any) -> str:
     """Cost, quality, calibration and disagreement of every depth."""
     columns = zip(model.macs(), found.miou, found.accuracy, found.ece, found.mutual_information, strict=True)
     rows = [
-        (f"{depth}", f"{model.sizes[depth]}", millions(macs), f"{miou:.2f}", f"{right:.2f}", f"{ece:.4f}", f"{info:.4f}")
+        (
+            f"{depth}",
+            f"{model.sizes[depth]}",
+            millions(macs),
+            f"{miou:.2f}",
+            f"{right:.2f}",
+            f"{ece:.4f}",
+            f"{info:.4f}",
+        )
         for depth, (macs, miou, right, ece, info) in enumerate(columns)
     ]
     names = ("depth", "networks", "MACs (M)", "mIoU (%)", "correct pixels (%)", "pixel ECE", "disagreement (nats)")
