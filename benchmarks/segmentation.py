@@ -1,8 +1,7 @@
 """Trains trees and a single U-Net of examples/train_segmentation.py; writes docs/results/segmentation.md.
 
-python benchmarks/segmentation.py                    finished runs, docs/results/runs/segmentation/ARM/SEED.json, are kept
-python benchmarks/segmentation.py --arms tree --seeds 0   only these, then the page
-python benchmarks/segmentation.py --arms             only the page
+python benchmarks/segmentation.py                          finished runs (docs/results/runs/segmentation) are kept
+python benchmarks/segmentation.py --arms tree --seeds 0    only these, then the page if all arms have runs
 """
 
 from __future__ import annotations
@@ -76,8 +75,10 @@ def main(settings: Settings) -> None:
             if not record_file(STUDY, arm, seed).is_file():
                 print(f"{arm}, seed {seed}", flush=True)
                 write_json(record_file(STUDY, arm, seed), trained(arm, seed, EPOCHS, IMAGES, TEST_IMAGES))
-    (RESULTS / "segmentation.md").write_text(page(read_records(), RESULTS))
-    print(f"wrote {RESULTS / 'segmentation.md'}")
+    groups = read_records()
+    if ARMS.keys() == groups.keys():
+        (RESULTS / "segmentation.md").write_text(page(groups, RESULTS))
+        print(f"wrote {RESULTS / 'segmentation.md'}")
 
 
 def trained(arm: str, seed: int, epochs: int, images: int, test_images: int) -> dict[str, Any]:
@@ -170,8 +171,6 @@ def draw_maps(record: Mapping[str, Any], path: Path) -> None:
 
 def page(groups: Mapping[str, Group], folder: Path) -> str:
     """The results page; its pictures are written to a folder."""
-    if missing := ARMS.keys() - groups.keys():
-        raise ValueError(f"there is no run of {', '.join(sorted(missing))}: train it first.")
     tree, labels, single = (groups[name] for name in ARMS)
     record, seeds = tree.records[0], len(tree.records)
     plot_cost(list(groups.values()), folder / "segmentation.png", "miou", "mIoU (%)")
@@ -210,10 +209,10 @@ contain the decoder, exist once per branch, so every network of the ensemble has
 **The images are made, from real parts.** Two of scikit-learn's scanned digits (8x8 pixels, enlarged to
 {example.SIZES.start} to {example.SIZES.stop - 1}) lie over one of the photographs of clothes in hierens (32x32 pixels).
 A digit shows the texture of another photograph, which covers {100 * example.STRENGTH[0]:.0f} to
-{100 * example.STRENGTH[1]:.0f} % of the photograph below, and Gaussian noise of {example.NOISE} of the range of a pixel
-is added. Every pixel has one of two classes, digit or photograph. {record["training_images"]:,} images are for training,
-for {record["epochs"]} epochs; the {record["test_images"]:,} test images show other digits and other photographs. This is
-a small problem with which depths can be compared, not a benchmark of segmentation.
+{100 * example.STRENGTH[1]:.0f} % of the photograph below, and Gaussian noise of {example.NOISE} of a pixel's range is
+added. Every pixel has one of two classes, digit or photograph. {record["training_images"]:,} images are for training,
+for {record["epochs"]} epochs; the {record["test_images"]:,} test images show other digits and other photographs. This
+is a small problem with which depths can be compared, not a benchmark of segmentation.
 
 Mean intersection over union (mIoU), and calibration error (ECE) and disagreement (mutual information of class and
 network, in nats) of pixels: means over {seeds} seeds, mIoU with its standard deviation.
@@ -232,8 +231,8 @@ images.
 
 ## Disagreement as a map of errors
 
-The first {SHOWN} test images, with the tree trained by L_I + L_HD, seed {record["seed"]}, at full depth. Disagreement is
-`hierens.evaluation.uncertainty.mutual_information(model(images, reduce=False))`, a map (N, H, W).
+The first {SHOWN} test images, with the tree trained by L_I + L_HD, seed {record["seed"]}, at full depth. Disagreement
+is `hierens.evaluation.uncertainty.mutual_information(model(images, reduce=False))`, a map (N, H, W).
 
 ![Disagreement maps beside errors](segmentation_maps.png)
 

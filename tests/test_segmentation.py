@@ -106,8 +106,6 @@ def test_the_page_is_written_from_records(monkeypatch, tmp_path):
     written = benchmark.page(benchmark.read_records(), tmp_path)
     assert "| tree, L_I + L_HD" in written and "64 images are for training" in written
     assert (tmp_path / "segmentation.png").is_file() and (tmp_path / "segmentation_maps.png").is_file()
-    with pytest.raises(ValueError, match="no run of labels"):
-        benchmark.page({name: None for name in ("tree", "single")}, tmp_path)
 
 
 # --- networks of segmentation_models_pytorch --------------------------------------------------------------------------
