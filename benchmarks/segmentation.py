@@ -36,7 +36,7 @@ from hierens.objectives import Objective
 
 RESULTS = ROOT / "docs" / "results"
 STUDY = "segmentation"
-BLOCKS, EPOCHS, IMAGES, TEST_IMAGES, SHOWN = 3, 4, 2000, 500, 6
+EPOCHS, IMAGES, TEST_IMAGES, SHOWN = 8, 2000, 500, 6
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Arm:
     """Networks that are trained in one way."""
 
     title: str
-    blocks: int
+    cuts: tuple[str, ...]
     objective: str
 
 
 ARMS = {
-    "tree": Arm("tree, L_I + L_HD", BLOCKS, Objective.name),
-    "labels": Arm("tree, labels only (L_I)", BLOCKS, "independent"),
-    "single": Arm("single network", 1, "independent"),
+    "tree": Arm("tree, L_I + L_HD", example.CUTS, Objective.name),
+    "labels": Arm("tree, labels only (L_I)", example.CUTS, "independent"),
+    "single": Arm("single network", (), "independent"),
 }
 
 
@@ -83,7 +83,7 @@ def main(settings: Settings) -> None:
 
 def trained(arm: str, seed: int, epochs: int, images: int, test_images: int) -> dict[str, Any]:
     """Train a network, and its record; the networks of `ARMS` differ in nothing else."""
-    model = example.create_tree(ARMS[arm].blocks, seed)
+    model = example.create_tree(ARMS[arm].cuts, seed)
     data = example.digits_over_photographs(True, images)
     seconds = example.train(model, Objective(ARMS[arm].objective), data, epochs, seed)
     test = example.digits_over_photographs(False, test_images)
@@ -202,9 +202,9 @@ def page(groups: Mapping[str, Group], folder: Path) -> str:
     )
     return f"""# Segmentation: digits over photographs
 
-A whole segmentation network becomes a tree: a small U-Net of {millions(single.macs[0])} MACs, cut into {BLOCKS} blocks
-before {" and ".join(f"`{cut}`" for cut in record["cuts"])}. Skip connections cross the cuts. The later blocks, which
-contain the decoder, exist once per branch, so every network of the ensemble has a decoder of its own.
+A whole segmentation network becomes a tree: a small U-Net of {millions(single.macs[0])} MACs, cut before
+{" and ".join(f"`{cut}`" for cut in record["cuts"])} of its encoder. Skip connections cross the cuts. The blocks after a
+cut exist once per branch, so every network of the ensemble has the coarsest scale and a decoder of its own.
 
 **The images are made, from real parts.** Two of scikit-learn's scanned digits (8x8 pixels, enlarged to
 {example.SIZES.start} to {example.SIZES.stop - 1}) lie over one of the photographs of clothes in hierens (32x32 pixels).

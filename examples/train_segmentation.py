@@ -2,7 +2,7 @@
 
 pip install -e ".[train,demo]"                           what it needs
 python examples/train_segmentation.py                    a few minutes on one CPU core
-python examples/train_segmentation.py --objective independent --epochs 8
+python examples/train_segmentation.py --objective independent --seed 1
 
 The images are made here from two sets of real images that need no download: scikit-learn's scanned digits, and the
 photographs of clothes in hierens.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from hierens.training.data.builtin import clothing, digits
 SIDE = 32  # pixels of an image
 CLASSES = ("photograph", "digit")
 MEAN, STD = (0.6, 0.56, 0.54), (0.25, 0.25, 0.25)
+CUTS = ("down2", "down3")  # of the U-Net: the tree's networks share down1 alone, or down1 and down2
 DIGITS = 2  # per image
 SIZES = range(14, 23)  # pixels of a digit
 STRENGTH = (0.5, 1.0)  # how much of a digit's texture covers the photograph
@@ -104,9 +106,9 @@ def double_convolution(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def create_tree(blocks: int, seed: int) -> hierens.HierarchicalEnsemble:
-    """A tree of U-Nets, or with one block a single U-Net. All branches start with weights of their own."""
-    tree = hierens.hierensify(UNet(), blocks, classifier="classifier", input_size=(3, SIDE, SIDE))
+def create_tree(cuts: Sequence[str], seed: int) -> hierens.HierarchicalEnsemble:
+    """A tree of U-Nets, or without cuts a single U-Net. All branches start with weights of their own."""
+    tree = hierens.hierensify(UNet(), at=cuts, classifier="classifier", input_size=(3, SIDE, SIDE))
     torch.manual_seed(seed)
     for module in tree.modules():
         if isinstance(module, nn.Conv2d):
@@ -175,13 +177,13 @@ def main() -> None:
     """Train, and print cost and quality of every depth."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--objective", default=Objective.name, help="terms joined by +, such as independent")
-    flags.add_argument("--blocks", type=int, default=3, help="levels of the tree, which has 2^(blocks - 1) networks")
-    flags.add_argument("--epochs", type=int, default=4)
+    flags.add_argument("--cuts", nargs="*", default=CUTS, help="the modules before which it is cut; none: one network")
+    flags.add_argument("--epochs", type=int, default=8)
     flags.add_argument("--images", type=int, default=2000, help="for training")
     flags.add_argument("--test-images", type=int, default=500)
     flags.add_argument("--seed", type=int, default=0)
     given = flags.parse_args()
-    model, objective = create_tree(given.blocks, given.seed), Objective(given.objective)
+    model, objective = create_tree(given.cuts, given.seed), Objective(given.objective)
     train(model, objective, digits_over_photographs(True, given.images), given.epochs, given.seed)
     print(results_table(model, evaluate(model, digits_over_photographs(False, given.test_images))))
 

@@ -84,7 +84,7 @@ def test_images_are_photographs_with_digits():
 
 
 def test_the_example_trains_a_tree(monkeypatch, capsys):
-    flags = ["--blocks", "2", "--images", "64", "--test-images", "8", "--epochs", "1"]
+    flags = ["--cuts", "down3", "--images", "64", "--test-images", "8", "--epochs", "1"]
     monkeypatch.setattr(sys, "argv", ["train_segmentation.py", *flags])
     monkeypatch.setattr(example, "UNet", lambda: hierens_unet())
     example.main()
