@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,28 +144,30 @@ def read_records() -> dict[str, Group]:
     return groups
 
 
-def draw_maps(record: Mapping[str, Any], path: Path) -> None:
-    """Photographs, masks, predictions, errors and disagreement of the first test images, a row each."""
-    images, masks = example.digits_over_photographs(False, record["test_images"])
+def draw_maps(groups: Sequence[Group], path: Path) -> None:
+    """The first test images, a row each: image and mask, then of every tree prediction, errors and disagreement."""
+    images, masks = example.digits_over_photographs(False, groups[0].records[0]["test_images"])
     mean, std = (np.array(values) for values in (example.MEAN, example.STD))
-    digit, disagreement = (_unpacked(record["maps"][name]) for name in ("digit", "disagreement"))
-    columns = ("image", "mask", "probability of a digit", "errors", "disagreement of four networks (nats)")
-    figure = Figure(figsize=(11, 2.15 * len(digit)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(digit), len(columns))
-    for row, axes in enumerate(panels):
-        shown = (
-            (np.clip(images[row].permute(1, 2, 0).numpy() * std + mean, 0, 1), {}),
-            (masks[row].numpy(), {"cmap": "gray", "vmin": 0, "vmax": 1}),
-            (digit[row], {"cmap": "gray", "vmin": 0, "vmax": 1}),
-            ((digit[row] > 0.5) != masks[row].numpy(), {"cmap": "Reds", "vmin": 0, "vmax": 1}),
-            (disagreement[row], {"cmap": "magma", "vmin": 0, "vmax": float(disagreement.max())}),
-        )
-        for panel, (values, look) in zip(axes, shown, strict=True):
-            picture = panel.imshow(values, **look)
+    gray = {"cmap": "gray", "vmin": 0, "vmax": 1}
+    columns = [
+        ("image", np.clip(images[:SHOWN].movedim(1, 3).numpy() * std + mean, 0, 1), {}),
+        ("mask", masks[:SHOWN].numpy(), gray),
+    ]
+    for group in groups:
+        digit, disagreement = (_unpacked(group.records[0]["maps"][name]) for name in ("digit", "disagreement"))
+        wrong = (digit > 0.5) != masks[:SHOWN].numpy()
+        columns += [
+            (f"{group.name}:\nprobability of a digit", digit, gray),
+            ("errors", wrong, {"cmap": "Reds", "vmin": 0, "vmax": 1}),
+            (f"disagreement, 0 (black) to\n{disagreement.max():.2f} nats (white)", disagreement, {"cmap": "magma"}),
+        ]
+    figure = Figure(figsize=(1.85 * len(columns), 1.9 * SHOWN + 0.5), dpi=100, layout="constrained")
+    panels = figure.subplots(SHOWN, len(columns))
+    for column, (title, values, look) in zip(panels.T, columns, strict=True):
+        column[0].set_title(title, fontsize=9)
+        for panel, value in zip(column, values, strict=True):
+            panel.imshow(value, **({"vmin": 0, "vmax": values.max()} | look))
             panel.set(xticks=[], yticks=[])
-        figure.colorbar(picture, ax=axes[-1])
-    for panel, title in zip(panels[0], columns, strict=True):
-        panel.set_title(title, fontsize=9)
     figure.savefig(path)
 
 
@@ -174,7 +176,7 @@ def page(groups: Mapping[str, Group], folder: Path) -> str:
     tree, labels, single = (groups[name] for name in ARMS)
     record, seeds = tree.records[0], len(tree.records)
     plot_cost(list(groups.values()), folder / "segmentation.png", "miou", "mIoU (%)")
-    draw_maps(record, folder / "segmentation_maps.png")
+    draw_maps((tree, labels), folder / "segmentation_maps.png")
     quality = [
         (group.name, f"{depth}", f"{leaves}", millions(macs), f"{miou:.2f} ± {spread:.2f}", f"{ece:.4f}", f"{info:.4f}")
         for group in groups.values()
@@ -231,8 +233,8 @@ images.
 
 ## Disagreement as a map of errors
 
-The first {SHOWN} test images, with the tree trained by L_I + L_HD, seed {record["seed"]}, at full depth. Disagreement
-is `hierens.evaluation.uncertainty.mutual_information(model(images, reduce=False))`, a map (N, H, W).
+The first {SHOWN} test images, with both trees of seed {record["seed"]}, at full depth. Disagreement is
+`hierens.evaluation.uncertainty.mutual_information(model(images, reduce=False))`, a map (N, H, W).
 
 ![Disagreement maps beside errors](segmentation_maps.png)
 
