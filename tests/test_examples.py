@@ -20,7 +20,7 @@ def records(directory):
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("classes", [pytest.param(10, marks=pytest.mark.slow), 100])
 def test_the_cifar_recipe_runs(tmp_path, monkeypatch, capsys, classes):
     write_cifar(tmp_path, classes)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).exists())
