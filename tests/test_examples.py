@@ -78,6 +78,7 @@ def imagenet_shaped(root):
     return write_shards(root, "validation", shards=3, images=5, classes=5, damaged=(7,), sizes=sizes)
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_shards(tmp_path):
     root = imagenet_shaped(tmp_path / "made_up_1")
     output = from_shards(root, tmp_path / "run", 32, processes=2, backbone="resnet8_cifar", blocks=3)

@@ -235,6 +235,7 @@ signal.raise_signal(signal.SIGUSR1)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_openvino_reaches_its_handler(tmp_path):
     """Two of its cores at once would leave the thread a stack for signals that is unmapped: SIGSEGV at any signal."""
     needs("openvino")
