@@ -128,7 +128,7 @@ class _ShapeReader:
     def _tokens(self, x: Tensor) -> Layout:
         height, width = self.example.shape[2:]
         class_token = getattr(self.backbone, "global_pool", None) == "token"
-        for prefix in (int(getattr(self.backbone, "num_prefix_tokens", 0) or 0), 0):
+        for prefix in (int(getattr(self.backbone, "num_prefix_tokens", 0) or 0), 0, 1):  # only timm states it
             positions = x.shape[1] - prefix
             rows = math.isqrt(max(positions, 0) * height // width)
             if rows and positions % rows == 0 and self._is_grid(rows, positions // rows):
