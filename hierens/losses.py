@@ -3,10 +3,14 @@
 The losses of trees are equations (9) to (12) of Ruiz & Verbeek (arXiv 2003.01474): y_n are the logits of leaf n, y^b is
 the mean of the first 2^b, y^E = y^B the mean of all, and l(y, t) the cross-entropy of softmax(y) with target t. The
 losses of multi-exit networks are from IMTA (arXiv 1908.06294) and AEP (arXiv 2301.12168).
+
+Dense predictions have leaf logits (N, leaves, classes, H, W), targets (N, H, W) or (N, classes, H, W) and teachers
+(N, classes, H, W). Every pixel then counts as an image of the batch, and every pixel needs a class.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -19,8 +23,8 @@ from hierens.core.tree import nested_sizes
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    Logits = Float[Tensor, "n leaves classes"]
-    Target = Int[Tensor, " n"] | Float[Tensor, "n classes"]
+    Logits = Float[Tensor, "n leaves classes *pixels"]
+    Target = Int[Tensor, "n *pixels"] | Float[Tensor, "n classes *pixels"]
     Scalar = Float[Tensor, ""]
 
 
@@ -42,7 +46,7 @@ class Softening(TypedDict, total=False):
 
 def nested_predictions(
     leaf_logits: Logits, prediction_weights: PredictionWeights | None = None
-) -> Float[Tensor, "n depths classes"]:
+) -> Float[Tensor, "n depths classes *pixels"]:
     """The logits of the nested ensembles, y^b = 1 / 2^b sum_{n <= 2^b} y_n (eq. 5), and the mean of all leaves.
 
     Args:
@@ -220,8 +224,8 @@ def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0)
     _check_not_empty(leaf_logits)
     _check_teacher(leaf_logits, teacher)
     check_temperature(temperature)
-    log_q = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=-1)[:, None]
-    log_p = F.log_softmax(at_least_float32(leaf_logits) / temperature, dim=-1)
+    log_q = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=1)[:, None]
+    log_p = F.log_softmax(at_least_float32(leaf_logits) / temperature, dim=2)
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum((1, 2)).mean()
 
 
@@ -231,7 +235,7 @@ def distillation(leaf_logits: Logits, teacher: Tensor, temperature: float = 2.0)
 def _to_labels(predictions: Tensor, target: Tensor, weights: Sequence[float] = ()) -> Tensor:
     """sum_p w_p l(z_p, y), mean over the batch, for predictions (N, P, classes)."""
     _check_target(predictions, target)
-    targets = target if target.ndim == 1 else target.to(predictions)
+    targets = target.to(predictions) if target.ndim == predictions.ndim - 1 else target
     return _cross_entropy(predictions, targets[:, None], weights)
 
 
@@ -241,27 +245,27 @@ def _to_teacher(
     """sum_p w_p l(z_p, softmax(t_p / T)), mean over the batch, for students (N, P, classes) and one or P teachers."""
     check_temperature(temperature)
     scale = _standardized if soft.get("standardize") else lambda logits: logits
-    targets = F.softmax(scale(teachers.detach()) / temperature, dim=-1)
+    targets = F.softmax(scale(teachers.detach()) / temperature, dim=2)
     if not soft.get("temper_students"):
         return _cross_entropy(students, targets, weights)
     return temperature**2 * _cross_entropy(scale(students) / temperature, targets, weights)
 
 
 def _cross_entropy(predictions: Tensor, targets: Tensor, weights: Sequence[float] = ()) -> Tensor:
-    """The weighted sum over P predictions (N, P, classes) of the cross-entropy, mean over N.
+    """The weighted sum over P predictions of the cross-entropy, mean over N and pixels.
 
     Args:
-        predictions: (N, P, classes).
-        targets: class indices (N, 1), or probabilities (N, 1 or P, classes).
+        predictions: (N, P, classes, ...).
+        targets: class indices (N, 1, ...), or probabilities (N, 1 or P, classes, ...).
         weights: of the predictions, all 1 by default.
     """
     _check_not_empty(predictions)
     count = predictions.shape[1]
     targets = targets.expand(-1, count, *targets.shape[2:])
     each = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(0, 1), reduction="none")
-    losses = each.view(-1, count) if count else each.view(len(predictions), 0)
+    losses = each.view(len(predictions), count, math.prod(predictions.shape[3:]))
     if weights:
-        losses = losses * losses.new_tensor(weights)
+        losses = losses * losses.new_tensor(weights)[:, None]
     return losses.sum(1).mean()
 
 
@@ -272,7 +276,7 @@ def _check_not_empty(logits: Tensor) -> None:
 
 def _standardized(logits: Tensor) -> Tensor:
     """Standardise logits to mean 0 and standard deviation 1 over classes."""
-    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True, correction=0) + 1e-7)
+    return (logits - logits.mean(2, keepdim=True)) / (logits.std(2, keepdim=True, correction=0) + 1e-7)
 
 
 def _teacher_of(leaf_logits: Tensor, nested: Tensor, soft: Softening) -> Tensor:
@@ -300,9 +304,10 @@ def check_temperature(temperature: float) -> None:
 
 
 def _check_teacher(leaf_logits: Tensor, teacher: Tensor) -> None:
-    wanted = (leaf_logits.shape[0], leaf_logits.shape[2])
+    wanted = (leaf_logits.shape[0], *leaf_logits.shape[2:])
     if tuple(teacher.shape) != wanted:
-        raise ValueError(f"the teacher's logits must be {wanted} (N, classes), got shape {tuple(teacher.shape)}.")
+        form = "(N, classes)" if len(wanted) == 2 else "(N, classes, H, W)"
+        raise ValueError(f"the teacher's logits must be {wanted} {form}, got shape {tuple(teacher.shape)}.")
 
 
 def _check_target(leaf_logits: Tensor, target: Tensor | None) -> None:
@@ -310,9 +315,10 @@ def _check_target(leaf_logits: Tensor, target: Tensor | None) -> None:
         return
     if not isinstance(target, Tensor):
         raise ValueError(f"targets must be a tensor, got {target!r}: pass a temperature by name.")
-    batch, _, classes = leaf_logits.shape
-    shape = tuple(target.shape)
-    if shape not in ((batch,), (batch, classes)):
-        raise ValueError(f"targets must be ({batch},) or ({batch}, {classes}), got shape {shape}.")
-    if target.ndim == 1 and target.is_floating_point():
-        raise ValueError(f"targets (N,) are class indices and must be integers, got {target.dtype}.")
+    batch, _, classes, *pixels = leaf_logits.shape
+    indices, probabilities, shape = (batch, *pixels), (batch, classes, *pixels), tuple(target.shape)
+    if shape not in (indices, probabilities):
+        raise ValueError(f"targets must be {indices} or {probabilities}, got shape {shape}.")
+    if shape == indices and target.is_floating_point():
+        form = "(N, H, W)" if pixels else "(N,)"
+        raise ValueError(f"targets {form} are class indices and must be integers, got {target.dtype}.")

@@ -120,13 +120,15 @@ class Objective:
         teacher: Tensor | None = None,
         prediction_weights: PredictionWeights | None = None,
     ) -> Scalar:
-        """The loss, a mean over the batch.
+        """The loss, a mean over the batch, and over the pixels of dense predictions.
 
         Args:
-            leaf_logits: (N, leaves, classes), in any floating-point type.
-            target: class indices (N,), or probabilities (N, classes), as from mixup. The distillation terms do not use
-                it: with mixup, their teacher is the full ensemble's prediction for the mixed image.
-            teacher: logits (N, classes) that replace y^E in the distillation terms, for example of averaged weights.
+            leaf_logits: (N, leaves, classes) or (N, leaves, classes, H, W), in any floating-point type.
+            target: class indices (N,), or probabilities (N, classes), as from mixup, or (N, H, W) and
+                (N, classes, H, W). The distillation terms do not use it: with mixup, their teacher is the full
+                ensemble's prediction for the mixed image.
+            teacher: logits (N, classes) or (N, classes, H, W) that replace y^E in the distillation terms, for example
+                of averaged weights.
             prediction_weights: `model.prediction_weights`; by default those of a tree.
 
         Raises:

@@ -211,7 +211,32 @@ def test_distillation_from_another_model_is_zero_where_all_agree():
     assert losses.distillation(logits.detach().expand(3, 4, 5) + torch.arange(5.0), same, 2.0) > 0.1
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", [*objectives.SUPERVISED, *(f"independent+{term}" for term in objectives.DISTILLED)])
+@pytest.mark.parametrize("leaves", [1, 4])
+def test_every_pixel_of_dense_logits_counts_as_an_image(name, leaves, soft):
+    """Of every term, with each option: the flat loss of logits rearranged to (N * H * W, leaves, classes)."""
+    logits, _ = example(2, leaves, 5, 3, 4)
+    flat = logits.movedim(2, -1).movedim(1, -2).flatten(0, 2)
+    target = torch.rand(2, 5, 3, 4, dtype=torch.float64).softmax(1) if soft else torch.randint(5, (2, 3, 4))
+    flat_target = target.movedim(1, -1).flatten(0, 2) if soft else target.flatten()
+    teacher = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    flat_teacher = teacher.movedim(1, -1).flatten(0, 2)
+    tempered = {"temper_students": True, "standardize_logits": True}
+    for options in ({}, {"depth_weights": (3.0, 0.5, 2.0)}, tempered) if leaves == 4 else ({},):
+        objective = Objective(name, 0.3, **options)
+        assert_same(objective(logits, target), objective(flat, flat_target), logits)
+        assert_same(objective(logits, target, teacher), objective(flat, flat_target, flat_teacher), logits)
+    one_for_all = Objective("one_for_all", 0.9)
+    assert_same(one_for_all(logits, target), one_for_all(flat, flat_target), logits)
+    distilled = (losses.distillation(logits, teacher), losses.distillation(flat, flat_teacher))
+    assert_same(*distilled, logits)
+    nested = nested_predictions(logits).movedim(2, -1).movedim(1, -2).flatten(0, 2)
+    assert close(nested, nested_predictions(flat))
+
+
 LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
+DENSE = torch.zeros(2, 4, 10, 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +269,10 @@ LOGITS, LABELS = torch.zeros(2, 4, 10), torch.zeros(2).long()
         ),
         (lambda: Objective()(LOGITS, LABELS, torch.zeros(2, 9)), r"teacher's logits must be \(2, 10\)"),
         (lambda: losses.distillation(LOGITS, torch.zeros(3, 10)), r"teacher's logits must be \(2, 10\)"),
+        (lambda: Objective()(torch.zeros(2, 10, 3, 5), LABELS), r"\(N, leaves, classes, H, W\).*reduce=False"),
+        (lambda: Objective()(DENSE, LABELS), r"\(2, 3, 5\) or \(2, 10, 3, 5\), got shape \(2,\)"),
+        (lambda: Objective()(DENSE, torch.zeros(2, 3, 5)), r"targets \(N, H, W\) are class indices"),
+        (lambda: losses.distillation(DENSE, torch.zeros(2, 10)), r"\(2, 10, 3, 5\) \(N, classes, H, W\), got"),
     ],
 )
 def test_bad_input_says_what_is_allowed(call, message):

@@ -46,6 +46,16 @@ def test_variance_against_a_loop(leaf_logits):
         assert variance(leaf_logits)[image].item() == pytest.approx(float(sum(by_class)) / 5, rel=1e-4)
 
 
+def test_maps_hold_the_measures_of_every_pixel(leaf_logits):
+    """40 images are a map of 4 by 5 pixels of two images."""
+    maps = leaf_logits.unflatten(0, (2, 4, 5)).movedim((3, 4), (1, 2))  # (N, leaves, classes, H, W)
+    for measure in (mutual_information, variance):
+        torch.testing.assert_close(measure(maps).flatten(), measure(leaf_logits))
+    for measure in MEASURES:
+        flat = certainty(leaf_logits.mean(1), leaf_logits.argmax(2), measure)
+        torch.testing.assert_close(certainty(maps.mean(1), maps.argmax(2), measure).flatten(), flat)
+
+
 def test_risk_coverage_by_hand():
     curve = risk_coverage(torch.tensor([0.9, 0.5, 0.7, 0.6]), torch.tensor([True, False, True, True]))
     assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]

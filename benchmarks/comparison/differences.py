@@ -42,7 +42,7 @@ def difference(more: Group, less: Group, field: str = "accuracy") -> list[Differ
     of_less = {record["seed"]: record[field] for record in less.records}
     pairs = [(record[field], of_less[record["seed"]]) for record in more.records if record["seed"] in of_less]
     columns = zip(*([a - b for a, b in zip(p, q, strict=False)] for p, q in pairs), strict=True)
-    digits = 2 if field == "accuracy" else 3
+    digits = 2 if field in ("accuracy", "miou") else 3
     return [
         Difference(mean(column), stdev(column) / len(column) ** 0.5 if len(column) > 1 else 0.0, len(column), digits)
         for column in columns

@@ -212,7 +212,11 @@ class AdaptiveBase(nn.Module, ABC):
 
     def _no_logits(self, x: Tensor, leaves: int, reduce: bool) -> Tensor:
         """The output of `forward` for an empty batch, which many backbones cannot run."""
-        return x.new_empty(0, *(() if reduce else (leaves,)), self.num_classes or self.head_hidden_size)
+        shape: Sequence[int] = (self.num_classes or self.head_hidden_size,)
+        if not self._model_args.get("backbone"):  # not timm's: there may be logits for every pixel
+            with torch.no_grad():
+                shape = self.at_depth(leaves=1).eval()(x.new_zeros(1, *x.shape[1:])).shape[1:]
+        return x.new_empty(0, *(() if reduce else (leaves,)), *shape)
 
     def _walk_of_none(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """The steps of `anytime` for an empty batch."""

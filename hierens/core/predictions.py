@@ -57,10 +57,10 @@ class PredictionWeights:
         return [slice(size - 1 if size <= self.num_exits else self.num_exits, size) for size in self.sizes]
 
     def __call__(self, leaf_logits: Tensor) -> Tensor:
-        """The predictions of all depths, (N, depths, classes).
+        """The predictions of all depths, (N, depths, classes), or (N, depths, classes, H, W) of dense predictions.
 
         Args:
-            leaf_logits: (N, leaves, classes); half precision is summed in float32.
+            leaf_logits: (N, leaves, classes) or (N, leaves, classes, H, W); half precision is summed in float32.
 
         Raises:
             ValueError: logits of another shape or type, or of too few leaves.
@@ -69,10 +69,10 @@ class PredictionWeights:
         if leaf_logits.shape[1] != self.sizes[-1]:
             raise ValueError(f"expected logits of {self.sizes[-1]} leaves, got {leaf_logits.shape[1]}.")
         logits = at_least_float32(leaf_logits)
-        matrix = self.matrix(logits)
+        matrix = self.matrix(logits)[(..., *[None] * (logits.ndim - 2))]  # (depths, leaves, 1), or with two 1 more
         # Row by row over the members only: autocast and TF32 would round a matrix product, in which a leaf that is not
         # finite would also affect all depths.
-        rows = [(matrix[depth, of, None] * logits[:, of]).sum(1) for depth, of in enumerate(self.members)]
+        rows = [(matrix[depth, of] * logits[:, of]).sum(1) for depth, of in enumerate(self.members)]
         return torch.stack(rows, 1)
 
     @property
@@ -96,11 +96,11 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def check_logits(leaf_logits: Tensor) -> None:
-    """Raise a ValueError unless these are leaf logits (N, leaves, classes)."""
+    """Raise a ValueError unless these are leaf logits (N, leaves, classes) or (N, leaves, classes, H, W)."""
     shape = tuple(leaf_logits.shape)
-    if leaf_logits.ndim != 3 or not leaf_logits.is_floating_point():
+    if leaf_logits.ndim not in (3, 5) or not leaf_logits.is_floating_point():
         raise ValueError(
-            "leaf logits must be floating-point (N, leaves, classes), got "
+            "leaf logits must be floating-point (N, leaves, classes) or (N, leaves, classes, H, W), got "
             f"{leaf_logits.dtype} of shape {shape}: call the model with reduce=False."
         )
     if shape[1] == 0:

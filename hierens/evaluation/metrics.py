@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +85,13 @@ class LeafMetrics:
             targets: class indices (N,); images with -1, which have no class, are skipped.
 
         Raises:
-            ValueError: another target that is not a class index.
+            ValueError: another target that is not a class index, or logits of another shape.
         """
+        if leaf_logits.ndim != 3:
+            raise ValueError(
+                f"expected leaf logits (N, leaves, classes), got shape {tuple(leaf_logits.shape)}: use "
+                "hierens.evaluation.dense.DenseMetrics for dense predictions."
+            )
         targets = as_indices(targets, "a batch")
         classes = leaf_logits.shape[-1]
         if len(wrong := ((targets < NO_CLASS) | (targets >= classes)).nonzero()):
@@ -114,6 +119,16 @@ class LeafMetrics:
         self._add("information", torch.stack([mutual_information(logits[:, n]).sum() for n in sizes]))
         self._add("variance", torch.stack([variance(logits[:, n]).sum() for n in sizes]))
         self._add("same", torch.stack([_agreement(votes[:, n], leaf_logits.shape[2]).sum() for n in sizes]))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Self:
+        """The metrics of a model on labelled images; arguments as `evaluate_model`."""
+        device, metrics = next(model.parameters()).device, cls(getattr(model, "prediction_weights", None))
+        with evaluating(model):
+            for images, targets in batches:
+                metrics.update(model(images.to(device), reduce=False), targets.to(device))
+        return metrics
 
     # Not a torchmetrics.Metric: its synchronisation needs a call per state, in which processes must all take part.
     @classmethod
@@ -163,7 +178,6 @@ class LeafMetrics:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
 
-@torch.no_grad()
 def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafEvaluation:
     """Evaluate an ensemble on labelled images, on its device and in evaluation mode.
 
@@ -172,13 +186,12 @@ def evaluate_model(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
             as a tree.
         batches: images (N, C, H, W) and class indices (N,).
     """
-    return _metrics(model, batches).compute()
+    return LeafMetrics.of(model, batches).compute()
 
 
-@torch.no_grad()
 def correct_predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Whether each depth predicts the class of each labelled image, (images, depths); arguments as `evaluate_model`."""
-    return _metrics(model, batches).correct()
+    return LeafMetrics.of(model, batches).correct()
 
 
 @dataclass(frozen=True)
@@ -227,14 +240,6 @@ class PairedDifference:
     def __str__(self) -> str:
         """For example `+1.38 ± 0.79 (+26)`: percentage points, their standard error, and number of images."""
         return f"{self.percent:+.2f} ± {self.error:.2f} ({self.images:+d})"
-
-
-def _metrics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafMetrics:
-    device, metrics = next(model.parameters()).device, LeafMetrics(getattr(model, "prediction_weights", None))
-    with evaluating(model):
-        for images, targets in batches:
-            metrics.update(model(images.to(device), reduce=False), targets.to(device))
-    return metrics
 
 
 def _compared(size: int, num_exits: int) -> slice:

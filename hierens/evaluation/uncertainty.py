@@ -1,4 +1,7 @@
-"""Measures of certainty and disagreement, and selective prediction."""
+"""Measures of certainty and disagreement, and selective prediction.
+
+The measures also take dense predictions, with two more dimensions H and W at the end, and then return maps (N, H, W).
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,16 @@ def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:
     Returns:
         (N,).
     """
-    p = F.softmax(logits.float(), dim=-1)
+    p = F.softmax(logits.float(), dim=1)
     if measure == "probability":
-        return p.amax(-1)
+        return p.amax(1)
     if measure == "margin":
-        first, second = p.topk(2, dim=-1).values.unbind(-1)
+        first, second = p.topk(2, dim=1).values.unbind(1)
         return first - second
     if measure == "entropy":
-        return 1 - torch.special.entr(p).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
-    probability, predicted = p.max(-1)
-    agreement = (votes == predicted[:, None]).float().mean(-1)
+        return 1 - torch.special.entr(p).sum(1) / torch.log(torch.tensor(float(p.shape[1])))
+    probability, predicted = p.max(1)
+    agreement = (votes == predicted[:, None]).float().mean(1)
     return (agreement - (1 - probability) / votes.shape[1]).clamp_min(0)
 
 
@@ -52,8 +55,8 @@ def mutual_information(leaf_logits: Tensor) -> Tensor:
     Returns:
         (N,), not negative; 0 for a single network.
     """
-    p = F.softmax(leaf_logits.float(), dim=-1)
-    information = torch.special.entr(p.mean(1)).sum(-1) - torch.special.entr(p).sum(-1).mean(1)
+    p = F.softmax(leaf_logits.float(), dim=2)
+    information = torch.special.entr(p.mean(1)).sum(1) - torch.special.entr(p).sum(2).mean(1)
     return information.clamp_min(0)
 
 
@@ -66,7 +69,7 @@ def variance(leaf_logits: Tensor) -> Tensor:
     Returns:
         (N,); 0 for a single network.
     """
-    return F.softmax(leaf_logits.float(), dim=-1).var(1, correction=0).mean(-1)
+    return F.softmax(leaf_logits.float(), dim=2).var(1, correction=0).mean(1)
 
 
 @dataclass(frozen=True)

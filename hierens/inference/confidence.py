@@ -32,7 +32,7 @@ class Confidence(Policy):
 
     Raises:
         ValueError: no threshold, a threshold outside the range of certainties, or an unknown measure; when called,
-            more thresholds than the model has depths below the full one.
+            more thresholds than the model has depths below the full one, or dense predictions.
     """
 
     thresholds: tuple[float, ...]
@@ -67,6 +67,11 @@ class Confidence(Policy):
         votes: list[Tensor] = []
         walk = model.anytime(images)
         step = next(walk)
+        if step.logits.ndim != 2:
+            raise ValueError(
+                "confidence thresholds need one prediction per image, but this model predicts a class for every pixel: "
+                "use a policy that chooses the depth of a whole batch, such as FixedDepth."
+            )
         logits = torch.empty_like(step.logits)
         while True:
             votes.append(step.newest.argmax(-1))
