@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from timm.models import get_pretrained_cfg, save_for_hf
 
 import hierens
-from hierens.models import paper_networks, registry, small_resnets
+from hierens.models import msdnet, paper_networks, registry, small_resnets
 from support.networks import difference, randomize
 
 DISTILLED = {"deit_tiny_distilled_patch16_224": {"img_size": 32}, "levit_128s": {}}
