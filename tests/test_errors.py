@@ -36,7 +36,7 @@ BACKBONES = {
     "function": (lambda: timm.create_model, ["must be a timm model", "function"]),
     "torchvision": (
         lambda: torchvision.models.squeezenet1_1(),
-        ["must be a timm model, such as timm.create_model(", "got a torchvision.models.squeezenet.SqueezeNet"],
+        ["a torchvision.models.squeezenet.SqueezeNet is not a timm model", "'classifier.1'", "input_size=(C, H, W)"],
     ),
     "features": (
         lambda: timm.create_model("test_resnet", features_only=True),
@@ -83,7 +83,7 @@ TREES = [
         for make in MAKERS.values()
     ),
     (lambda: hierens.multi_exit(tiny_backbone((8, 8, 8)), 99), CutError, ["exits=99 is more than", "at most"]),
-    (lambda: hierens.multi_exit(torchvision.models.AlexNet(), num_classes=3), CutError, ["must be a timm model"]),
+    (lambda: hierens.multi_exit(torchvision.models.AlexNet(), num_classes=3), CutError, ["classifier='classifier.6'"]),
     (lambda: hierens.hierensify(tiny_backbone((8, 8, 8)), 2, leaves=1.5), ValueError, ["leaves must be an integer"]),
     (lambda: Tree((1, 2), leaves="2"), ValueError, ["leaves must be an integer, from 1 to 2", "got '2'"]),
 ]

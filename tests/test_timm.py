@@ -134,3 +134,22 @@ def test_unpooled_features_are_pointed_out():
     model = hierens.hierensify(made("resnet10t"), 2)
     with pytest.raises(ValueError, match=r"global_pool='' cannot be set.*forward_features"):
         model.reset_classifier(0, "")
+
+
+@pytest.mark.parametrize("convert", [hierens.hierensify, hierens.multi_exit, hierens.tree_with_exits])
+def test_the_core_of_timms_own_tests_of_models(convert):
+    """What `tests/test_timm_suite.py` checks with a checkout of timm."""
+    model = convert(made("test_resnet"), 2)
+    x = torch.randn(2, 3, 64, 64)
+    names = dict(model.named_parameters())
+    for key in ("classifier", "first_conv"):
+        named = model.default_cfg[key]
+        assert {f"{name}.weight" for name in ((named,) if isinstance(named, str) else named)} <= names.keys()
+    features = model.forward_features(x)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    expected = model(x)
+    assert expected.shape == (2, 10) and expected.isfinite().all()
+    model.set_grad_checkpointing()
+    assert difference(model(x), expected) < 1e-5
+    model.train()(x, reduce=False).mean().backward()
+    assert all(parameter.grad is not None for parameter in names.values())

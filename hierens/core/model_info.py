@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import get_model_args
 from torch import nn
 
-from hierens.core.timm_info import input_size
+from hierens.core import timm_info
 
 
 @dataclass
@@ -51,17 +51,18 @@ class ModelInfo:
             classifier_names: names of its last linear layers.
             first_level: prefix of the names of the first block's layers in the model, such as `levels.0.`.
         """
-        features = int(backbone.num_features)  # type: ignore[arg-type]
+        features, hidden = timm_info.num_features(backbone)
+        size = timm_info.input_size(backbone)
         cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
         args = get_model_args(backbone) if cfg.get("architecture") else {}
         names: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
         info = cls(
-            num_classes=int(backbone.num_classes),  # type: ignore[arg-type]
+            num_classes=timm_info.num_classes(backbone),
             num_features=features,
-            head_hidden_size=int(getattr(backbone, "head_hidden_size", features)),
-            in_chans=input_size(backbone)[0],
+            head_hidden_size=hidden,
+            in_chans=size[0],
             classifier_names=classifier_names,
-            pretrained_cfg={**cfg, "input_size": input_size(backbone)},
+            pretrained_cfg={**cfg, "input_size": size},
             model_args={
                 "backbone": cfg.get("architecture"),
                 "backbone_args": {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")},

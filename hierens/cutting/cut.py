@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hierens.core.adaptive import AdaptiveBase
 from hierens.core.modes import evaluating, ordinary_tensors
 from hierens.core.timm_info import example_input
 from hierens.core.tree import checked_integer
+from hierens.cutting.backbones import classifier_names, described
 from hierens.cutting.trace import CoarseTrace, CutPoint, Cutting
 from hierens.cutting.tracer import CutError, ancestors
 
@@ -27,8 +26,6 @@ __all__ = [
     "CutError",
     "CutPoint",
     "Cutting",
-    "check_backbone",
-    "classifier_names",
     "cut",
     "cut_points",
     "next_cut",
@@ -54,7 +51,7 @@ def cut(
     """Cut a copy of a backbone into blocks of about equal MACs.
 
     Args:
-        backbone: a timm classification model; it is not changed.
+        backbone: a timm classification model, or a `described` network; it is not changed.
         blocks: number of blocks; ignored if `at` is given.
         at: names of the first modules of the second and later blocks, in order.
         example: an input (N, C, H, W) with which MACs are counted; by default made from the backbone's configuration.
@@ -142,15 +139,27 @@ def _within_last(
 
 
 @ordinary_tensors
-def cut_points(backbone: nn.Module, example: Tensor | None = None) -> list[CutPoint]:
+def cut_points(
+    backbone: nn.Module,
+    example: Tensor | None = None,
+    *,
+    classifier: str | None = None,
+    input_size: Sequence[int] | None = None,
+) -> list[CutPoint]:
     """The places where a backbone can be cut without opening modules, with the share of MACs before each.
+
+    Args:
+        backbone: as for `cut`; it is not changed.
+        example: as for `cut`.
+        classifier: as for `hierens.hierensify`.
+        input_size: likewise.
 
     Examples:
         >>> import timm
         >>> [point.name for point in cut_points(timm.create_model("resnet10t")) if point.stage_end]
         ['layer1', 'layer2', 'layer3', 'layer4']
     """
-    backbone = copy.deepcopy(backbone)
+    backbone = copy.deepcopy(described(backbone, classifier, input_size))
     example = example_input(backbone) if example is None else example
     classifiers = classifier_names(backbone)
     with evaluating(backbone):
@@ -251,45 +260,6 @@ def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[lis
     edges = [0, *cuts, len(before) - 1]
     largest = max(before[right] - before[left] for left, right in pairwise(edges))
     return [place - 1 for place in cuts], largest
-
-
-def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone.
-
-    Raises:
-        CutError: this is not a timm model with a classifier.
-    """
-    check_backbone(backbone)
-    getter: Callable[[], Any] | None = getattr(backbone, "get_classifier", None)
-    found = getter() if getter else None
-    modules = found if isinstance(found, (tuple, list)) else [found]
-    names = [
-        next((name for name, own in backbone.named_modules() if own is module), "")
-        for module in modules
-        if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
-    ]
-    if not names or not all(names):
-        kind = type(backbone).__name__
-        raise CutError(f"this {kind} has no classifier: make it with num_classes of at least 1.")
-    return tuple(names)
-
-
-def check_backbone(backbone: Any) -> None:
-    """Check that an argument is a timm model that can be converted.
-
-    Raises:
-        CutError: it is not.
-    """
-    kind, module = type(backbone).__name__, type(backbone).__module__
-    if isinstance(backbone, str):
-        raise CutError(f"the backbone must be a model, not its name: give timm.create_model({backbone!r}).")
-    if isinstance(backbone, AdaptiveBase):
-        raise CutError(f"this {kind} is converted already: give the timm model that it was made from.")
-    if module.startswith("timm.models._features"):
-        raise CutError(f"this {kind} returns feature maps only: make the backbone without features_only=True.")
-    if not isinstance(backbone, nn.Module) or not (module.startswith("timm.") or hasattr(backbone, "get_classifier")):
-        got = f"a {module}.{kind}"
-        raise CutError(f"the backbone must be a timm model, such as timm.create_model('resnet18'), got {got}.")
 
 
 def _unshare(backbone: nn.Module) -> list[str]:

@@ -96,7 +96,10 @@ def features_end() -> None:
 
 @contextmanager
 def _marked_features(backbone: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
-    original: Callable[..., Any] = backbone.forward_features  # type: ignore[assignment]
+    original: Callable[..., Any] | None = getattr(backbone, "forward_features", None)
+    if original is None:  # not a timm model: the features end where the classifier begins
+        yield
+        return
 
     def marked(*args: Any, **kwargs: Any) -> Any:
         features = original(*args, **kwargs)

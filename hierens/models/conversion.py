@@ -1,4 +1,4 @@
-"""The functions that convert a timm model: `hierensify`, `tree_with_exits` and `multi_exit`."""
+"""The functions that convert a network: `hierensify`, `tree_with_exits` and `multi_exit`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
+from hierens.core import timm_info
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
-from hierens.cutting.cut import Cutting, check_backbone, cut
+from hierens.cutting.backbones import described
+from hierens.cutting.cut import CutError, Cutting, cut
 from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_weights import ExitWeights, prior
@@ -32,6 +34,8 @@ def hierensify(
     backbone: nn.Module,
     blocks: int = 4,
     *,
+    classifier: str | None = None,
+    input_size: Sequence[int] | None = None,
     init: Literal["copy", "reinit"] = "copy",
     at: Sequence[str] | None = None,
     branching: Sequence[int] | None = None,
@@ -39,11 +43,14 @@ def hierensify(
     seed: int | None = None,
     looped: Mapping[str, str] | None = None,
 ) -> HierarchicalEnsemble:
-    """Convert a timm model to a hierarchical neural ensemble.
+    """Convert a timm model, or another network, to a hierarchical neural ensemble.
 
     Args:
-        backbone: any block-structured timm classification model; it is not changed.
+        backbone: any block-structured timm classification model, or with `classifier` and `input_size` any network
+            from images (N, C, H, W) to one tensor (N, classes, ...); it is not changed.
         blocks: levels of the tree, B + 1; it has 2^B leaves.
+        classifier: the name of the last layer, such as `"fc"`, of a network that is not timm's.
+        input_size: the size (C, H, W) of its images.
         init: `copy` gives every branch the backbone's weights, so that the output of every depth equals the backbone's
             (call `break_symmetry` before training; the trainer does); `reinit` initialises every branch as the backbone
             initialises itself.
@@ -64,6 +71,7 @@ def hierensify(
         >>> model(torch.randn(1, 3, 64, 64), depth=1).shape
         torch.Size([1, 10])
     """
+    backbone = described(backbone, classifier, input_size)
     tree = build_tree(blocks, at, branching, leaves, init)
     return build_ensemble(backbone, cut(backbone, tree.levels, at), tree, init, seed, looped)
 
@@ -73,6 +81,8 @@ def tree_with_exits(
     backbone: nn.Module,
     blocks: int = 4,
     *,
+    classifier: str | None = None,
+    input_size: Sequence[int] | None = None,
     head: HeadKind = "pool",
     at: Sequence[str] | None = None,
     branching: Sequence[int] | None = None,
@@ -84,8 +94,10 @@ def tree_with_exits(
     """Convert a timm model to a hierarchical ensemble with exits in its first network.
 
     Args:
-        backbone: any block-structured timm classification model; it is not changed.
+        backbone: as for `hierens.hierensify`, of a network that classifies whole images.
         blocks: levels of the tree; all but the last get an exit.
+        classifier: as for `hierens.hierensify`.
+        input_size: likewise.
         head: kind of the exits: `pool` or `conv`, as for `hierens.multi_exit`.
         at: as for `hierens.hierensify`.
         branching: likewise.
@@ -104,6 +116,7 @@ def tree_with_exits(
         >>> model.depths, model.sizes  # two exits, then the first 1, 2 and 4 networks
         (5, (1, 2, 3, 4, 6))
     """
+    backbone = _one_answer(described(backbone, classifier, input_size))
     tree = build_tree(blocks, at, branching, leaves, init)
     if tree.levels < 2:
         raise ValueError("exits are placed between blocks: a tree with exits needs blocks=2 at least.")
@@ -120,6 +133,8 @@ def multi_exit(
     backbone: nn.Module,
     exits: int = 4,
     *,
+    classifier: str | None = None,
+    input_size: Sequence[int] | None = None,
     at: Sequence[str] | None = None,
     head: HeadKind = "pool",
     collaborate: bool = False,
@@ -127,11 +142,13 @@ def multi_exit(
     learn_weights: bool = False,
     num_classes: int | None = None,
 ) -> MultiExit:
-    """Add exits to a timm model. The last exit is the model's own head, so the output of the full network is unchanged.
+    """Add exits to a network. The last exit is the model's own head, so the output of the full network is unchanged.
 
     Args:
-        backbone: any block-structured timm classification model; it is not changed.
+        backbone: as for `hierens.hierensify`, of a network that classifies whole images.
         exits: number of exits, placed after equal shares of the cost.
+        classifier: as for `hierens.hierensify`.
+        input_size: likewise.
         at: names of the modules before which exits are placed, instead of `exits`; one more is at the end.
         head: kind of the other exits: `pool` (global pooling and a linear layer, for any features) or `conv` (two
             convolutions before that, as in MSDNet; for feature maps).
@@ -151,13 +168,14 @@ def multi_exit(
         >>> model(torch.randn(1, 3, 64, 64), depth=0).shape
         torch.Size([1, 10])
     """
-    check_backbone(backbone)
-    backbone = copy.deepcopy(backbone)
-    if num_classes is not None and num_classes != backbone.num_classes:
+    backbone = copy.deepcopy(_one_answer(described(backbone, classifier, input_size)))
+    if num_classes is not None and num_classes != timm_info.num_classes(backbone):
+        if timm_info.description(backbone):
+            raise CutError("num_classes is for timm models: call reset_classifier of the result instead.")
         reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
         reset(num_classes)
     cutting = cut(backbone, exits, at, single=True, counted="exits")
-    features = int(getattr(backbone, "head_hidden_size", backbone.num_features))  # type: ignore[arg-type]
+    _, features = timm_info.num_features(backbone)
     own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
     heads: list[Exit] = [*new_exits(head, backbone, cutting.blocks), own]
     if learn_weights and weights is None:
@@ -175,6 +193,13 @@ def multi_exit(
     )
     _copy_buffers(backbone, model)
     return model.train(backbone.training)
+
+
+def _one_answer(backbone: nn.Module) -> nn.Module:
+    """The backbone, if it classifies whole images: an exit has no other output."""
+    if (own := timm_info.description(backbone)) and own.dense:
+        raise CutError(f"exits classify whole images, and this {type(backbone).__name__} does not: use hierensify.")
+    return backbone
 
 
 def build_tree(

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hierens.core.adaptive import classifier_maker
 from hierens.core.modes import evaluating
+from hierens.core import timm_info
 from hierens.core.timm_info import example_input
 
 HeadKind = Literal["pool", "conv"]
@@ -127,7 +128,7 @@ class _ShapeReader:
     def _tokens(self, x: Tensor) -> Layout:
         height, width = self.example.shape[2:]
         class_token = getattr(self.backbone, "global_pool", None) == "token"
-        for prefix in (int(getattr(self.backbone, "num_prefix_tokens", 0) or 0), 0):
+        for prefix in (int(getattr(self.backbone, "num_prefix_tokens", 0) or 0), 0, 1):  # only timm states it
             positions = x.shape[1] - prefix
             rows = math.isqrt(max(positions, 0) * height // width)
             if rows and positions % rows == 0 and self._is_grid(rows, positions // rows):
@@ -274,7 +275,7 @@ def new_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule,
         ValueError: an unknown kind, features that it cannot read, or whose channels and positions cannot be
             distinguished.
     """
-    classes, like = int(backbone.num_classes), next(backbone.parameters())  # type: ignore[arg-type]
+    classes, like = timm_info.num_classes(backbone), next(backbone.parameters())
     exits = [new_exit(kind, layout, classes, backbone) for layout in layouts(backbone, blocks)]
     return [exit.to(like.device, like.dtype) for exit in exits]
 

@@ -1,0 +1,77 @@
+"""timm's own tests of models, run on hierens' entry points and on trees of diverse backbones.
+
+They are read from a checkout of timm, of about the installed version:
+`TIMM_CHECKOUT=path pytest -m slow tests/test_timm_suite.py`. docs/how-to/timm.md explains the cases that are refused.
+"""
+
+import copy
+import fnmatch
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+import timm
+
+from hierens.models import paper_networks, small_resnets
+
+CHECKOUT = os.environ.get("TIMM_CHECKOUT", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHECKOUT, reason="TIMM_CHECKOUT names no checkout of timm"),
+]
+
+TREES = (
+    *("test_resnet", "test_byobnet", "test_efficientnet", "test_convnext", "test_nfnet", "test_vit", "test_mambaout"),
+    *("mobilenetv3_small_050", "regnetx_002", "lcnet_035", "ghostnet_050", "repvgg_a0", "resmlp_12_224", "pit_ti_224"),
+    "deit_tiny_distilled_patch16_224",
+)
+TRACED = ("test_model_forward_torchscript", "test_model_forward_fx", "test_model_backward_fx")
+FEATURES = (
+    "test_model_forward_features",
+    "test_model_forward_intermediates_features",
+    "test_model_forward_intermediates",
+)
+CASES = ("test_model_forward", "test_model_backward", "test_model_default_cfgs", *FEATURES, *TRACED)
+NETWORKS = [
+    *((name, None) for name in (*small_resnets.__all__, *paper_networks.__all__)),
+    *(("hne", backbone) for backbone in TREES),
+    *(("hne_exits", "test_resnet"), ("multi_exit", "test_resnet")),
+]
+
+
+@pytest.fixture(scope="module")
+def suite():
+    file = Path(CHECKOUT, "tests", "test_models.py")
+    spec = importlib.util.spec_from_file_location("timm_test_models", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def _made(entry, backbone, arguments):
+    kwargs = dict(arguments)
+    if backbone:
+        kwargs |= {"backbone": backbone, **({"exits": 3} if entry == "multi_exit" else {"blocks": 3})}
+    return timm.create_model(entry, **kwargs)
+
+
+def create(entry, backbone, arguments):
+    return copy.deepcopy(_made(entry, backbone, tuple(sorted(arguments.items()))))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("entry, backbone", NETWORKS, ids=lambda value: value or "")
+def test_timms_tests_pass_or_are_refused_for_a_reason(suite, monkeypatch, case, entry, backbone):
+    name = backbone or entry  # timm's functions read the description of a backbone
+    monkeypatch.setattr(
+        suite, "create_model", lambda _, pretrained=False, **arguments: create(entry, backbone, arguments)
+    )
+    other = case == "test_model_default_cfgs" and any(fnmatch.fnmatch(name, it) for it in suite.NON_STD_FILTERS)
+    test = getattr(suite, f"{case}_non_std" if other else case)
+    batch = 2 if "backward" in case else 1
+    test(name, batch)
+
+
