@@ -3,9 +3,14 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import hierens
 from hierens.models import msdnet
+from support.networks import randomize
+
+SMALL = {"blocks": 3, "channels": 4, "growth_rate": 2, "exit_width": 6, "num_classes": 5}
 
 # MACs of convolutions and linear layers with the inputs of ReLUs, pooled elements and linear biases, in millions, and
 # parameters in millions, after every exit: of the configurations by which IMTA's authors (arXiv 1908.06294) train it.
@@ -59,3 +64,92 @@ def test_costs_are_those_of_the_authors(name):
     assert spent == pytest.approx(expected, rel=0.005)
     assert (parameters[0], parameters[-1]) == pytest.approx((first, last), rel=0.005, abs=0.005)
     assert set(COSTS) == set(msdnet.__all__)
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    network = timm.create_model("msdnet_cifar_lin_5", **SMALL | kwargs).eval()
+    randomize(network)
+    return network
+
+
+def images(count=3, **kwargs):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1), **kwargs)
+
+
+@torch.no_grad()
+def test_a_multi_exit_network_has_its_own_exits(tmp_path):
+    network, x = small(), images()
+    expected = torch.stack(network.forward_exits(x), 1)
+    assert torch.equal(network(x), expected[:, -1])
+    model = hierens.multi_exit(network)
+    assert model.depths == 3 and torch.equal(model(x, reduce=False), expected)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in network.parameters())
+    for step, logits in zip(model.anytime(x), expected.unbind(1), strict=True):
+        assert torch.equal(step.logits, logits)
+    fewer = model.keep_exits([0, 2])
+    assert torch.equal(fewer(x, reduce=False), expected[:, [0, 2]])
+    for saved in (model, fewer):
+        saved.save_pretrained(tmp_path / str(saved.depths))
+        loaded = hierens.from_pretrained(tmp_path / str(saved.depths))
+        assert torch.equal(loaded(x, reduce=False), saved(x, reduce=False))
+    model.reset_classifier(3)
+    assert model(x, reduce=False).shape == (3, 3, 3)
+    assert {f"{name}.weight" for name in model.pretrained_cfg["classifier"]} <= model.state_dict().keys()
+
+
+@pytest.mark.parametrize("wrong", [{"exits": 4}, {"head": "conv"}, {"at": ["blocks.2"]}])
+def test_other_exits_are_refused(wrong):
+    with pytest.raises(ValueError, match="has 3 exits of its own: omit exits, at and head"):
+        hierens.multi_exit(small(), **wrong)
+
+
+@pytest.mark.parametrize("scaled", [True, "all"])
+def test_equilibrium_scales_what_classifiers_read_or_all_that_crosses(scaled):
+    """Section 3.1 of IMTA, written out: 1 / (K - i) before a classifier and (K - i - 1) / (K - i) after it."""
+    network, x = small().double().train(), images(6, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    model = hierens.multi_exit(network).train()
+    model.gradient_equilibrium = scaled
+    sum(F.cross_entropy(y, labels) for y in model(x, reduce=False).unbind(1)).backward()
+    own = {
+        f"{'exits' if name.startswith('exits') else 'blocks'}.{name}": parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+
+    def times(value, factor):
+        return value * factor + (value * (1 - factor)).detach()
+
+    maps, loss, count = network.stem(x), 0, len(network.blocks)
+    for i, (block, exit) in enumerate(zip(network.blocks, network.exits, strict=True)):
+        maps = block(maps)
+        rest = count - i
+        loss = loss + F.cross_entropy(exit(times(maps[-1], 1 / rest)), labels)
+        kept = [times(m, (rest - 1) / rest) for m in maps] if scaled == "all" else maps
+        maps = [*kept[:-1], times(maps[-1], (rest - 1) / rest)]
+    loss.backward()
+    expected = sorted((p.grad for p in network.parameters()), key=lambda g: (g.shape, g.norm().item()))
+    found = sorted(own.values(), key=lambda g: (g.shape, g.norm().item()))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_trees_of_it_are_exact():
+    network, x = small(), images()
+    tree = hierens.hierensify(network, 2)
+    for depth in range(2):
+        assert torch.allclose(tree(x, depth=depth), network(x), atol=1e-5)
+
+
+def test_timms_tools():
+    network, x = small(), images()
+    maps = network.forward_intermediates(x, [0, 2], intermediates_only=True, stop_early=True)
+    assert [m.shape[1:] for m in maps] == [(network.feature_info[i]["num_chs"], 8, 8) for i in (0, 2)]
+    features = timm.create_model("msdnet_cifar_lin_5", features_only=True, out_indices=(0, 2), **SMALL)
+    assert [m.shape[1] for m in features(x)] == features.feature_info.channels()
+    plain = network.train()(x)
+    network.set_grad_checkpointing()
+    assert torch.allclose(network(x), plain, atol=1e-5)
+    network.eval().reset_classifier(7)
+    assert network(x).shape == (3, 7) and network.get_classifier().out_features == 7
+    assert network.prune_intermediate_layers([1]) == [1] and len(network.blocks) == 2

@@ -92,7 +92,7 @@ def test_an_entry_point_without_a_backbone_asks_for_one(name):
 
 
 def test_every_entry_point_has_a_description():
-    for name in (*registry.__all__, *small_resnets.__all__, *paper_networks.__all__):
+    for name in (*registry.__all__, *small_resnets.__all__, *paper_networks.__all__, *msdnet.__all__):
         assert get_pretrained_cfg(name) is not None, name
 
 
