@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from timm.models import get_pretrained_cfg, save_for_hf
 
 import hierens
-from hierens.models import paper_networks, registry, small_resnets
+from hierens.models import msdnet, paper_networks, registry, small_resnets
 from support.networks import difference, randomize
 
 DISTILLED = {"deit_tiny_distilled_patch16_224": {"img_size": 32}, "levit_128s": {}}
@@ -92,7 +92,7 @@ def test_an_entry_point_without_a_backbone_asks_for_one(name):
 
 
 def test_every_entry_point_has_a_description():
-    for name in (*registry.__all__, *small_resnets.__all__, *paper_networks.__all__):
+    for name in (*registry.__all__, *small_resnets.__all__, *paper_networks.__all__, *msdnet.__all__):
         assert get_pretrained_cfg(name) is not None, name
 
 

@@ -34,8 +34,8 @@ class ProfileSettings:
     """convert a timm model to a tree of networks, one network with exits, or a tree with exits"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
-    exits: int = 4
-    """exits of a multi-exit network, including the last"""
+    exits: int | None = None
+    """exits of a multi-exit network, including the last; 4, or those that the backbone has of its own"""
     size: tuple[int, int, int] | None = None
     """channels, height and width of the images; by default the model's"""
     batch_size: int = 1

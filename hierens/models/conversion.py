@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -22,7 +22,7 @@ from hierens.cutting.cut import CutError, Cutting, cut
 from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_weights import ExitWeights, prior
-from hierens.models.heads import Embedding, Exit, HeadKind, OwnExit, new_exits
+from hierens.models.heads import BackboneExit, Embedding, Exit, HeadKind, OwnExit, new_exits
 from hierens.models.multi_exit import MultiExit
 from hierens.models.tree_exits import TreeWithExits
 
@@ -131,7 +131,7 @@ def tree_with_exits(
 @ordinary_tensors
 def multi_exit(
     backbone: nn.Module,
-    exits: int = 4,
+    exits: int | None = None,
     *,
     classifier: str | None = None,
     input_size: Sequence[int] | None = None,
@@ -146,7 +146,8 @@ def multi_exit(
 
     Args:
         backbone: as for `hierens.hierensify`, of a network that classifies whole images.
-        exits: number of exits, placed after equal shares of the cost.
+        exits: number of exits, placed after equal shares of the cost, 4 by default. A network with exits of its own,
+            such as MSDNet, keeps those, and takes no number.
         classifier: as for `hierens.hierensify`.
         input_size: likewise.
         at: names of the modules before which exits are placed, instead of `exits`; one more is at the end.
@@ -174,10 +175,11 @@ def multi_exit(
             raise CutError("num_classes is for timm models: call reset_classifier of the result instead.")
         reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
         reset(num_classes)
-    cutting = cut(backbone, exits, at, single=True, counted="exits")
+    at, early = _own_exits(backbone, exits, at, head)
+    cutting = cut(backbone, 4 if exits is None else exits, at, single=True, counted="exits")
     _, features = timm_info.num_features(backbone)
     own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
-    heads: list[Exit] = [*new_exits(head, backbone, cutting.blocks), own]
+    heads: list[Exit] = [*(early or new_exits(head, backbone, cutting.blocks)), own]
     if learn_weights and weights is None:
         weights = "uniform"
     own_weights = None if weights is None else list(prior(weights, len(heads)))
@@ -193,6 +195,22 @@ def multi_exit(
     )
     _copy_buffers(backbone, model)
     return model.train(backbone.training)
+
+
+def _own_exits(
+    backbone: nn.Module, exits: int | None, at: Sequence[str] | None, head: HeadKind
+) -> tuple[Sequence[str] | None, list[BackboneExit]]:
+    """The places and classifiers of exits that the backbone itself has; else `at`, and none."""
+    find: Callable[[], Any] | None = getattr(backbone, "own_exits", None)
+    if find is None:
+        return at, []
+    names, classifiers = find()
+    if at not in (None, names) or exits not in (None, len(names) + 1) or head != "pool":
+        raise ValueError(
+            f"this {type(backbone).__name__} has {len(names) + 1} exits of its own: omit exits, at and head, and call "
+            "keep_exits of the result for fewer."
+        )
+    return names, [BackboneExit(classifier) for classifier in classifiers]
 
 
 def _one_answer(backbone: nn.Module) -> nn.Module:

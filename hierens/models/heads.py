@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hierens.core import timm_info
 from hierens.core.adaptive import classifier_maker
 from hierens.core.modes import evaluating
-from hierens.core import timm_info
 from hierens.core.timm_info import example_input
 
 HeadKind = Literal["pool", "conv"]
@@ -157,6 +157,32 @@ class _ShapeReader:
         return f"the features of shape {tuple(x.shape)} after block {self.index} of this {type(self.backbone).__name__}"
 
 
+class BackboneExit(nn.Module):
+    """A classifier of the backbone itself, such as MSDNet's, that reads the last of the values that cross a cut.
+
+    Args:
+        classifier: from features to logits, with a linear layer `fc` and a method `reset`.
+    """
+
+    names = ("fc",)
+    part = -1
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier: Any = classifier
+
+    def forward(self, value: Any) -> Tensor:
+        """Logits (N, classes) from the values that cross the cut."""
+        logits: Tensor = self.classifier(value[self.part] if isinstance(value, tuple) else value)
+        return logits
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the linear layer by a new one."""
+        old = self.classifier.fc
+        self.classifier.reset(num_classes)
+        self.classifier.fc = _like(old, self.classifier.fc)
+
+
 class PooledExit(nn.Module):
     """Global pooling, a layer norm if the backbone has no batch norms that fix the scale, and a linear layer.
 
@@ -166,9 +192,11 @@ class PooledExit(nn.Module):
         normalise: whether to add the layer norm.
     """
 
+    names = ("",)
+
     def __init__(self, layout: Layout, num_classes: int, normalise: bool) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.part = layout, layout.part
         self.norm = nn.LayerNorm(layout.channels) if normalise else nn.Identity()
         self.classifier = nn.Linear(layout.channels, num_classes)
 
@@ -193,11 +221,13 @@ class ConvExit(nn.Module):
         ValueError: the features have another layout.
     """
 
+    names = ("",)
+
     def __init__(self, layout: Layout, num_classes: int) -> None:
         super().__init__()
         if layout.kind != "NCHW":
             raise ValueError(f"head='conv' takes maps (N, C, H, W), and these features are {layout.kind}: use 'pool'.")
-        self.layout = layout
+        self.layout, self.part = layout, layout.part
         width = min(_CONV_WIDTH, 2 * layout.channels)
         self.convs = nn.Sequential(*_conv_bn_relu(layout.channels, width), *_conv_bn_relu(width, width))
         self.classifier = nn.Linear(width, num_classes)
@@ -241,7 +271,7 @@ class OwnExit(nn.Module):
             setattr(self.classifier.get_submodule(owner), key, _like(old, make(num_classes)))
 
 
-Exit = PooledExit | ConvExit | OwnExit
+Exit = PooledExit | ConvExit | BackboneExit | OwnExit
 
 
 class Embedding(nn.Module):

@@ -74,7 +74,7 @@ class MultiExit(WeightedExits):
         names = [
             f"exits.{index}.classifier{'.' + name if name else ''}"
             for index, exit in enumerate(self.exits)
-            for name in (linear_names(exit.classifier, exit.names) if isinstance(exit, OwnExit) else ("",))
+            for name in linear_names(exit.classifier, exit.names)  # type: ignore[arg-type]
         ]
         names += [
             f"embeddings.{index}.{name}" for index in range(len(self.embeddings)) for name in ("embed.0", "classifier")
@@ -140,11 +140,20 @@ class MultiExit(WeightedExits):
             value = self._run_block(level, value)
         features = value
         if self.gradient_equilibrium and remaining > 1:
-            features, value = scaled(value, 1 / remaining), scaled(value, (remaining - 1) / remaining)
+            features = self._scaled(index, value, 1 / remaining)
+            value = self._scaled(index, value, (remaining - 1) / remaining)
         logits = self.exits[index](features)
         if before is not None and self.collaborate:
             logits = logits + self.embeddings[index - 1](before)
         return value, logits
+
+    def _scaled(self, index: int, value: Any, factor: float) -> Any:
+        """The output of a block, with scaled gradients of what the exit after it reads, or of all that crosses."""
+        part = getattr(self.exits[index], "part", None)
+        if self.gradient_equilibrium == "all" or part is None or not isinstance(value, tuple):
+            return scaled(value, factor)
+        read = part % len(value)
+        return tuple(scaled(own, factor) if place == read else own for place, own in enumerate(value))
 
     def _blocks_before(self, index: int) -> nn.ModuleList:
         """The blocks between the previous exit and this one."""
@@ -295,9 +304,7 @@ class MultiExit(WeightedExits):
 
     def get_classifier(self) -> Any:
         """The last exit's linear layer; a tuple if it has several."""
-        last = self.exits[-1]
-        if not isinstance(last, OwnExit):
-            return last.classifier
+        last: Any = self.exits[-1]
         modules = tuple(last.classifier.get_submodule(name) for name in last.names)
         return modules[0] if len(modules) == 1 else modules
 

@@ -104,7 +104,7 @@ def multi_exit(pretrained: bool = False, **kwargs: Any) -> MultiExit:
 def _multi_exit(
     backbone: str,
     backbone_args: dict[str, Any] | None = None,
-    exits: int = 4,
+    exits: int | None = None,
     at: Sequence[str] | None = None,
     head: Literal["pool", "conv"] = "pool",
     collaborate: bool = False,

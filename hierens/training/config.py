@@ -81,6 +81,8 @@ class TrainConfig:
     """use the temperature for the students of co-distillation as well, as Hinton et al. do; the paper does not"""
     standardize_logits: bool = False
     """standardise the logits of teacher and students before the temperature is applied (arXiv 2403.01427)"""
+    mean_over_classes: bool = False
+    """average the divergence of `one_for_all` over the classes, as its authors' code does, instead of summing it"""
     depth_weights: tuple[float, ...] = ()
     """weight of each depth in the hierarchical terms; equal by default"""
     alpha_warmup_epochs: int = 0
@@ -184,6 +186,8 @@ class TrainConfig:
             raise ValueError("ema_teacher needs averaged weights: give ema_decay, such as 0.999.")
         if self.standardize_logits and not self.temper_students:
             raise ValueError("standardize_logits needs the temperature for students as well: set temper_students.")
+        if self.mean_over_classes and "one_for_all" not in self.objective:
+            raise ValueError("mean_over_classes is for one_for_all: set objective, or omit it.")
         for name in ("mixup", "cutmix", "label_smoothing", "freeze_levels", "alpha_warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -229,8 +233,8 @@ class ModelConfig:
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()
     """children per branch and level instead of a binary tree, such as `1 1 1 8`; sets `blocks`"""
-    exits: int = 4
-    """exits of a multi-exit network, including the last"""
+    exits: int | None = None
+    """exits of a multi-exit network, including the last; 4, or those that the backbone has of its own"""
     head: Literal["pool", "conv"] = "pool"
     """heads of early exits: global pooling and a linear layer, or two convolutions before that"""
     collaborate: bool = False

@@ -47,6 +47,7 @@ class TrainingLoss:
             config.temper_students,
             config.depth_weights,
             config.standardize_logits,
+            config.mean_over_classes,
         )
         self.total_steps, self.warmup = total_steps, config.alpha_warmup_epochs * steps_per_epoch
         self.teacher_config = teacher_config or TeacherConfig()
