@@ -54,7 +54,7 @@ def cut(
     """Cut a copy of a backbone into blocks of about equal MACs.
 
     Args:
-        backbone: a timm classification model; it is not changed.
+        backbone: a timm model; it is not changed.
         blocks: number of blocks; ignored if `at` is given.
         at: names of the first modules of the second and later blocks, in order.
         example: an input (N, C, H, W) with which MACs are counted; by default made from the backbone's configuration.
@@ -64,8 +64,8 @@ def cut(
 
     Raises:
         ValueError: `blocks` is not an integer of at least 1.
-        CutError: not a timm model, too few places to cut, an unknown name in `at`, no classifier, or a forward pass
-            that fails to trace.
+        CutError: not a timm model, too few places to cut, an unknown name in `at`, classes without classifier, or
+            a forward pass that fails to trace.
     """
     checked_integer(counted, blocks, 1)
     if isinstance(at, str):
@@ -256,22 +256,24 @@ def _best_cuts(candidates: list[tuple[int, CutPoint]], blocks: int) -> tuple[lis
 def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
     """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone.
 
+    With `num_classes=0` it is an `Identity`, or missing, as in encoders.
+
     Raises:
-        CutError: this is not a timm model with a classifier.
+        CutError: this is not a timm model, or it has classes and no classifier.
     """
     check_backbone(backbone)
     getter: Callable[[], Any] | None = getattr(backbone, "get_classifier", None)
     found = getter() if getter else None
     modules = found if isinstance(found, (tuple, list)) else [found]
+    classes = getattr(backbone, "num_classes", 1)
     names = [
         next((name for name, own in backbone.named_modules() if own is module), "")
         for module in modules
-        if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
+        if isinstance(module, nn.Module) and not (classes and isinstance(module, nn.Identity))
     ]
-    if not names or not all(names):
-        kind = type(backbone).__name__
-        raise CutError(f"this {kind} has no classifier: make it with num_classes of at least 1.")
-    return tuple(names)
+    if classes and not (names and all(names)):
+        raise CutError(f"this {type(backbone).__name__} has no classifier for its classes: call reset_classifier on it.")
+    return tuple(filter(None, names))
 
 
 def check_backbone(backbone: Any) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierens.core.install import install_command
-from hierens.core.labels import NO_CLASS, as_indices, out_of_range
+from hierens.core.labels import NO_CLASS, as_indices, check_classes, out_of_range
 from hierens.core.modes import evaluating
 from hierens.core.predictions import PredictionWeights
 from hierens.core.tree import nested_sizes
@@ -230,6 +230,7 @@ class PairedDifference:
 
 
 def _metrics(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LeafMetrics:
+    check_classes(model, "evaluation by accuracy")
     device, metrics = next(model.parameters()).device, LeafMetrics(getattr(model, "prediction_weights", None))
     with evaluating(model):
         for images, targets in batches:

@@ -92,7 +92,7 @@ def export(
     """
     kind = _format(format)
     chosen = _depths(model, depths)
-    size = _size(model, size)
+    size, output = _size(model, size)
     noise = _noise(size)
     batches = [] if quantize is None else _calibration(format, quantize, calibration)
     # No file of an earlier export may remain: its weights have other offsets.
@@ -105,7 +105,7 @@ def export(
 
             written = quantized(written, partial, [_name(kind, depth) for depth in reversed(chosen)], batches)
             differences = _compare(model, written, chosen, batches[:1], _TOLERANCE_INT8) if check else {}
-        manifest = _manifest(model, format, kind, chosen, size, differences, quantize)
+        manifest = _manifest(model, format, kind, chosen, size, output, differences, quantize)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return Path(directory)
 
@@ -129,18 +129,18 @@ def _depths(model: AdaptiveBase, depths: Literal["all"] | Sequence[int]) -> list
     return sorted(set(depths))
 
 
-def _size(model: AdaptiveBase, size: tuple[int, ...] | None) -> tuple[int, int, int]:
-    """The size of an image, checked by running the model."""
+def _size(model: AdaptiveBase, size: tuple[int, ...] | None) -> tuple[tuple[int, int, int], list[int]]:
+    """The size of an image and the shape of its output, found by running the model."""
     try:
         found = model.image_size(size)
     except ValueError as error:
         raise ExportError(str(error)) from error
     try:
         with torch.no_grad(), evaluating(model):
-            model(_as_input(model, torch.zeros(2, *found)), depth=0)
+            output = model(_as_input(model, torch.zeros(2, *found)), depth=0)
     except Exception as error:
         raise ExportError(f"the model does not take images of size {found}: {first_line(error)}") from error
-    return found
+    return found, list(output.shape[1:])
 
 
 def _calibration(format: str, quantize: str, calibration: Iterable[Any] | None) -> list[Tensor]:
@@ -238,6 +238,7 @@ def _manifest(
     kind: type[Format],
     depths: list[int],
     size: tuple[int, int, int],
+    output: list[int],
     differences: dict[int, float],
     quantize: str | None,
 ) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def _manifest(
         "weights": kind.weights,
         "largest_batch": kind.largest_batch,
         "input": {"name": INPUT, "shape": ["batch", *size], "dtype": "float32"},
-        "output": {"name": OUTPUT, "shape": ["batch", model.num_classes], "dtype": "float32"},
+        "output": {"name": OUTPUT, "shape": ["batch", *output], "dtype": "float32"},
         "preprocessing": {key: cfg[key] for key in _PREPROCESSING if key in cfg},
         "label_names": label_names(model),
         "depths": [

@@ -177,8 +177,6 @@ def _check_rebuildable(model: AdaptiveBase) -> None:
     args = _arguments(model)
     if not args.get("backbone"):
         raise SaveError("only models of backbones from timm.create_model can be saved: others have no name.")
-    if model.num_classes < 1:
-        raise SaveError("the classifier was removed: call reset_classifier with the number of classes first.")
     try:
         json.dumps(args, allow_nan=False)
         check_arguments(args["backbone_args"])

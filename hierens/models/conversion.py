@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
+from hierens.core.labels import check_classes
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
@@ -42,7 +43,8 @@ def hierensify(
     """Convert a timm model to a hierarchical neural ensemble.
 
     Args:
-        backbone: any block-structured timm classification model; it is not changed.
+        backbone: any block-structured timm model; it is not changed. Without classifier (`num_classes=0`, encoders),
+            the tree's outputs are embeddings: see `HierarchicalEnsemble.embed`.
         blocks: levels of the tree, B + 1; it has 2^B leaves.
         init: `copy` gives every branch the backbone's weights, so that the output of every depth equals the backbone's
             (call `break_symmetry` before training; the trainer does); `reinit` initialises every branch as the backbone
@@ -107,6 +109,7 @@ def tree_with_exits(
     tree = build_tree(blocks, at, branching, leaves, init)
     if tree.levels < 2:
         raise ValueError("exits are placed between blocks: a tree with exits needs blocks=2 at least.")
+    check_classes(backbone, "a tree with exits")
     cutting = cut(backbone, tree.levels, at, single=True)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -156,6 +159,7 @@ def multi_exit(
     if num_classes is not None and num_classes != backbone.num_classes:
         reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
         reset(num_classes)
+    check_classes(backbone, "a multi-exit network")
     cutting = cut(backbone, exits, at, single=True, counted="exits")
     features = int(getattr(backbone, "head_hidden_size", backbone.num_features))  # type: ignore[arg-type]
     own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
