@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +27,11 @@ from hierens.evaluation.profiling import millions, table
 from hierens.evaluation.reporting import Group
 
 sys.path.insert(0, str(ROOT / "examples"))
-import train_retrieval as example  # noqa: E402
+import train_retrieval as example
 
 RESULTS = ROOT / "docs" / "results"
 SEEDS = (0, 1, 2)
+PER_CLASS = 250  # training images of each class, half of them
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Settings:
     """folder with `train` and `test`, a folder per class in each"""
     threads: int = 1
     """CPU threads of training"""
-    most: int = 1000
-    """train at most this many networks"""
+    minutes: float = 1e9
+    """begin no network that would end later than this"""
     train: bool = True
     """--no-train writes the page from the existing records"""
 
@@ -71,9 +73,14 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     if settings.train:
         missing = [(row, seed) for seed in SEEDS for row in ROWS if not _file(row, seed).is_file()]
-        data = example.read(settings.data_dir)
-        for row, seed in missing[: settings.most]:
+        begun, longest = time.monotonic(), 0.0
+        data = example.read(settings.data_dir, PER_CLASS)
+        for row, seed in missing:
+            start = time.monotonic()
+            if start - begun + longest > 60 * settings.minutes:
+                break
             print(f"wrote {write_json(_file(row, seed), trained(data, ROWS[row], seed))}", flush=True)
+            longest = max(longest, time.monotonic() - start)
     if len(groups := read_records()) == len(ROWS):
         (RESULTS / "retrieval.md").write_text(page(groups, RESULTS))
 
@@ -118,8 +125,8 @@ def page(groups: Mapping[str, Group], directory: Path) -> str:
     plot_cost(_curves(groups), directory / "retrieval.png", "recall", "recall@1 (%)")
     return f"""# Retrieval at every depth
 
-Every fifth class of CIFAR-100 is held out. A tree of four networks with three blocks (`resnet8_cifar`, stem of stride 2)
-learns the other 80 classes from {record["training_images"]:,} images ({config["epochs"]} pass, batches of
+Every fifth class of CIFAR-100 is held out. A tree of four networks with three blocks (`resnet8_cifar`, stem of stride
+2) learns the other 80 classes from {record["training_images"]:,} images ({config["epochs"]} pass, batches of
 {config["batch_size"]}, AdamW, crops and flips, float32); then `reset_classifier(0)` leaves a tree of
 [embeddings](../how-to/embeddings.md). The {record["index_images"]:,} training images of the 20 classes held out are the
 index, their {queries} test images the queries. The embedding of a depth is the mean of its networks' embeddings, and
@@ -128,15 +135,16 @@ class. This is a short training of a small network: compare the rows with each o
 
 All rows are trained with the labels: the sum of the networks' cross-entropies. One adds {config["weight"]:g} times
 `cosine_distillation`, which draws the embeddings of the smaller depths to that of the full depth; this weight was set
-beforehand and not tuned. Values are means over {len(groups[SINGLE].records)} seeds ± standard deviation; differences are
-paired by seed, in points, ± their standard error, each over {queries} queries per seed.
+beforehand and not tuned. Values are means over {len(groups[SINGLE].records)} seeds ± standard deviation; differences
+are paired by seed, in points, ± their standard error, over {queries} queries per seed. A star marks those that exceed
+twice their standard error.
 
 ![Recall at 1 against multiply-accumulates of a query](retrieval.png)
 
 {recall(groups)}
 
-*Index at full depth*: queries of every depth are looked up in one index. *Index at the query's depth*: an index for each
-depth, as a network of that size alone would have. *Concatenated*: as before, with the networks' embeddings
+*Index at full depth*: queries of every depth are looked up in one index. *Index at the query's depth*: an index for
+each depth, as a network of that size alone would have. *Concatenated*: as before, with the networks' embeddings
 concatenated instead of averaged, which takes an index of up to four times the size.
 
 ## What distillation of embeddings changes
@@ -149,13 +157,13 @@ The tree with distillation minus the tree without:
 
 Recall in the index at full depth minus recall in the index at the query's depth:
 
-{_differences({f"{groups[row].name}, recall@{k}": _of_one_index(groups[row], k) for row in TREES for k in (1, 10)})}
+{_differences({name: _of_one_index(groups[row], k) for row, k, name in _trees(groups)})}
 
 ## Compared with a single network
 
 Each depth of a tree, with the index at full depth, minus the single network, whose cost is that of depth 0:
 
-{_differences({f"{groups[row].name}, recall@{k}": over_last(groups[row], groups[SINGLE], f"full_{k}") for row in TREES for k in (1, 10)})}
+{_differences({name: over_last(groups[row], groups[SINGLE], f"full_{k}") for row, k, name in _trees(groups)})}
 
 ## How to repeat it
 
@@ -199,6 +207,11 @@ def _curves(groups: Mapping[str, Group]) -> list[Group]:
     ]
     single = groups[SINGLE]
     return [*curves, Group(single.name, single.macs, [{"recall": r["full_1"]} for r in single.records])]
+
+
+def _trees(groups: Mapping[str, Group]) -> list[tuple[str, int, str]]:
+    """Both trees with both measures: row, k and title."""
+    return [(row, k, f"{groups[row].name}, recall@{k}") for row in TREES for k in (1, 10)]
 
 
 def _of_one_index(group: Group, k: int) -> list[Any]:

@@ -50,19 +50,28 @@ class Data(NamedTuple):
     queries: Images
 
 
-def read(data_dir: str | Path) -> Data:
-    """The images of a data set in folders `train` and `test`, with a folder per class in each."""
+def read(data_dir: str | Path, per_class: int | None = None) -> Data:
+    """The images of a data set in folders `train` and `test`, with a folder per class in each.
+
+    Args:
+        data_dir: the folder of both.
+        per_class: train on so many images of each class, the first in alphabetical order; all by default.
+    """
     train, test = (_folder(Path(data_dir) / part) for part in ("train", "test"))
     held_out, queries = (images.labels % HELD_OUT == HELD_OUT - 1 for images in (train, test))
-    kept = Images(train.pixels[~held_out], train.labels[~held_out].unique(return_inverse=True)[1])
+    rank = torch.arange(len(train.labels)) - torch.searchsorted(train.labels, train.labels)
+    kept = ~held_out if per_class is None else ~held_out & (rank < per_class)
     return Data(
-        kept, Images(train.pixels[held_out], train.labels[held_out]), Images(test.pixels[queries], test.labels[queries])
+        Images(train.pixels[kept], train.labels[kept].unique(return_inverse=True)[1]),
+        Images(train.pixels[held_out], train.labels[held_out]),
+        Images(test.pixels[queries], test.labels[queries]),
     )
 
 
 def _folder(folder: Path) -> Images:
-    pixels, labels = zip(*create_dataset("folder", str(folder)), strict=True)
-    return Images(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in pixels])), torch.tensor(labels))
+    images, labels = zip(*create_dataset("folder", str(folder)), strict=True)
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return Images(torch.from_numpy(pixels), torch.tensor(labels))
 
 
 def create(classes: int, blocks: int, seed: int) -> Any:
@@ -130,7 +139,8 @@ def recalls(model: Any, data: Data) -> dict[str, list[float]]:
     index, queries = (_leaf_embeddings(model.eval(), images) for images in (data.index, data.queries))
     found: dict[str, list[float]] = {}
     for size in model.sizes:
-        for name, combine, stored in (("full", "mean", model.leaves), ("same", "mean", size), ("concat", "concat", size)):
+        stored_leaves = {("full", "mean"): model.leaves, ("same", "mean"): size, ("concat", "concat"): size}
+        for (name, combine), stored in stored_leaves.items():
             near, query = (
                 torch.nn.functional.normalize(combine_embeddings(leaves, combine), dim=-1)
                 for leaves in (index[:, :stored], queries[:, :size])
@@ -155,18 +165,22 @@ def main() -> None:
     parser.add_argument("--distance", choices=("none", *DISTANCES), default="cosine", help="distillation of embeddings")
     parser.add_argument("--weight", type=float, default=4.0, help="of the distillation")
     parser.add_argument("--blocks", type=int, default=3, help="levels of the tree; 1 is a single network")
+    parser.add_argument("--per-class", type=int, help="training images of each class; all by default")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="", help="where the model is saved")
     given = parser.parse_args()
-    data = read(given.data_dir)
+    data = read(given.data_dir, given.per_class)
     model = create(len(data.training.labels.unique()), given.blocks, given.seed)
     train(model, data.training, given.distance, given.weight, given.epochs, given.batch_size, given.seed)
     model.reset_classifier(0)
     found = recalls(model, data)
-    rows = zip(range(model.depths), map(millions, model.macs()), *(map("{:.2f}".format, of) for of in found.values()))
-    print(table(("depth", "MACs", *found), [(str(depth), *row) for depth, *row in rows]))
+    rows = [
+        (str(depth), millions(macs), *(f"{values[depth]:.2f}" for values in found.values()))
+        for depth, macs in enumerate(model.macs())
+    ]
+    print(table(("depth", "MACs", *found), rows))
     if given.output_dir:
         model.save_pretrained(given.output_dir)
 

@@ -272,7 +272,7 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
         if isinstance(module, nn.Module) and not (classes and isinstance(module, nn.Identity))
     ]
     if classes and not (names and all(names)):
-        raise CutError(f"this {type(backbone).__name__} has no classifier for its classes: call reset_classifier on it.")
+        raise CutError(f"this {type(backbone).__name__} has no classifier for its classes: call reset_classifier.")
     return tuple(filter(None, names))
 
 

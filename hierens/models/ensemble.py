@@ -52,7 +52,7 @@ class HierarchicalEnsemble(LevelTree):
             ValueError: the model has a classifier, its outputs are not vectors, or an argument is out of range.
         """
         if self.num_classes:
-            raise ValueError(f"this model outputs logits of {self.num_classes} classes: call reset_classifier(0) first.")
+            raise ValueError(f"the outputs are logits of {self.num_classes} classes: call reset_classifier(0) first.")
         return combine_embeddings(self(x, depth, leaves, reduce=False), combine)
 
     def grow(self) -> HierarchicalEnsemble:
