@@ -47,7 +47,8 @@ class Cutting:
     Attributes:
         blocks: the B + 1 blocks of the tree, up to the backbone's `forward_features`.
         head: from there to the classifier, such as pooling.
-        classifier: the last linear layer (or layers, for a backbone with several heads) and all operations after it.
+        classifier: the last linear layer (or layers, for a backbone with several heads) and all operations after it;
+            empty for a backbone without classifier.
         at: names of the first modules of the second and later blocks.
         classifier_names: names of the last linear layers, in `classifier` and in the backbone.
     """
@@ -64,7 +65,7 @@ class CoarseTrace:
 
     Attributes:
         nodes: in call order.
-        classifier_start: position of the first node of the classifier.
+        classifier_start: position of the first node of the classifier; the end, if there is none.
         features_end: position of the first node after `forward_features`.
         macs: multiply-accumulates of each node; set by `candidates`, as all that follow.
         tensors: the nodes whose value is a tensor.
@@ -90,7 +91,7 @@ class CoarseTrace:
         for index, node in enumerate(self.nodes):
             if node.op == "call_module":
                 self.first_call.setdefault(node.target, index)
-        self.classifier_start = min(self.position(name) for name in classifiers)
+        self.classifier_start = min((self.position(name) for name in classifiers), default=len(self.nodes))
         self.features_end = min(self.index.get(marker, self.classifier_start), self.classifier_start)
         self.macs: list[int] = []
         self.tensors: set[fx.Node] = set()

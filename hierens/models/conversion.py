@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
 from hierens.core import timm_info
+from hierens.core.labels import check_classes
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
@@ -46,8 +47,9 @@ def hierensify(
     """Convert a timm model, or another network, to a hierarchical neural ensemble.
 
     Args:
-        backbone: any block-structured timm classification model, or with `classifier` and `input_size` any network
-            from images (N, C, H, W) to one tensor (N, classes, ...); it is not changed.
+        backbone: any block-structured timm model, or with `classifier` and `input_size` any network from images
+            (N, C, H, W) to one tensor (N, classes, ...); it is not changed. Without classifier (`num_classes=0`,
+            encoders), the tree's outputs are embeddings: see `HierarchicalEnsemble.embed`.
         blocks: levels of the tree, B + 1; it has 2^B leaves.
         classifier: the name of the last layer, such as `"fc"`, of a network that is not timm's.
         input_size: the size (C, H, W) of its images.
@@ -120,6 +122,7 @@ def tree_with_exits(
     tree = build_tree(blocks, at, branching, leaves, init)
     if tree.levels < 2:
         raise ValueError("exits are placed between blocks: a tree with exits needs blocks=2 at least.")
+    check_classes(backbone, "a tree with exits")
     cutting = cut(backbone, tree.levels, at, single=True)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -175,6 +178,7 @@ def multi_exit(
             raise CutError("num_classes is for timm models: call reset_classifier of the result instead.")
         reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
         reset(num_classes)
+    check_classes(backbone, "a multi-exit network")
     at, early = _own_exits(backbone, exits, at, head)
     cutting = cut(backbone, 4 if exits is None else exits, at, single=True, counted="exits")
     _, features = timm_info.num_features(backbone)

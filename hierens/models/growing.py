@@ -35,10 +35,8 @@ def grow(model: Grown) -> Grown:
         model: the model to grow; it is not changed.
 
     Raises:
-        CutError: the last block cannot be cut, the classifier was removed, or blocks share weights.
+        CutError: the last block cannot be cut, or blocks share weights.
     """
-    if model.num_classes < 1:
-        raise CutError("the classifier was removed: call reset_classifier with a number of classes before growing.")
     network, at = _Network(model.at_depth(0)), model._model_args["at"]
     cutting = cut(network, at=[*at, next_cut(network, at)])
     *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
