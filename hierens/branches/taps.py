@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import AnyLevel
 from hierens.branches.level import Level
 from hierens.core.values import Value
 from hierens.cutting.graphs import Block
@@ -36,24 +35,32 @@ class TappedLevel(Level):
         """The level's outputs, with the values of the nodes as `taps`."""
         found = super().forward(x, parents)
         if found.packed is not None:
-            outputs, taps = _parted(found.packed, self.nodes, self.returns_one)
+            outputs, taps = parted(found.packed, len(self.nodes), self.returns_one)
             return Activations(packed=outputs, count=found.count, taps=[tap.chunk(found.count, 1) for tap in taps])
-        parts = [_parted(value, self.nodes, self.returns_one) for value in found.values]
+        parts = [parted(value, len(self.nodes), self.returns_one) for value in found.values]
         return Activations([own for own, _ in parts], taps=list(zip(*(taps for _, taps in parts), strict=True)))
 
 
-def tapped(level: AnyLevel, nodes: tuple[str, ...]) -> AnyLevel:
-    """A level whose outputs have the values of these nodes as `taps`; the level itself if there are no nodes.
+def unmerged(level: nn.Module) -> Level:
+    """A level, if it is one of ordinary branches.
 
     Raises:
-        ValueError: the blocks have no such nodes, or are no graphs.
+        ValueError: it is a fused one.
     """
-    if not nodes:
-        return level
     if not isinstance(level, Level):
         raise ValueError("layers of a fused model are merged: get feature maps from the model before fuse().")
+    return level
+
+
+def tapped(level: nn.Module, nodes: tuple[str, ...]) -> TappedLevel:
+    """A level whose outputs have the values of these nodes as `taps`.
+
+    Raises:
+        ValueError: the blocks have no such nodes, or the level is a fused one.
+    """
+    level = unmerged(level)
     known = _KNOWN.setdefault(level, {})
-    found = known.get(nodes)
+    found: TappedLevel | None = known.get(nodes)
     if found is None or found.origins != list(level) or found._flat is not level._flat:
         found = known[nodes] = TappedLevel(level, nodes)
     found.executor, found.fallback_reason, found.plan = level.executor, level.fallback_reason, level.plan
@@ -77,10 +84,11 @@ def run_block(
     if not nodes:
         return run(block, value), ()
     own = tapped_block(block, nodes)
-    return _parted(run(own, value), nodes, block.returns_one)  # type: ignore[arg-type]
+    assert isinstance(block, Block)
+    return parted(run(own, value), len(nodes), block.returns_one)
 
 
-def _parted(value: tuple[Any, ...], nodes: Sequence[str], returns_one: bool) -> tuple[Value, tuple[Tensor, ...]]:
-    """The outputs of a block and the values of its nodes."""
-    outputs, taps = value[: -len(nodes)], value[-len(nodes) :]
-    return outputs[0] if returns_one else outputs, taps
+def parted(value: tuple[Any, ...], taps: int, returns_one: bool) -> tuple[Value, tuple[Tensor, ...]]:
+    """The output of a block, which may be one value, and the values of so many nodes."""
+    outputs = value[: len(value) - taps]
+    return outputs[0] if returns_one else outputs, value[len(outputs) :]

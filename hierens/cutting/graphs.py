@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,11 +53,19 @@ class Block(fx.GraphModule):
 
         It has the same modules otherwise. The block itself is returned if not all of the nodes lie on the way.
         """
-        graph = copy.deepcopy(self.graph)
-        last = [node for node in graph.nodes if node.name in nodes][-1]
-        graph.output_node().args = (last,)
-        graph.eliminate_dead_code()
-        return Block(self, graph) if set(nodes) <= {node.name for node in graph.nodes} else self
+        *before, last = (node for node in self.graph.nodes if node.name in nodes)
+        needed = {last}
+        for node in reversed(self.graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        if not needed.issuperset(before):
+            return self
+        graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.graph.nodes:
+            if node in needed or node.op == "placeholder":
+                made[node] = graph.node_copy(node, made.__getitem__)
+        graph.output(made[last])
+        return Block(self, graph, class_name="Block")
 
 
 def _listed(graph: fx.Graph) -> list[tuple[Any, ...]]:

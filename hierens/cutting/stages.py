@@ -18,7 +18,7 @@ from hierens.cutting.graphs import Block
 from hierens.cutting.tracer import coarse_graph, dropouts_as_modules
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """A stage of a network, which ends in a feature map.
 
@@ -49,7 +49,7 @@ def find_stages(
         edges: the positions at which blocks begin, and the end of the last one.
     """
     infos = getattr(backbone, "feature_info", None)
-    if not isinstance(infos, list) or not hasattr(backbone, "forward_intermediates"):
+    if not isinstance(infos, list) or not features or not hasattr(backbone, "forward_intermediates"):
         return ()
     own, keys = {}, dict[Any, int]()
     for node, key in _keys(next(iter(features)).graph.nodes, keys).items():

@@ -16,11 +16,13 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
+from hierens.branches.any_level import AnyLevel
 from hierens.branches.level import Level
-from hierens.branches.taps import Nodes, tapped_block
+from hierens.branches.taps import Nodes, tapped_block, unmerged
 from hierens.core.adaptive import AdaptiveBase
 from hierens.core.modes import ordinary_tensors
 from hierens.core.timm_info import example_input
+from hierens.cutting.graphs import Block
 from hierens.cutting.stages import Stage
 from hierens.models.heads import layouts
 
@@ -107,7 +109,7 @@ class FeatureMaps(AdaptiveBase):
                 "forward_features for normalised features of each leaf."
             )
         last = max(stage.level for stage in taken)
-        nodes = {level: _nodes_in(level, taken) for level in range(last + 1)}
+        nodes = {level: names for level in range(last + 1) if (names := _nodes_in(level, taken))}
         maps: dict[Stage, Tensor] = {}
         for level, (outputs, below) in zip(range(levels), self._forward_stages(images, count, nodes), strict=False):
             taps = dict(zip(nodes.get(level, ()), outputs.taps, strict=True))
@@ -116,7 +118,7 @@ class FeatureMaps(AdaptiveBase):
                     values = taps[stage.node] if stage.node else outputs.listed()
                     own = [nchw_to(stage.to_map(images, value), Format(output_fmt)) for value in values]
                     maps[stage] = _of_networks(own, below, reduce)
-            if stop_early and level == last:
+            if level == last and (stop_early or self._pruned):
                 break
         found = [maps[stage] for stage in taken]
         return found if intermediates_only else (self._as_features(outputs), found)
@@ -213,13 +215,17 @@ def _ending_at(part: nn.Module, nodes: tuple[str, ...]) -> nn.Module:
         level = Level(_ending_at(branch, nodes) for branch in part)
         level.executor, level.fallback_reason = part.executor, part.fallback_reason
         return level.train(part.training)
-    return tapped_block(part, nodes) and part.ending_at(nodes) if nodes else nn.Identity()  # type: ignore[operator]
+    if not nodes:
+        return nn.Identity()
+    tapped_block(part, nodes)  # the nodes exist
+    assert isinstance(part, Block)
+    return part.ending_at(nodes)
 
 
 def _levels_as_stages(model: AdaptiveBase) -> tuple[Stage, ...]:
     """The outputs of the levels as stages, found by running the first branches; without outputs that are pooled."""
     example = example_input(model, 2)
-    blocks = tuple(level[0] if isinstance(level, Level) else level for level in model.levels)
+    blocks = tuple(unmerged(level)[0] if isinstance(level, AnyLevel) else level for level in model.levels)
     stages = []
     for level, (layout, value) in enumerate(layouts(model, blocks)):
         if layout.kind != "NC":

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
-from hierens.branches.taps import run_block
+from hierens.branches.taps import parted, tapped_block
 from hierens.branches.tensors import state_of
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
@@ -107,7 +107,11 @@ class _Network(nn.Module):
         self._pieces = [fx.GraphModule(self, block.graph) for block in blocks]
         self._stages = [stage for stage in single._stages if stage.node]
         self.feature_info = [stage.info for stage in self._stages]
-        self._blocks = blocks[:-2]
+        self._tapped = [
+            (fx.GraphModule(self, tapped_block(block, nodes).graph), len(nodes), block.returns_one)
+            for index, block in enumerate(blocks[:-2])
+            for nodes in [tuple(stage.node for stage in self._stages if stage.level == index)]
+        ]
         if len(self._pieces[-2].graph.find_nodes(op="placeholder")) > 1:
             raise CutError("this backbone cannot be grown: its head reads several values.")
 
@@ -138,16 +142,11 @@ class _Network(nn.Module):
 
     def forward_intermediates(self, x: Any, norm: bool = False) -> tuple[Any, list[Any]]:
         """The maps of the stages; `norm` is ignored."""
-        value, maps = x, []
-        for index, block in enumerate(self._blocks):
-            stages = [stage for stage in self._stages if stage.level == index]
-            nodes = tuple(stage.node for stage in stages)
-            value, taps = run_block(self._run_tapped, block, value, nodes)
-            maps += [stage.to_map.forward(x, tap) for stage, tap in zip(stages, taps, strict=True)]
-        return value, maps
-
-    def _run_tapped(self, block: Any, value: Any) -> Any:
-        return self._run([fx.GraphModule(self, block.graph)], value)
+        value, found = x, []
+        for piece, taps, returns_one in self._tapped:
+            value, own = parted(self._run([piece], value), taps, returns_one)
+            found += own
+        return value, [stage.to_map.forward(x, tap) for stage, tap in zip(self._stages, found, strict=True)]
 
     @staticmethod
     def _run(pieces: Sequence[fx.GraphModule], value: Any) -> Any:

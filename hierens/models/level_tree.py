@@ -135,11 +135,11 @@ class LevelTree(Adaptive):
             nodes: by level, the values to return as `taps`.
         """
         activations = Activations([x])
-        for index in range(self.tree.levels):
+        for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, max(leaves, 1)))]
             if self.gradient_equilibrium and index > 0:
                 activations, parents = self._with_mean_gradients(index, activations, parents, (leaves, exits))
-            activations = self._run(tapped(self.level(index), nodes.get(index, ())), activations, parents)
+            activations = self._run(tapped(level, nodes[index]) if index in nodes else level, activations, parents)
             yield activations
 
     def _with_mean_gradients(
