@@ -63,6 +63,7 @@ class AdaptiveBase(nn.Module, ABC):
         self.head_hidden_size, self.classifier_names = info.head_hidden_size, info.classifier_names
         self.pretrained_cfg = self.default_cfg = {**info.pretrained_cfg, "architecture": self.architecture}
         self._model_args, self._traits, self._no_weight_decay = info.model_args, info.traits, info.no_weight_decay
+        self._stages = info.stages
         self._macs: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
@@ -78,6 +79,7 @@ class AdaptiveBase(nn.Module, ABC):
             self._model_args,
             self._no_weight_decay,
             self._traits,
+            self._stages,
         ).copy()
 
     # --- abstract methods -------------------------------------------------------------------------------------------

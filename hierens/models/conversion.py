@@ -189,6 +189,7 @@ def multi_exit(
     own_weights = None if weights is None else list(prior(weights, len(heads)))
     info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.")
     info.model_args.update(head=head, collaborate=collaborate, weights=own_weights, learn_weights=learn_weights)
+    info.stages = cutting.stages
     like = next(backbone.parameters())
     model = MultiExit(
         cutting.blocks,
@@ -260,6 +261,7 @@ def build_ensemble(
         )
     )
     info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.0.")
+    info.stages = cutting.stages
     ensemble = HierarchicalEnsemble(tree, levels, head, classifier, info)
     _copy_buffers(backbone, ensemble)
     for index, level in enumerate(ensemble.all_levels()):

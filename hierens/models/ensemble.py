@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -92,6 +92,16 @@ class HierarchicalEnsemble(LevelTree):
     ) -> Tuning:
         """Measure the fastest way to run each level on this machine, and use it: see `hierens.models.tuning.tune`."""
         return tune(self, example, depths, batch_sizes, file)
+
+    def drop_leaves(self, count: int) -> Self:
+        """A new model without the last `count` leaves: `at_depth(leaves=...)`, counted from the end.
+
+        Raises:
+            ValueError: the count is negative, or no leaf would be left.
+        """
+        if not 0 <= count < self.tree.leaves:
+            raise ValueError(f"from 0 to {self.tree.leaves - 1} leaves can be dropped, got {count}.")
+        return self.at_depth(leaves=self.tree.leaves - count)
 
     def reorder(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
         """Permute siblings in place for the best accuracy at small depths: see `hierens.models.ordering.reorder`."""

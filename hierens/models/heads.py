@@ -53,25 +53,32 @@ class Layout:
             return x[:, 0] if self.class_token else x[:, self.prefix :].mean(1)
         return x.mean((2, 3) if self.kind == "NCHW" else (1, 2))
 
+    def maps(self, images: Tensor, value: Any) -> Tensor:
+        """Feature maps (N, channels, H, W) of images, without the tokens in front."""
+        x = self.features(value)
+        if self.kind == "NLC":
+            x = x[:, self.prefix :]
+            rows = math.isqrt(x.shape[1] * images.shape[2] // images.shape[3])
+            return x.transpose(1, 2).unflatten(2, (rows, -1))
+        return x.permute(0, 3, 1, 2) if self.kind == "NHWC" else x
 
-def layouts(backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[Layout]:
-    """The layout of the output of every block but the last, determined by running the blocks.
+
+def layouts(backbone: nn.Module, blocks: tuple[nn.Module, ...]) -> list[tuple[Layout, Any]]:
+    """The layout of the output of every block, and this output for two images, determined by running the blocks.
 
     Raises:
         ValueError: channels and positions of some features cannot be distinguished.
     """
     example = example_input(backbone, 2)
-    values = _outputs(blocks, example)
     found = []
-    for index, value in enumerate(values[:-1]):
+    for index, value in enumerate(_outputs(blocks, example)):
         part, x = _features_of(value, index)
-        shape = _ShapeReader(backbone, blocks, example, index, part)
-        found.append(shape.layout(x))
+        found.append((_ShapeReader(backbone, blocks, example, index, part).layout(x), value))
     return found
 
 
 @torch.no_grad()
-def _outputs(blocks: tuple[fx.GraphModule, ...], example: Tensor) -> list[Any]:
+def _outputs(blocks: tuple[nn.Module, ...], example: Tensor) -> list[Any]:
     value: Any = example
     values = []
     for block in blocks:
@@ -103,7 +110,7 @@ class _ShapeReader:
     """Distinguishes channels and positions of the features after a block by their sizes."""
 
     backbone: nn.Module
-    blocks: tuple[fx.GraphModule, ...]
+    blocks: tuple[nn.Module, ...]
     example: Tensor
     index: int
     part: int | None
@@ -306,7 +313,7 @@ def new_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule,
             distinguished.
     """
     classes, like = timm_info.num_classes(backbone), next(backbone.parameters())
-    exits = [new_exit(kind, layout, classes, backbone) for layout in layouts(backbone, blocks)]
+    exits = [new_exit(kind, layout, classes, backbone) for layout, _ in layouts(backbone, blocks[:-1])]
     return [exit.to(like.device, like.dtype) for exit in exits]
 
 

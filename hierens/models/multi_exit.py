@@ -22,12 +22,13 @@ from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.values import is_empty, select_samples
+from hierens.models.block_chain import BlockChain
 from hierens.models.exit_weights import ExitWeights
 from hierens.models.heads import Embedding, Exit, OwnExit
-from hierens.models.pruning import Pruning, WeightedExits, prune
+from hierens.models.pruning import Pruning, prune
 
 
-class MultiExit(WeightedExits):
+class MultiExit(BlockChain):
     """A network with several exits. Policies, metrics, the trainer and the Hub use it like a hierarchical ensemble.
 
     `multi_exit` creates it. Its leaves are its exits: depth b evaluates exits 0 to b.
@@ -38,7 +39,6 @@ class MultiExit(WeightedExits):
         embeddings: for every exit but the first, the embedding of the logits of the exit before; empty without
             collaboration.
         weighting: the weights of the ensemble of exits; None if the exits are not combined.
-        positions: the index of the block after which each exit is placed.
         gradient_equilibrium: whether each block gets the mean, not the sum, of the gradients of the exits after it.
     """
 
@@ -154,14 +154,6 @@ class MultiExit(WeightedExits):
             return scaled(value, factor)
         read = part % len(value)
         return tuple(scaled(own, factor) if place == read else own for place, own in enumerate(value))
-
-    def _blocks_before(self, index: int) -> nn.ModuleList:
-        """The blocks between the previous exit and this one."""
-        start = self.positions[index - 1] + 1 if index else 0
-        return self.levels[start : self.positions[index] + 1]
-
-    def _run_block(self, level: nn.Module, value: Any) -> Any:
-        return self._run(level, *value) if isinstance(value, tuple) else self._run(level, value)
 
     def _combined(self, logits: Tensor) -> Tensor:
         """The prediction (N, classes) from the logits of the first exits, (N, exits, classes)."""
@@ -284,13 +276,6 @@ class MultiExit(WeightedExits):
 
     # --- timm's interface -------------------------------------------------------------------------------------------
 
-    def forward_features(self, x: Tensor, depth: int | None = None) -> Any:
-        """The output of the blocks up to an exit; for the last exit, the default, the backbone's `forward_features`."""
-        value: Any = self._prepared(x)
-        for level in self.levels[: self.positions[self.leaves_at(depth) - 1] + 1]:
-            value = self._run_block(level, value)
-        return value
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the last exit from its `forward_features`, or with `pre_logits` pooled features.
 
@@ -324,6 +309,10 @@ class MultiExit(WeightedExits):
         embeddings = nn.ModuleList(Embedding(num_classes) for _ in self.embeddings)
         self.embeddings = embeddings.to(like.device, like.dtype).train(self.training)
         self._count_classes(num_classes)
+
+    def _drop_heads(self) -> None:
+        self.exits, self.embeddings = nn.ModuleList(nn.Identity() for _ in self.exits), nn.ModuleList()
+        self.weighting = None
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: those that the backbone names, and the exits' weights."""

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hierens.branches.activations import Activations
 from hierens.branches.any_level import Executor
+from hierens.branches.taps import Nodes
 from hierens.core.equilibrium import scaled
 from hierens.core.macs import count_macs
 from hierens.core.modes import ordinary_tensors
@@ -157,6 +159,17 @@ class TreeWithExits(Adaptive):
         """The number of exits and of networks among the first leaves."""
         exits_run = min(leaves, len(self.exits))
         return exits_run, leaves - exits_run
+
+    def _levels_run(self, leaves: int) -> int:
+        return len(self.levels) if leaves > len(self.exits) else leaves
+
+    def _forward_stages(self, x: Tensor, leaves: int, nodes: Nodes) -> Iterator[tuple[Activations, list[int]]]:
+        exits_run, networks = self._split(leaves)
+        return self._tree._forward_stages(x, networks, nodes, exits_run)
+
+    def _drop_heads(self) -> None:
+        self._tree._drop_heads()
+        self.exits = nn.ModuleList(nn.Identity() for _ in self.exits)
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions exit by exit, then network by network; every activation is computed once.
