@@ -160,7 +160,7 @@ class MSDNet(nn.Module):
             found.append(maps[-1])
         return found
 
-    def own_exits(self) -> tuple[list[str], list[Classifier]]:
+    def own_exits(self) -> tuple[list[str], list[nn.Module]]:
         """For `hierens.multi_exit`: the names of the blocks after the first, and the classifiers before them."""
         return [f"blocks.{index}" for index in range(1, len(self.blocks))], list(self.exits[:-1])
 
@@ -172,7 +172,8 @@ class MSDNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the last exit, or its pooled features."""
-        logits: Tensor = self.exits[-1](x, pre_logits)
+        last: Any = self.exits[-1]
+        logits: Tensor = last(x, pre_logits)
         return logits
 
     def forward_intermediates(
@@ -204,14 +205,14 @@ class MSDNet(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The linear layer of the last exit."""
-        layer: nn.Module = self.exits[-1].fc
-        return layer
+        return self.exits[-1].get_submodule("fc")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the linear layers of all exits by new ones; 0 classes output pooled features."""
         if global_pool not in (None, "avg"):
             raise ValueError(f"MSDNet's exits average: global_pool must be 'avg', got {global_pool!r}.")
         self.num_classes = num_classes
+        exit: Any
         for exit in self.exits:
             exit.reset(num_classes)
 

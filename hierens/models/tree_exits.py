@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +94,12 @@ class TreeWithExits(Adaptive):
         return PredictionWeights(sizes, num_exits=num_exits)
 
     @property
-    def gradient_equilibrium(self) -> bool:
+    def gradient_equilibrium(self) -> bool | Literal["all"]:
         """Whether every branch gets the mean, not the sum, of the gradients of the exits and networks after it."""
         return self._tree.gradient_equilibrium
 
     @gradient_equilibrium.setter
-    def gradient_equilibrium(self, on: bool) -> None:
+    def gradient_equilibrium(self, on: bool | Literal["all"]) -> None:
         self._tree.gradient_equilibrium = on
 
     @property
