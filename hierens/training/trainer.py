@@ -232,7 +232,7 @@ class Trainer:
         loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast, weights)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            for level in frozen:
+            for level in frozen if config.unfreeze_epoch is not None else ():
                 level.zero_grad()
             if config.clip_grad is not None:
                 self._clip(config.clip_grad)
