@@ -177,8 +177,8 @@ def _check_rebuildable(model: AdaptiveBase) -> None:
     args = _arguments(model)
     if not args.get("backbone"):
         raise SaveError(
-            "only models of backbones from timm.create_model can be rebuilt from a config: save the weights of this one "
-            "by safetensors.torch.save_model(model, file), to load them into a model converted in the same way, or "
+            "only models of backbones from timm.create_model can be rebuilt from a config: save the weights of this "
+            "one by safetensors.torch.save_model(model, file), to load them into a model converted in the same way, or "
             "export it by model.export(directory)."
         )
     if model.num_classes < 1:
