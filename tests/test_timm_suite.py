@@ -73,5 +73,3 @@ def test_timms_tests_pass_or_are_refused_for_a_reason(suite, monkeypatch, case, 
     test = getattr(suite, f"{case}_non_std" if other else case)
     batch = 2 if "backward" in case else 1
     test(name, batch)
-
-
