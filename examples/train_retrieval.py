@@ -145,7 +145,7 @@ def recalls(model: Any, data: Data) -> dict[str, list[float]]:
                 torch.nn.functional.normalize(combine_embeddings(leaves, combine), dim=-1)
                 for leaves in (index[:, :stored], queries[:, :size])
             )
-            nearest = data.index.labels[(query @ near.T).topk(max(NEIGHBOURS)).indices]
+            nearest = data.index.labels[(query @ near.T).topk(min(max(NEIGHBOURS), len(near))).indices]
             for k in NEIGHBOURS:
                 hit = (nearest[:, :k] == data.queries.labels[:, None]).any(1)
                 found.setdefault(f"{name}_{k}", []).append(100 * hit.double().mean().item())
