@@ -27,7 +27,7 @@ class TappedLevel(Level):
 
     def __init__(self, level: Level, nodes: tuple[str, ...]) -> None:
         nn.ModuleList.__init__(self, (tapped_block(branch, nodes) for branch in level))
-        self.nodes, self.returns_one = nodes, level[0].returns_one
+        self.nodes, self.returns_one = nodes, bool(level[0].returns_one)
         self.size, self.known, self._forms, self._flat = level.size, level.known, [], level._flat
         self.origins = list(level)
 

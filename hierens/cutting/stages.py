@@ -51,7 +51,7 @@ def find_stages(
     infos = getattr(backbone, "feature_info", None)
     if not isinstance(infos, list) or not features or not hasattr(backbone, "forward_intermediates"):
         return ()
-    own, keys = {}, dict[Any, int]()
+    own, keys = dict[int, fx.Node](), dict[Any, int]()
     for node, key in _keys(next(iter(features)).graph.nodes, keys).items():
         if edges[0] <= features.get(node, -1) < edges[-1]:
             own.setdefault(key, node)
@@ -96,7 +96,7 @@ class _Ends:
         dropouts_as_modules(graph, set(dict(backbone.named_modules())))
         *nodes, output = graph.nodes
         self.keys, self.own = _keys(nodes, dict(keys)), own
-        self.maps: list[fx.Node] = list(output.args[0][1])  # type: ignore[index, arg-type]
+        self.maps: list[fx.Node] = list(output.args[0][1])
 
     def source(self, node: fx.Node) -> fx.Node:
         """The value of the forward pass that a map is computed from; with `norm`, the map's node if there is none."""

@@ -26,8 +26,6 @@ from hierens.cutting.graphs import Block
 from hierens.cutting.stages import Stage
 from hierens.models.heads import layouts
 
-_ALL_MAPS = 6  # a network with more stages has one per layer, as a ViT, of which timm returns the last three
-
 
 class FeatureMaps(AdaptiveBase):
     """A network that returns the feature maps of its stages."""
@@ -167,7 +165,7 @@ def features_only(model: FeatureMaps, out_indices: int | Sequence[int] | None = 
 
     Args:
         model: pruned in place to what the maps need.
-        out_indices: the maps, as in timm; by default all, or the last three of a network with a stage per layer.
+        out_indices: the maps, as in timm; by default all, or the last three if all have the same size (as in a ViT).
         kwargs: arguments of `FeatureGetterNet`, such as `output_fmt`.
 
     Raises:
@@ -175,9 +173,10 @@ def features_only(model: FeatureMaps, out_indices: int | Sequence[int] | None = 
     """
     if (kind := kwargs.pop("feature_cls", "getter")) not in ("getter", FeatureGetterNet):
         raise ValueError(f"feature maps are read by timm's FeatureGetterNet: leave out feature_cls={kind!r}.")
-    total = len(model.stages)
-    default = total if total <= _ALL_MAPS else 3
-    network = FeatureGetterNet(model, default if out_indices is None else out_indices, **kwargs)
+    if out_indices is None:
+        reductions = [info["reduction"] for info in model.feature_info]
+        out_indices = min(3, len(reductions)) if len(set(reductions)) == 1 else len(reductions)
+    network = FeatureGetterNet(model, out_indices, **kwargs)
     unneeded = ("num_classes", "classifier", "global_pool")
     network.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in unneeded}
     network.default_cfg, network._traits, network.in_chans = network.pretrained_cfg, model._traits, model.in_chans

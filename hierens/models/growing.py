@@ -140,7 +140,7 @@ class _Network(nn.Module):
 
     def forward_intermediates(self, x: Any, norm: bool = False) -> tuple[Any, list[Any]]:
         """The maps of the stages; `norm` is ignored."""
-        value, found = x, []
+        value, found = x, list[Tensor]()
         for piece, taps, returns_one in self._tapped:
             value, own = parted(self._run([piece], value), taps, returns_one)
             found += own
