@@ -35,7 +35,7 @@ class ProfileSettings:
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
     exits: int | None = None
-    """exits of a multi-exit network, including the last; 4, or those that the backbone has of its own"""
+    """exits of a multi-exit network: 4, or those of the backbone itself"""
     size: tuple[int, int, int] | None = None
     """channels, height and width of the images; by default the model's"""
     batch_size: int = 1

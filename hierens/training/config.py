@@ -243,7 +243,7 @@ class ModelConfig:
     branching: tuple[int, ...] = ()
     """children per branch and level instead of a binary tree, such as `1 1 1 8`; sets `blocks`"""
     exits: int | None = None
-    """exits of a multi-exit network, including the last; 4, or those that the backbone has of its own"""
+    """exits of a multi-exit network: 4, or those of the backbone itself"""
     head: Literal["pool", "conv"] = "pool"
     """heads of early exits: global pooling and a linear layer, or two convolutions before that"""
     collaborate: bool = False
