@@ -126,8 +126,9 @@ def page(groups: Mapping[str, Group], directory: Path) -> str:
     return f"""# Retrieval at every depth
 
 Every fifth class of CIFAR-100 is held out. A tree of four networks with three blocks (`resnet8_cifar`, stem of stride
-2) learns the other 80 classes from {record["training_images"]:,} images ({config["epochs"]} pass, batches of {config["batch_size"]}, AdamW,
-crops and flips, float32); then `reset_classifier(0)` leaves a tree of [embeddings](../how-to/embeddings.md). The {record["index_images"]:,} training images of the 20 classes held out are the
+2) learns the other 80 classes from {record["training_images"]:,} images in {config["epochs"]} pass (batches of
+{config["batch_size"]}, AdamW, crops and flips, float32); then `reset_classifier(0)` leaves a tree of
+[embeddings](../how-to/embeddings.md). The {record["index_images"]:,} training images of the 20 classes held out are the
 index, their {queries} test images the queries. The embedding of a depth is the mean of its networks' embeddings, and
 neighbours are those with the largest cosine. A query counts for recall@k if one of its k nearest neighbours is of its
 class. This is a short training of a small network: compare the rows with each other, not with published figures.
@@ -191,8 +192,8 @@ FIELDS = {
 def _first(groups: Mapping[str, Group]) -> str:
     """The main result in a sentence."""
     labels, distilled, single = (groups[row].mean("full_1") for row in (LABELS, DISTILLED, SINGLE))
-    return f"""With one index at full depth, queries of depth 0 have a recall@1 of {labels[0]:.1f} % without distillation of
-embeddings and of {distilled[0]:.1f} % with it. A single network of that cost, which needs an index of its own, has
+    return f"""With one index at full depth, queries of depth 0 have a recall@1 of {labels[0]:.1f} % without distillation
+of embeddings and of {distilled[0]:.1f} % with it. A single network of that cost, which needs an index of its own, has
 {single[0]:.1f} %; at full depth the trees have {labels[-1]:.1f} % and {distilled[-1]:.1f} %."""
 
 
