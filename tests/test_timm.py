@@ -153,3 +153,13 @@ def test_the_core_of_timms_own_tests_of_models(convert):
     assert difference(model(x), expected) < 1e-5
     model.train()(x, reduce=False).mean().backward()
     assert all(parameter.grad is not None for parameter in names.values())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_recorded_trace_is_for_any_number_of_images():
+    """timm's onnx_export.py records one image."""
+    model = hierens.hierensify(made("test_resnet"), 2).eval()
+    model.set_executor("grouped")
+    x = torch.randn(3, 3, 64, 64)
+    assert difference(torch.jit.trace(model, x[:1])(x), model(x)) < 1e-5
