@@ -192,9 +192,9 @@ FIELDS = {
 def _first(groups: Mapping[str, Group]) -> str:
     """The main result in a sentence."""
     labels, distilled, single = (groups[row].mean("full_1") for row in (LABELS, DISTILLED, SINGLE))
-    return f"""With one index at full depth, queries of depth 0 have a recall@1 of {labels[0]:.1f} % without distillation
-of embeddings and of {distilled[0]:.1f} % with it. A single network of that cost, which needs an index of its own, has
-{single[0]:.1f} %; at full depth the trees have {labels[-1]:.1f} % and {distilled[-1]:.1f} %."""
+    return f"""With one index at full depth, queries of depth 0 have a recall@1 of {labels[0]:.1f} % without
+distillation of embeddings and of {distilled[0]:.1f} % with it. A single network of that cost, which needs an index of
+its own, has {single[0]:.1f} %; at full depth the trees have {labels[-1]:.1f} % and {distilled[-1]:.1f} %."""
 
 
 def recall(groups: Mapping[str, Group]) -> str:
