@@ -36,7 +36,7 @@ from hierens.objectives import Objective
 
 RESULTS = ROOT / "docs" / "results"
 STUDY = "segmentation"
-BLOCKS, EPOCHS, IMAGES, TEST_IMAGES, SHOWN = 3, 5, 3000, 1000, 6
+BLOCKS, EPOCHS, IMAGES, TEST_IMAGES, SHOWN = 3, 4, 2000, 500, 6
 
 
 @dataclass(frozen=True)

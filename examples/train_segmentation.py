@@ -2,7 +2,7 @@
 
 pip install -e ".[train,demo]"                           what it needs
 python examples/train_segmentation.py                    a few minutes on one CPU core
-python examples/train_segmentation.py --objective independent --epochs 4
+python examples/train_segmentation.py --objective independent --epochs 8
 
 The images are made here from two sets of real images that need no download: scikit-learn's scanned digits, and the
 photographs of clothes in hierens.
@@ -32,8 +32,8 @@ CLASSES = ("photograph", "digit")
 MEAN, STD = (0.6, 0.56, 0.54), (0.25, 0.25, 0.25)
 DIGITS = 2  # per image
 SIZES = range(14, 23)  # pixels of a digit
-STRENGTH = (0.3, 0.8)  # how much of a digit's texture covers the photograph
-NOISE = 0.08  # standard deviation of the noise, where 1 is the range of a pixel
+STRENGTH = (0.5, 1.0)  # how much of a digit's texture covers the photograph
+NOISE = 0.05  # standard deviation of the noise, where 1 is the range of a pixel
 
 
 def digits_over_photographs(training: bool, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -176,9 +176,9 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--objective", default=Objective.name, help="terms joined by +, such as independent")
     flags.add_argument("--blocks", type=int, default=3, help="levels of the tree, which has 2^(blocks - 1) networks")
-    flags.add_argument("--epochs", type=int, default=8)
-    flags.add_argument("--images", type=int, default=4000, help="for training")
-    flags.add_argument("--test-images", type=int, default=1000)
+    flags.add_argument("--epochs", type=int, default=4)
+    flags.add_argument("--images", type=int, default=2000, help="for training")
+    flags.add_argument("--test-images", type=int, default=500)
     flags.add_argument("--seed", type=int, default=0)
     given = flags.parse_args()
     model, objective = create_tree(given.blocks, given.seed), Objective(given.objective)
