@@ -100,7 +100,7 @@ class _Ends:
 
     def source(self, node: fx.Node) -> fx.Node:
         """The value of the forward pass that a map is computed from; with `norm`, the map's node if there is none."""
-        found = set[fx.Node]()
+        found, seen = set[fx.Node](), {node}
         waiting = [node]
         while waiting:
             node = waiting.pop()
@@ -109,7 +109,8 @@ class _Ends:
             elif node.op in ("call_module", "get_attr"):
                 found.add(node)
             else:
-                waiting += node.all_input_nodes
+                waiting += set(node.all_input_nodes) - seen
+                seen.update(node.all_input_nodes)
         (source,) = found
         return source
 
