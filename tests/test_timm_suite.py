@@ -1,7 +1,7 @@
 """timm's own tests of models, run on hierens' entry points and on trees of diverse backbones.
 
 They are read from a checkout of timm, of about the installed version:
-`TIMM_CHECKOUT=path pytest -m slow tests/test_timm_suite.py`. docs/how-to/timm.md explains the cases that are refused.
+`TIMM_CHECKOUT=path pytest -m slow tests/test_timm_suite.py`. `REFUSED` has the cases that are refused, and why.
 """
 
 import copy
