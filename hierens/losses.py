@@ -180,7 +180,12 @@ def stepwise_codistillation(
 
 
 def one_for_all(
-    leaf_logits: Logits, target: Target, gamma: float = 0.9, temperature: float = 3.0, teacher: Tensor | None = None
+    leaf_logits: Logits,
+    target: Target,
+    gamma: float = 0.9,
+    temperature: float = 3.0,
+    teacher: Tensor | None = None,
+    mean_over_classes: bool = False,
 ) -> Scalar:
     """The last exit, trained on the labels, is the teacher of all others (Li et al., arXiv 1908.06294, section 3.3).
 
@@ -192,6 +197,7 @@ def one_for_all(
         gamma: weight of the distillation terms, from 0 to 1.
         temperature: T, of teacher and students.
         teacher: logits (N, classes) that replace z_K; no gradient flows into the teacher.
+        mean_over_classes: divide the divergence by the number of classes, as the authors' code does.
 
     Returns:
         The sum over exits, mean over the batch.
@@ -201,6 +207,8 @@ def one_for_all(
     if not others.shape[1]:
         return loss
     distilled = distillation(others, last[:, 0] if teacher is None else teacher, temperature)
+    if mean_over_classes:
+        distilled = distilled / leaf_logits.shape[2]
     return loss + (1 - gamma) * independent(others, target) + gamma * distilled
 
 

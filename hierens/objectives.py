@@ -45,6 +45,8 @@ class Objective:
             standard deviation 1 over classes before the temperature is applied (Sun et al., CVPR 2024, arXiv
             2403.01427). Requires `temper_students`: standardised logits without a temperature cannot give
             probabilities near 1.
+        mean_over_classes: in `one_for_all`, average the divergence over the classes instead of summing it, as its
+            authors' code does: gamma T^2 / classes is then the weight of the distillation.
 
     Raises:
         ValueError: a term is unknown or repeated, there is no supervised term, or a number is out of range.
@@ -62,6 +64,7 @@ class Objective:
     temper_students: bool = False
     depth_weights: tuple[float, ...] = ()
     standardize_logits: bool = False
+    mean_over_classes: bool = False
 
     def __post_init__(self) -> None:
         terms = self.terms
@@ -84,6 +87,8 @@ class Objective:
         check_temperature(self.temperature)
         if self.standardize_logits and not self.temper_students:
             raise ValueError("standardize_logits requires temper_students=True.")
+        if self.mean_over_classes and ONE_FOR_ALL not in terms:
+            raise ValueError(f"mean_over_classes is for one_for_all, and the objective is {self.name!r}.")
         if any(not weight >= 0 for weight in self.depth_weights):
             raise ValueError(f"depth_weights must not be negative, got {self.depth_weights}.")
 
@@ -152,7 +157,9 @@ class Objective:
                 leaf_logits, target, temperature, depth_weights, **soft
             ),
             "stepwise_codistillation": lambda: losses.stepwise_codistillation(leaf_logits, target, temperature, **soft),
-            "one_for_all": lambda: losses.one_for_all(leaf_logits, target, alpha, temperature, teacher),
+            "one_for_all": lambda: losses.one_for_all(
+                leaf_logits, target, alpha, temperature, teacher, self.mean_over_classes
+            ),
         }
         weighted = [weight * terms[term]() for term, weight in self.weights.items()]
         return torch.stack(weighted).sum()

@@ -12,7 +12,7 @@ import torch
 
 import hierens
 from support.accelerator import reset_accelerator
-from support.families import FAMILIES
+from support.families import FAMILIES, FAMILIES_OF_A_RUN
 from support.networks import independent_tree, tiny_backbone, with_statistics
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -41,9 +41,9 @@ class Family:
         return independent_tree(self.backbone, 3)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES_OF_A_RUN)
 def family(request):
-    """Every architecture that must work."""
+    """Every architecture that must work; in every run, a few of them."""
     return Family(request.param)
 
 

@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_model
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision import models
 
 import hierens
 from hierens.cutting.cut import CutError
 from hierens.hub.saving import SaveError
+from hierens.training.config import TrainConfig
+from hierens.training.trainer import Trainer
 from support.networks import close, randomize
 
 SIZE = (3, 32, 32)
@@ -37,19 +40,26 @@ class Pixels(nn.Module):
         return self.last(self.up(torch.cat([skip, deep], 1)))
 
 
-def shufflenet():
-    return models.ShuffleNetV2([1, 1, 1], [4, 8, 8, 16, 16], num_classes=4)
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = conv(3, 6), conv(6, 8, 2)
+        self.third = nn.Sequential(conv(8, 8), conv(8, 8, 2))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.third(self.second(self.first(x))).mean((2, 3)))
 
 
 NETWORKS = {
-    "torchvision's ShuffleNet": (shufflenet, "fc"),
+    "torchvision's ShuffleNet": (lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 8, 16, 16], num_classes=4), "fc"),
     "torchvision's MobileNet": (lambda: models.MobileNetV2(4, 0.25, [[1, 8, 1, 1], [2, 16, 2, 2]]), "classifier"),
     "torchvision's ViT": (lambda: models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=4), "heads"),
     "pixels": (Pixels, "last"),
 }
 
 
-def network(make=shufflenet):
+def network(make=Tiny):
     torch.manual_seed(0)
     made = make().eval()
     randomize(made)
@@ -98,6 +108,13 @@ def plain_tree():
 
 
 @torch.no_grad()
+def test_exits_read_the_tokens_of_any_network():
+    make, classifier = NETWORKS["torchvision's ViT"]
+    backbone, x = network(make), torch.randn(2, *SIZE)
+    assert close(hierens.multi_exit(backbone, 2, classifier=classifier, input_size=SIZE)(x), backbone(x), 1e-5)
+
+
+@torch.no_grad()
 def test_exits_and_growing_work_for_any_network():
     backbone, x = network(), torch.randn(2, *SIZE)
     expected = backbone(x)
@@ -117,7 +134,7 @@ def test_weights_of_a_network_without_a_config_are_saved_and_loaded(tmp_path):
         message = str(caught.value)
         assert message.count(". ") == 0 and "save_model" in message and "export" in message, message
     save_model(model, tmp_path / "weights.safetensors")
-    again = hierens.hierensify(shufflenet().eval(), 2, classifier="fc", input_size=SIZE)
+    again = hierens.hierensify(Tiny().eval(), 2, classifier="fc", input_size=SIZE)
     again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert torch.equal(again(x), model(x))
 
@@ -133,23 +150,30 @@ def test_timm_prepares_images_for_any_network():
 
 def test_the_places_to_cut_any_network_are_listed():
     points = hierens.cut_points(network(), classifier="fc", input_size=SIZE)
-    assert [point.name for point in points if point.stage_end] == ["stage2", "stage3", "stage4"]
+    assert [point.name for point in points if point.stage_end] == ["second", "third", "third.1"]
 
 
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.fc = conv(3, 4), nn.Linear(4, 4)
+def test_training_saves_the_weights_of_a_network_without_a_config(tmp_path):
+    model = plain_tree()
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(SIZE, generator=generator), i % 4) for i in range(8)]
+    config = TrainConfig(output_dir=str(tmp_path), batch_size=8, epochs=1, cpu=True)
+    Trainer(model, config, DataLoader(data, 8), DataLoader(data, 8)).fit()
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
+
+class Two(Tiny):
     def forward(self, x):
-        return {"out": self.fc(self.conv(x).mean((2, 3)))}
+        return {"out": super().forward(x)}
 
 
 MISTAKES = {
     "no such layer": (network, {"classifier": "fcc", "input_size": SIZE}, ["'fcc' is no layer", "classifier='fc'"]),
     "empty name": (network, {"classifier": "", "input_size": SIZE}, ["'' is no layer"]),
-    "many layers": (network, {"classifier": "stage2", "input_size": SIZE}, ["holds 5 layers", "classifier='fc'"]),
-    "not the last": (network, {"classifier": "conv5", "input_size": SIZE}, ["(2, 4)", "has 16 outputs", "the last"]),
+    "many layers": (network, {"classifier": "third", "input_size": SIZE}, ["holds 2 layers", "classifier='fc'"]),
+    "not the last": (network, {"classifier": "first", "input_size": SIZE}, ["(2, 4)", "has 6 outputs", "the last"]),
     "no size": (network, {"classifier": "fc"}, ["given together", "input_size=(C, H, W)"]),
     "no classifier": (network, {"input_size": SIZE}, ["given together", "classifier='fc'"]),
     "two numbers": (network, {"classifier": "fc", "input_size": (32, 32)}, ["(C, H, W)", "got (32, 32)"]),

@@ -153,7 +153,6 @@ def test_sizes_come_from_the_model():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: cut(timm.create_model("resnet10t", num_classes=0)), "no classifier: make it with num_classes"),
         (lambda: cut(nn.Linear(2, 2)), "torch.nn.modules.linear.Linear is not a timm model: give classifier="),
         (lambda: cut(Branching(), example=torch.randn(1, 3, 16, 16)), "Branching cannot be traced"),
         (lambda: cut(InPlace(), 9, example=torch.randn(1, 3, 16, 16)), "blocks=9 is more than .*: [2-4] at most"),

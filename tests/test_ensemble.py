@@ -15,7 +15,6 @@ import hierens
 from hierens.core.modes import quiet_dropout
 from hierens.core.tree import Tree
 from hierens.models.level_tree import BRANCH_PREFIX
-from support.families import a_few_families
 from support.networks import independent_tree
 
 EXECUTORS = ("looped", "grouped")
@@ -114,7 +113,6 @@ def test_anytime_can_stop_early(small_copies, small_images):
     assert set(calls.values()) == {1}
 
 
-@a_few_families
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_measured_macs_follow_the_arithmetic(backbone, copies, images, executor):
     model = copies
@@ -132,7 +130,6 @@ def test_measured_macs_follow_the_arithmetic(backbone, copies, images, executor)
     assert claimed[0] == counter.get_total_flops() // 2
 
 
-@a_few_families
 def test_at_depth_keeps_its_own_sub_tree_only(backbone, independent, images):
     model = independent
     for depth in range(3):
@@ -277,7 +274,6 @@ def test_timms_tools_work(small_copies, small_images):
     scheduler.step(1)
 
 
-@a_few_families
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_features_and_head_compose(backbone, independent, images, executor):
     model = independent
@@ -342,8 +338,7 @@ def test_half_precision_runs_both_ways(small_copies, small_images):
         (lambda m, b, x: hierens.hierensify(b, at=["nowhere"]), "no module named 'nowhere'"),
         (lambda m, b, x: hierens.hierensify(b, at=["layer2"], branching=[1, 2, 2]), "branching has 3 levels"),
         (lambda m, b, x: hierens.hierensify(b, 3, leaves=9), "leaves must be from 1 to 4"),
-        (lambda m, b, x: hierens.hierensify(timm.create_model("resnet8_cifar", num_classes=0), 3), "no classifier"),
-        (lambda m, b, x: hierens.hierensify(torch.nn.Sequential(torch.nn.Linear(2, 2)), 1), "got a torch.nn.modules"),
+        (lambda m, b, x: hierens.hierensify(torch.nn.Sequential(torch.nn.Linear(2, 2)), 1), "not a timm model"),
     ],
 )
 def test_bad_input_says_what_is_allowed(small_backbone, small_copies, small_images, call, message):

@@ -30,6 +30,12 @@ def made(kind):
     return MAKERS[kind](tiny_backbone((8, 8, 8)), 2).eval()
 
 
+def headless():
+    backbone = tiny_backbone((8, 8, 8))
+    backbone.fc = torch.nn.Identity()
+    return backbone
+
+
 BACKBONES = {
     "string": (lambda: "resnet18", ["not its name", "timm.create_model('resnet18')"]),
     "none": (lambda: None, ["must be a timm model, such as timm.create_model(", "got a builtins.NoneType"]),
@@ -43,8 +49,8 @@ BACKBONES = {
         ["FeatureListNet", "feature maps", "without features_only=True"],
     ),
     "no classifier": (
-        lambda: timm.create_model("test_resnet", num_classes=0),
-        ["ResNet has no classifier", "num_classes of at least 1"],
+        lambda: headless(),
+        ["CifarResNet has no classifier for its classes", "call reset_classifier"],
     ),
     **{
         kind: (lambda kind=kind: made(kind), [f"this {name} is converted already", "timm model that it was made from"])
@@ -76,6 +82,7 @@ BLOCKS = [
         (0, "at least 1, got 0."),
         (-1, "at least 1, got -1."),
     )
+    if (name, value) != ("exits", None)
 ]
 TREES = [
     *(
@@ -244,7 +251,9 @@ def test_mistakes_at_the_command_line(arguments, code, words, folder, monkeypatc
     assert code == 2 or done.err.splitlines()[-1].startswith("error: ")
 
 
-def test_a_backbone_without_classifier_gets_one_for_its_profile(monkeypatch):
+@pytest.mark.parametrize("method", ["hne", "multi_exit"])
+def test_a_backbone_without_classifier_has_a_profile(monkeypatch, method):
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, num_classes=0))
-    done = command_line.hierens("profile", "test_resnet", "--blocks", "2", "--size", "3", "32", "32")
+    parts = ["--exits" if method == "multi_exit" else "--blocks", "2"]
+    done = command_line.hierens("profile", "test_resnet", "--method", method, *parts, "--size", "3", "32", "32")
     assert done.code == 0 and done.out.count("\n") == 4, done.err

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import train_cifar
+import train_retrieval
 
 import hierens
-from support.made_up import write_cifar, write_shards
+from support.made_up import write_cifar, write_folders, write_shards
 from support.processes import environment, several
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -20,7 +22,7 @@ def records(directory):
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("classes", [pytest.param(10, marks=pytest.mark.slow), 100])
 def test_the_cifar_recipe_runs(tmp_path, monkeypatch, capsys, classes):
     write_cifar(tmp_path, classes)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).exists())
@@ -43,6 +45,50 @@ def test_the_cifar_recipe_is_the_papers():
     assert (data.augment, data.pad, data.hflip, data.color_jitter) == ("crop_flip", 4, 0.5, 0.0)
     with pytest.raises(ValueError, match=r"one of torch/cifar10, torch/cifar100, got 'digits'"):
         train_cifar.recipe("digits", small=False)
+
+
+@pytest.mark.parametrize(("flags", "depths"), [(["--distance", "mse"], 3), (["--blocks", "1", "--per-class", "3"], 1)])
+def test_the_retrieval_example_runs(tmp_path, monkeypatch, capsys, flags, depths):
+    made = dict.fromkeys(("blue", "green", "other", "red", "zebra"), 4)  # the last is held out
+    write_folders(tmp_path, {"train": made, "test": made})
+    command = ["train_retrieval.py", "--data-dir", str(tmp_path), "--batch-size", "8", *flags]
+    monkeypatch.setattr(sys, "argv", [*command, "--output-dir", str(tmp_path / "model")])
+    train_retrieval.main()
+    assert capsys.readouterr().out.count("100.00 | 100.00") >= depths, "one class in the index"
+    model = hierens.from_pretrained(tmp_path / "model")
+    assert model.num_classes == 0 and model.embed(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+    assert model.depths == depths
+    monkeypatch.setattr(sys, "argv", [*command, "--batch-size", "99"])
+    with pytest.raises(ValueError, match="images are fewer than a batch of 99: set --batch-size"):
+        train_retrieval.main()
+
+
+def test_recall_is_that_of_a_plain_search():
+    class Model(torch.nn.Module):
+        """Two leaves, whose embeddings are two colours of the first pixel."""
+
+        sizes, leaves = (1, 2), 2
+
+        def forward(self, x, reduce=False):
+            return torch.stack([x[:, :2, 0, 0], x[:, 1:, 0, 0]], 1)
+
+    def some(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, (count, 2, 2, 3), dtype=torch.uint8, generator=generator)
+        return train_retrieval.Images(pixels, torch.randint(0, 4, (count,), generator=generator))
+
+    data = train_retrieval.Data(some(1, 0), some(40, 1), some(30, 2))
+    found = train_retrieval.recalls(Model(), data)
+    index, queries = (train_retrieval._leaf_embeddings(Model(), of) for of in (data.index, data.queries))
+    for k in (1, 10):
+        hits = 0
+        for query, label in zip(queries, data.queries.labels, strict=True):
+            cosines = [float(torch.cosine_similarity(query[0], stored.mean(0), dim=0)) for stored in index]
+            nearest = sorted(range(40), key=lambda row: -cosines[row])[:k]
+            hits += any(data.index.labels[row] == label for row in nearest)
+        assert found[f"full_{k}"][0] == pytest.approx(100 * hits / 30)
+    assert found["full_1"][1] == found["same_1"][1] and found["concat_1"][0] == found["same_1"][0]
+    assert list(found) == [f"{name}_{k}" for name in ("full", "same", "concat") for k in (1, 10)]
 
 
 def from_shards(root, output, size, processes=1, backbone="mobilenetv2_075", **settings):
@@ -78,6 +124,7 @@ def imagenet_shaped(root):
     return write_shards(root, "validation", shards=3, images=5, classes=5, damaged=(7,), sizes=sizes)
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_shards(tmp_path):
     root = imagenet_shaped(tmp_path / "made_up_1")
     output = from_shards(root, tmp_path / "run", 32, processes=2, backbone="resnet8_cifar", blocks=3)

@@ -41,8 +41,7 @@ def torch_run(folder, depth):
 
 
 RUNS = {"onnx": onnx_run, "openvino": openvino_run, "torch-export": torch_run}
-FAST = [("tree", "onnx"), ("ensemble", "onnx"), ("looped", "torch-export"), ("mobile", "torch-export")]
-FAST += [("tree", "openvino"), ("transformer", "openvino"), ("fused", "torch-export")]
+FAST = [("tree", "onnx"), ("tree", "openvino"), ("looped", "torch-export"), ("fused", "torch-export")]
 SLOW = [(name, format) for format in RUNS for name in MODELS if (name, format) not in FAST]
 CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
@@ -236,6 +235,7 @@ signal.raise_signal(signal.SIGUSR1)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_openvino_reaches_its_handler(tmp_path):
     """Two of its cores at once would leave the thread a stack for signals that is unmapped: SIGSEGV at any signal."""
     needs("openvino")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+if __name__ == "__main__":
+    import _hierens_cli  # noqa: F401  hierens without torch: hundreds of forks would copy its page tables
+
 from hierens.core import atomic_files as files
 from hierens.core.atomic_files import find, replacing, saving
 

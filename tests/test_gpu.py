@@ -328,6 +328,7 @@ def test_steps_that_are_stopped_end_in_the_weights_of_one_that_is_not(folders, t
     assert "3 of 3 epochs" in (parts / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_learning_rate_falls_over_the_whole_training_however_it_is_cut(folders, tmp_path):
     options = {"data_dir": str(folders), "epochs": 2, "train_precision": "no"}
     run("train-labels-1", tmp_path, updates=3, **options)

@@ -267,6 +267,7 @@ DENSE = torch.zeros(2, 4, 10, 3, 5)
             lambda: Objective(depth_weights=(1.0, 1.0))(LOGITS, LABELS),
             "depth_weights needs 3 values, one per depth of 4",
         ),
+        (lambda: Objective(mean_over_classes=True), "mean_over_classes is for one_for_all"),
         (lambda: Objective()(LOGITS, LABELS, torch.zeros(2, 9)), r"teacher's logits must be \(2, 10\)"),
         (lambda: losses.distillation(LOGITS, torch.zeros(3, 10)), r"teacher's logits must be \(2, 10\)"),
         (lambda: Objective()(torch.zeros(2, 10, 3, 5), LABELS), r"\(N, leaves, classes, H, W\).*reduce=False"),
@@ -284,8 +285,9 @@ def test_bad_input_says_what_is_allowed(call, message):
 
 
 @settings(max_examples=30, deadline=None)
-@given(cases(), st.floats(0, 1), st.floats(0.5, 8))
-def test_one_for_all_is_the_papers_loss(case, gamma, temperature):
+@given(cases(), st.floats(0, 1), st.floats(0.5, 8), st.booleans())
+def test_one_for_all_is_the_papers_loss(case, gamma, temperature, mean_over_classes):
+    """Or, with the mean over classes, its authors' code's."""
     logits, target = case
     expected = 0.0
     for image in range(len(logits)):
@@ -295,10 +297,12 @@ def test_one_for_all_is_the_papers_loss(case, gamma, temperature):
         entropy = -sum(p * math.log(p) for p in soft if p > 0)
         for student in logits[image, :-1]:
             divergence = oracles.cross_entropy(student / temperature, soft) - entropy
+            if mean_over_classes:
+                divergence = divergence / logits.shape[-1]
             expected = expected + (1 - gamma) * oracles.cross_entropy(student, labels)
             expected = expected + gamma * temperature**2 * divergence
         expected = expected + oracles.cross_entropy(logits[image, -1], labels)
-    objective = Objective("one_for_all", gamma, temperature)
+    objective = Objective("one_for_all", gamma, temperature, mean_over_classes=mean_over_classes)
     assert_same(objective(logits, target), expected / len(logits), logits)
 
 

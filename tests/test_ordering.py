@@ -163,5 +163,5 @@ def test_bad_data_is_refused_and_the_model_left_alone(small_independent, loader,
 def test_without_a_classifier_there_is_nothing_to_order(small_independent, loader):
     model = small_independent
     model.reset_classifier(0)
-    with pytest.raises(ValueError, match="classifier was removed"):
+    with pytest.raises(ValueError, match="reordering needs classes"):
         model.reorder(loader)

@@ -56,9 +56,12 @@ assert "torch.utils.cpp_extension" not in sys.modules, "it needs setuptools, and
     "command",
     [
         ["profile", "resnet8_cifar", "--blocks", "2", "--size", "3", "32", "32"],
-        ["train", "--preset", "digits", "--epochs", "1", "--batch-size", "64", "--blocks", "2", "--workers", "0"],
+        pytest.param(
+            ["train", "--preset", "digits", "--epochs", "1", "--batch-size", "64", "--blocks", "2", "--workers", "0"],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda command: command[0],
+    ids=["profile", "train"],
 )
 def test_measuring_and_training_look_for_no_compiler(tmp_path, command):
     command = [*command, *(["--output-dir", str(tmp_path)] if command[0] == "train" else [])]

@@ -3,6 +3,7 @@
 import exits
 import paper
 import pytest
+import retrieval
 from comparison import recipes, records
 from comparison.differences import Claim, Difference, Point, difference, front, gains, verdict, verdicts
 
@@ -111,3 +112,18 @@ def test_pages_are_made_of_records_alone(rows, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="train them first"):
             exits.page("cifar100", tmp_path)
         assert "Not run yet, and therefore not in this comparison: tree, L_H + L_HD, tree, L_H, tree with" in page
+
+
+def test_the_page_on_retrieval_is_made_of_records_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval, "RECORDS", tmp_path)
+    for row, about in retrieval.ROWS.items():
+        for seed in (0, 1):
+            depths = range(about.blocks)
+            recall = {field: [40.0 + depth + seed for depth in depths] for field in retrieval.FIELDS}
+            counts = {"training_images": 50, "index_images": 30, "query_images": 20}
+            made = {"seed": seed, **recall, **counts, "macs": [1e6 + depth for depth in depths]}
+            made |= {"machine": {"cores": 1}, "config": {"epochs": 1, "batch_size": 8, "weight": 4}}
+            records.write_json(retrieval._file(row, seed), made)
+    page = retrieval.page(retrieval.read_records(), tmp_path)
+    assert (tmp_path / "retrieval.png").is_file() and "20 queries per seed" in page
+    assert "+2.00 ± 0.00" in page, "depth 2 of a tree minus the single network"

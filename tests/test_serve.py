@@ -146,7 +146,7 @@ def service(saved, tmp_path_factory):
     assert not alive, f"Ray left processes behind: {alive}"
 
 
-def wait_ready(process, log, seconds=180):
+def wait_ready(process, log, seconds=400):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         try:

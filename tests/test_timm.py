@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from timm.models import get_pretrained_cfg, save_for_hf
 
 import hierens
-from hierens.models import paper_networks, registry, small_resnets
+from hierens.models import msdnet, paper_networks, registry, small_resnets
 from support.networks import difference, randomize
 
 DISTILLED = {"deit_tiny_distilled_patch16_224": {"img_size": 32}, "levit_128s": {}}
@@ -92,7 +92,7 @@ def test_an_entry_point_without_a_backbone_asks_for_one(name):
 
 
 def test_every_entry_point_has_a_description():
-    for name in (*registry.__all__, *small_resnets.__all__, *paper_networks.__all__):
+    for name in (*registry.__all__, *small_resnets.__all__, *paper_networks.__all__, *msdnet.__all__):
         assert get_pretrained_cfg(name) is not None, name
 
 
@@ -134,3 +134,32 @@ def test_unpooled_features_are_pointed_out():
     model = hierens.hierensify(made("resnet10t"), 2)
     with pytest.raises(ValueError, match=r"global_pool='' cannot be set.*forward_features"):
         model.reset_classifier(0, "")
+
+
+@pytest.mark.parametrize("convert", [hierens.hierensify, hierens.multi_exit, hierens.tree_with_exits])
+def test_the_core_of_timms_own_tests_of_models(convert):
+    """What `tests/test_timm_suite.py` checks with a checkout of timm."""
+    model = convert(made("test_resnet"), 2)
+    x = torch.randn(2, 3, 64, 64)
+    names = dict(model.named_parameters())
+    for key in ("classifier", "first_conv"):
+        named = model.default_cfg[key]
+        assert {f"{name}.weight" for name in ((named,) if isinstance(named, str) else named)} <= names.keys()
+    features = model.forward_features(x)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    expected = model(x)
+    assert expected.shape == (2, 10) and expected.isfinite().all()
+    model.set_grad_checkpointing()
+    assert difference(model(x), expected) < 1e-5
+    model.train()(x, reduce=False).mean().backward()
+    assert all(parameter.grad is not None for parameter in names.values())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_recorded_trace_is_for_any_number_of_images():
+    """timm's onnx_export.py records one image."""
+    model = hierens.hierensify(made("test_resnet"), 2).eval()
+    model.set_executor("grouped")
+    x = torch.randn(3, 3, 64, 64)
+    assert difference(torch.jit.trace(model, x[:1])(x), model(x)) < 1e-5

@@ -100,16 +100,16 @@ for size in range(8, 16):
 
 def test_processes_that_tune_at_once_lose_nothing_of_each_other(tmp_path):
     file, pipes = tmp_path / "tuning.json", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen([sys.executable, "-c", TUNE, str(n), str(file)], **pipes) for n in range(3)]
+    started = [subprocess.Popen([sys.executable, "-c", TUNE, str(n), str(file)], **pipes) for n in range(2)]
     for process in started:
         assert process.stdout.readline() == "ready\n"
     for process in started:
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert [process.wait(300) for process in started] == [0, 0, 0]
+    assert [process.wait(300) for process in started] == [0, 0]
     records = {tuple(record["size"]): record["measurements"] for record in json.loads(file.read_text())}
-    assert len(records) == 1 + 3 * 8, "a record per size"
-    assert len({m["batch_size"] for m in records[3, 8, 8]}) == 3 * 8, "one record of all batch sizes"
+    assert len(records) == 1 + 2 * 8, "a record per size"
+    assert len({m["batch_size"] for m in records[3, 8, 8]}) == 2 * 8, "one record of all batch sizes"
     assert [path.name for path in tmp_path.iterdir()] == ["tuning.json"]
 
 

@@ -29,13 +29,18 @@ SAMPLE = {
     "pit_xs_224": "a tuple of tokens between stages",
 }
 
+LARGE = ("levit_128s", "xcit_nano_12_p8_224", "hrnet_w18_small", "resnest14d", "dla46x_c", "pit_xs_224")
+sampled = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in SAMPLE]
+)
 
-@pytest.mark.parametrize("name", SAMPLE)
+
+@sampled
 def test_sampled_families_convert_exactly(name):
     check(zoo.examine(name, thorough=False))
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@sampled
 def test_gradients_do_not_depend_on_the_executor(name):
     backbone = timm.create_model(name, num_classes=10)
     randomize(backbone)

@@ -123,6 +123,7 @@ _ONE_FOR_ALL: dict[str, Any] = {
     "temperature": 3.0,
     "alpha_warmup_epochs": 1,
 }
+_MEAN_OVER_CLASSES = {**_ONE_FOR_ALL, "mean_over_classes": True}
 _ENSEMBLE_OF_EXITS: dict[str, Any] = {**_EXITS, "objective": "independent+ensemble"}
 _LEARNED: dict[str, Any] = {"learn_weights": True}
 
@@ -214,6 +215,11 @@ ROWS: dict[str, Row] = {
     "exits-collaboration": Row("exits, collaboration", {**_EXITS, **_COLLABORATION}),
     "exits-one-for-all": Row("exits, one-for-all", {**_EXITS, **_ONE_FOR_ALL}),
     "exits-imta": Row("exits, all three of IMTA", {**_EXITS, **_EQUILIBRIUM, **_COLLABORATION, **_ONE_FOR_ALL}),
+    "exits-one-for-all-mean": Row("exits, one-for-all, mean over classes", {**_EXITS, **_MEAN_OVER_CLASSES}),
+    "exits-imta-mean": Row(
+        "exits, all three of IMTA, mean over classes",
+        {**_EXITS, **_EQUILIBRIUM, **_COLLABORATION, **_MEAN_OVER_CLASSES},
+    ),
     "exits-uniform": Row("ensemble of exits, uniform", _weighted("uniform")),
     "exits-linear-rising": Row("ensemble of exits, linear, rising", _weighted("linear_rising")),
     "exits-geometric-rising": Row("ensemble of exits, geometric, rising", _weighted("geometric_rising")),
@@ -243,7 +249,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
         *("hierarchical-first-depths", "all-three-tempered", "two-views"),
     ),
     ("independent", "tree-plain-distillation-small-alpha"),
-    ("exits-collaboration", "exits-one-for-all", "exits-imta"),
+    ("exits-collaboration", "exits-one-for-all", "exits-imta", "exits-one-for-all-mean", "exits-imta-mean"),
     ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),
 )
 """rows in the order of training: within a group, all rows with the first seed, then with the next"""

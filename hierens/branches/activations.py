@@ -16,11 +16,18 @@ class Activations:
 
     They are stored in one of two forms: one value per branch, or tensors with all branches concatenated along the
     channels. Each form is converted to the other on demand, so consecutive levels with the same executor copy nothing.
-    A value is a tensor, or a tuple if several values cross a cut.
+    A value is a tensor, or a tuple if several values cross a cut. `taps` are other values of the branches, each a list
+    with one tensor per branch (`hierens.branches.taps`).
     """
 
-    def __init__(self, values: Sequence[Value] = (), packed: Value = None, count: int = 0) -> None:
-        self.values, self.packed = list(values), packed
+    def __init__(
+        self,
+        values: Sequence[Value] = (),
+        packed: Value = None,
+        count: int = 0,
+        taps: Sequence[Sequence[Tensor]] = (),
+    ) -> None:
+        self.values, self.packed, self.taps = list(values), packed, taps
         self.count = count or len(self.values)
 
     def listed(self) -> list[Value]:

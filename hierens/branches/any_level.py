@@ -117,6 +117,8 @@ class AnyLevel(nn.Module):
         """How many of `count` branches to run in one call; 1 stands for a loop."""
         if count == 1 or not self.grouped or self.executor == "looped":
             return 1
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # the trace of a grouped call would be for one batch size
+            return 1
         if self.executor == "grouped":
             return count
         if self.plan and self.without_gradients():

@@ -34,8 +34,8 @@ class ProfileSettings:
     """convert a timm model to a tree of networks, one network with exits, or a tree with exits"""
     blocks: int = 4
     """blocks of the tree: 2^(blocks-1) networks"""
-    exits: int = 4
-    """exits of a multi-exit network, including the last"""
+    exits: int | None = None
+    """exits of a multi-exit network: 4, or those of the backbone itself"""
     size: tuple[int, int, int] | None = None
     """channels, height and width of the images; by default the model's"""
     batch_size: int = 1
@@ -88,8 +88,8 @@ def _model(settings: ProfileSettings, given: set[str]) -> Adaptive:
     if isinstance(backbone, Adaptive):  # hne_...: already a tree
         check_made(given, name, _OF_TIMM_MODELS)
         return backbone
-    if not backbone.num_classes:
-        backbone.reset_classifier(1000)
+    if settings.method != "hne" and not backbone.num_classes and hasattr(backbone, "reset_classifier"):
+        backbone.reset_classifier(1000)  # exits are classifiers
     if settings.method == "multi_exit":
         return multi_exit(backbone, settings.exits)
     return (tree_with_exits if settings.method == "hne_exits" else hierensify)(backbone, settings.blocks)
@@ -170,9 +170,7 @@ def cut_report(name: str, blocks: int, places: bool = False) -> dict[str, Any]:
 
     try:
         with torch.device("meta"):
-            # Models without a classifier get one; the others keep their number of classes.
-            classes = {} if timm.create_model(name).num_classes else {"num_classes": 1000}
-            backbone = timm.create_model(name, **classes).eval()
+            backbone = timm.create_model(name).eval()
         cutting = cut(backbone, blocks)
         macs = _macs(backbone, cutting)
         record: dict[str, Any] = {

@@ -49,6 +49,7 @@ def predict(arguments: Sequence[str]) -> None:
     if settings.top < 1:
         raise UsageError(f"--top must be at least 1, got {settings.top}.")
 
+    from hierens.core.labels import check_classes
     from hierens.training.data.decoding import create_decoder
     from hierens.training.data.loaders import create_transform
     from hierens.training.data.splits import images_below
@@ -59,6 +60,7 @@ def predict(arguments: Sequence[str]) -> None:
     failed: list[dict[str, str]] = []
     with json_output(settings.json) as write_json:
         model, policy = _loaded(settings)
+        check_classes(model, "hierens predict")
         names, data = label_names(model), data_config(model, settings.model)
         decode, transform = create_decoder(data), create_transform(data, training=False)
         for file in with_progress(files, len(files), "predicting"):

@@ -12,7 +12,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,7 +39,8 @@ class AdaptiveBase(nn.Module, ABC):
         in_chans: image channels.
         pretrained_cfg: timm's description of the model and its preprocessing.
         gradient_equilibrium: whether shared parts receive the mean, not the sum, of the gradients of the leaves that
-            use them; off by default. See `hierens.core.equilibrium`.
+            use them; off by default. "all" in a multi-exit network scales all values that cross a cut, where True
+            scales those that the exit reads, as IMTA's authors do in MSDNet. See `hierens.core.equilibrium`.
         grad_checkpointing: whether activations are recomputed in the backward pass instead of stored.
     """
 
@@ -50,7 +51,7 @@ class AdaptiveBase(nn.Module, ABC):
     symmetric: Any = False
     """whether any two leaves have the same weights"""
     levels: nn.ModuleList
-    gradient_equilibrium: bool = False
+    gradient_equilibrium: bool | Literal["all"] = False
     grad_checkpointing: bool = False
     num_classes: int
     pretrained_cfg: dict[str, Any]
@@ -62,6 +63,7 @@ class AdaptiveBase(nn.Module, ABC):
         self.head_hidden_size, self.classifier_names = info.head_hidden_size, info.classifier_names
         self.pretrained_cfg = self.default_cfg = {**info.pretrained_cfg, "architecture": self.architecture}
         self._model_args, self._traits, self._no_weight_decay = info.model_args, info.traits, info.no_weight_decay
+        self._stages = info.stages
         self._macs: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
@@ -77,6 +79,7 @@ class AdaptiveBase(nn.Module, ABC):
             self._model_args,
             self._no_weight_decay,
             self._traits,
+            self._stages,
         ).copy()
 
     # --- abstract methods -------------------------------------------------------------------------------------------

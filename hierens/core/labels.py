@@ -43,6 +43,23 @@ def forget_labels(model: Any) -> None:
         model.pretrained_cfg.pop(key, None)
 
 
+def check_classes(model: Any, what: str) -> None:
+    """Refuse a model of embeddings where classes are needed.
+
+    Args:
+        model: any network.
+        what: needs classes, for the message.
+
+    Raises:
+        ValueError: the model has no classifier.
+    """
+    if getattr(model, "num_classes", None) == 0:
+        raise ValueError(
+            f"{what} needs classes, and this model has no classifier: call reset_classifier with the number of "
+            "classes, and train the new classifier."
+        )
+
+
 def as_indices(labels: Tensor, what: str) -> Tensor:
     """Convert labels (N,) of any integer type to int64.
 

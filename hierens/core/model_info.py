@@ -27,6 +27,7 @@ class ModelInfo:
         model_args: plain values from which timm's entry point creates the model again.
         no_weight_decay: the backbone's names of parameters without weight decay.
         traits: timm's record of changes after construction.
+        stages: where the blocks compute the backbone's feature maps (`hierens.cutting.stages.Stage`).
     """
 
     num_classes: int
@@ -38,6 +39,7 @@ class ModelInfo:
     model_args: dict[str, Any]
     no_weight_decay: set[str] = field(default_factory=set)
     traits: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[Any, ...] = ()
 
     @classmethod
     def of_backbone(

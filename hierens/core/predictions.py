@@ -7,9 +7,13 @@ predictions of all depths from here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Combination = Literal["mean", "normalized", "concat"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,31 @@ class PredictionWeights:
     def cpu(self) -> PredictionWeights:
         """The same on the CPU, without gradients."""
         return replace(self, leaf_weights=None if self.leaf_weights is None else self.leaf_weights.detach().cpu())
+
+
+def combine_embeddings(leaf_embeddings: Tensor, combine: Combination = "normalized") -> Tensor:
+    """One embedding per image, from those of its leaves.
+
+    Args:
+        leaf_embeddings: (N, leaves, features).
+        combine: `mean` of the leaves, (N, features); `normalized`, their mean scaled to unit length; or `concat`, all
+            of them in order, (N, leaves * features).
+
+    Raises:
+        ValueError: outputs that are not one vector per image and leaf, or an unknown combination.
+    """
+    if leaf_embeddings.ndim != 3:
+        shape = tuple(leaf_embeddings.shape[2:])
+        raise ValueError(
+            f"an embedding is one vector per image, and the leaves of this model give {shape}: call the model itself, "
+            "and pool its output."
+        )
+    if combine == "concat":
+        return leaf_embeddings.flatten(1)
+    if combine not in ("mean", "normalized"):
+        raise ValueError(f"combine must be 'mean', 'normalized' or 'concat', got {combine!r}.")
+    mean = leaf_embeddings.mean(1)
+    return F.normalize(mean, dim=-1) if combine == "normalized" else mean
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

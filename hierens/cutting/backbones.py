@@ -77,8 +77,10 @@ def check_backbone(backbone: Any) -> None:
 def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
     """The names of the modules that `get_classifier()` returns: one, or two for a distilled backbone.
 
+    With `num_classes=0` it is an `Identity`, or missing, as in encoders.
+
     Raises:
-        CutError: this is neither a timm model with a classifier nor another network with a description.
+        CutError: this is neither a timm model nor another network with a description, or has classes and no classifier.
     """
     check_backbone(backbone)
     if own := description(backbone):
@@ -86,15 +88,15 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
     getter: Callable[[], Any] | None = getattr(backbone, "get_classifier", None)
     found = getter() if getter else None
     modules = found if isinstance(found, (tuple, list)) else [found]
+    classes = getattr(backbone, "num_classes", 1)
     names = [
         next((name for name, own in backbone.named_modules() if own is module), "")
         for module in modules
-        if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
+        if isinstance(module, nn.Module) and not (classes and isinstance(module, nn.Identity))
     ]
-    if not names or not all(names):
-        kind = type(backbone).__name__
-        raise CutError(f"this {kind} has no classifier: make it with num_classes of at least 1.")
-    return tuple(names)
+    if classes and not (names and all(names)):
+        raise CutError(f"this {type(backbone).__name__} has no classifier for its classes: call reset_classifier.")
+    return tuple(filter(None, names))
 
 
 def _is_plain(backbone: Any) -> bool:

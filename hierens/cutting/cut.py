@@ -51,7 +51,7 @@ def cut(
     """Cut a copy of a backbone into blocks of about equal MACs.
 
     Args:
-        backbone: a timm classification model, or a `described` network; it is not changed.
+        backbone: a timm model, or a `described` network; it is not changed.
         blocks: number of blocks; ignored if `at` is given.
         at: names of the first modules of the second and later blocks, in order.
         example: an input (N, C, H, W) with which MACs are counted; by default made from the backbone's configuration.
@@ -61,8 +61,8 @@ def cut(
 
     Raises:
         ValueError: `blocks` is not an integer of at least 1.
-        CutError: not a timm model, too few places to cut, an unknown name in `at`, no classifier, or a forward pass
-            that fails to trace.
+        CutError: not a timm model, too few places to cut, an unknown name in `at`, classes without classifier, or
+            a forward pass that fails to trace.
     """
     checked_integer(counted, blocks, 1)
     if isinstance(at, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -24,6 +25,47 @@ class Block(fx.GraphModule):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The same in every protocol."""
         return self.__reduce__()
+
+    def tapped(self, nodes: Sequence[str]) -> Block:
+        """A block of the same modules that also returns the values of some nodes: `(*outputs, *values)`.
+
+        Raises:
+            ValueError: the graph has no such node.
+        """
+        rebuild, (listed, state, name) = self.__reduce__()
+        if missing := set(nodes) - {node.name for node in self.graph.nodes}:
+            raise ValueError(
+                f"the layers that compute {min(missing)!r} were merged or removed: get feature maps from the model "
+                "before fuse(), fold_norms() or prune_intermediate_layers()."
+            )
+        *before, (op, own, target, (value,), kwargs) = listed
+        outputs = value if isinstance(value, tuple) and not isinstance(value, _Reference) else (value,)
+        output = (*outputs, *map(_Reference, nodes))
+        return rebuild([*before, (op, own, target, (output,), kwargs)], state, name)
+
+    @property
+    def returns_one(self) -> bool:
+        """Whether the output is a single value."""
+        return isinstance(self.graph.output_node().args[0], fx.Node)
+
+    def ending_at(self, nodes: Sequence[str]) -> Block:
+        """A block that ends at the last of some nodes, without the modules that it does not need.
+
+        It has the same modules otherwise. The block itself is returned if not all of the nodes lie on the way.
+        """
+        *before, last = (node for node in self.graph.nodes if node.name in nodes)
+        needed = {last}
+        for node in reversed(self.graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        if not needed.issuperset(before):
+            return self
+        graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.graph.nodes:
+            if node in needed or node.op == "placeholder":
+                made[node] = graph.node_copy(node, made.__getitem__)
+        graph.output(made[last])
+        return Block(self, graph, class_name="Block")
 
 
 def _listed(graph: fx.Graph) -> list[tuple[Any, ...]]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from hierens.core.errors import first_line
 from hierens.core.macs import MacCounter
 from hierens.cutting.graphs import Block
+from hierens.cutting.stages import Stage, find_stages
 from hierens.cutting.tracer import CutError, ancestors, coarse_graph, dropouts_as_modules, features_end
 
 
@@ -47,9 +48,11 @@ class Cutting:
     Attributes:
         blocks: the B + 1 blocks of the tree, up to the backbone's `forward_features`.
         head: from there to the classifier, such as pooling.
-        classifier: the last linear layer (or layers, for a backbone with several heads) and all operations after it.
+        classifier: the last linear layer (or layers, for a backbone with several heads) and all operations after it;
+            empty for a backbone without classifier.
         at: names of the first modules of the second and later blocks.
         classifier_names: names of the last linear layers, in `classifier` and in the backbone.
+        stages: the stages that end in the blocks; none if the backbone returns no such maps.
     """
 
     blocks: tuple[fx.GraphModule, ...]
@@ -57,6 +60,7 @@ class Cutting:
     classifier: fx.GraphModule
     at: tuple[str, ...]
     classifier_names: tuple[str, ...]
+    stages: tuple[Stage, ...] = ()
 
 
 class CoarseTrace:
@@ -64,7 +68,7 @@ class CoarseTrace:
 
     Attributes:
         nodes: in call order.
-        classifier_start: position of the first node of the classifier.
+        classifier_start: position of the first node of the classifier; the end, if there is none.
         features_end: position of the first node after `forward_features`.
         macs: multiply-accumulates of each node; set by `candidates`, as all that follow.
         tensors: the nodes whose value is a tensor.
@@ -74,7 +78,7 @@ class CoarseTrace:
 
     def __init__(self, backbone: nn.Module, opened: set[str], classifiers: tuple[str, ...]) -> None:
         graph = coarse_graph(backbone, opened)
-        self.backbone, self.classifier_names = backbone, classifiers
+        self.backbone, self.classifier_names, self.opened = backbone, classifiers, opened
         self.persistent = set(backbone.state_dict())
         self.extra = dropouts_as_modules(graph, set(dict(backbone.named_modules())))
         features = [node for node in graph.nodes if node.target is features_end]
@@ -90,7 +94,7 @@ class CoarseTrace:
         for index, node in enumerate(self.nodes):
             if node.op == "call_module":
                 self.first_call.setdefault(node.target, index)
-        self.classifier_start = min(self.position(name) for name in classifiers)
+        self.classifier_start = min((self.position(name) for name in classifiers), default=len(self.nodes))
         self.features_end = min(self.index.get(marker, self.classifier_start), self.classifier_start)
         self.macs: list[int] = []
         self.tensors: set[fx.Node] = set()
@@ -196,7 +200,9 @@ class CoarseTrace:
         pieces = [self._piece(start, end) for start, end in pairwise(edges)]
         names = tuple(self.name(position) for position in cuts)
         *blocks, head, classifier = pieces
-        return Cutting(tuple(blocks), head, classifier, names, self.classifier_names)
+        features = {node: self.index[node] for node in self.features}
+        stages = find_stages(self.backbone, self.opened, features, edges[:-2])
+        return Cutting(tuple(blocks), head, classifier, names, self.classifier_names, stages)
 
     def _piece(self, start: int, end: int) -> Block:
         graph, made = fx.Graph(), dict[fx.Node, fx.Node]()

@@ -7,7 +7,7 @@ and inner control flow, so one trace serves training and evaluation.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,15 +22,23 @@ class CutError(ValueError):
     """The backbone cannot be cut as requested."""
 
 
-def coarse_graph(backbone: nn.Module, opened: set[str]) -> fx.Graph:
+def coarse_graph(
+    backbone: nn.Module, opened: set[str], method: str = "forward", arguments: Mapping[str, Any] = {}
+) -> fx.Graph:
     """A coarse trace. If the backbone inspects a module's output, that module is opened as well.
+
+    Args:
+        backbone: the backbone.
+        opened: names of the modules to enter.
+        method: of the backbone, to be traced.
+        arguments: of the method, besides the images.
 
     Raises:
         CutError: the backbone's own control flow depends on values.
     """
     opened = set(opened)
     while True:
-        tracer = _CoarseTracer(opened)
+        tracer = _CoarseTracer(opened, method, arguments)
         try:
             with _marked_features(backbone, tracer):
                 return tracer.trace(backbone)
@@ -50,11 +58,11 @@ class _Proxy(fx.Proxy):
 
 
 class _CoarseTracer(fx.Tracer):
-    """Traces into plain Sequentials and opened modules only; calls the root with its first argument only."""
+    """Traces into plain Sequentials and opened modules only; calls the root with images and `arguments` only."""
 
-    def __init__(self, opened: set[str]) -> None:
+    def __init__(self, opened: set[str], method: str, arguments: Mapping[str, Any]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self.opened = opened
+        self.opened, self.traced_func_name, self.arguments = opened, method, arguments
         self.inspected: set[str] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -64,7 +72,10 @@ class _CoarseTracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         first = list(inspect.signature(root_fn).parameters)[1]
-        return lambda root, x: root_fn(root, x), [self.root, self.create_proxy("placeholder", first, (), {})]
+        return lambda root, x: root_fn(root, x, **self.arguments), [
+            self.root,
+            self.create_proxy("placeholder", first, (), {}),
+        ]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierens.core.install import install_command
-from hierens.core.labels import NO_CLASS, as_indices, out_of_range
+from hierens.core.labels import NO_CLASS, as_indices, check_classes, out_of_range
 from hierens.core.modes import evaluating
 from hierens.core.predictions import PredictionWeights
 from hierens.core.tree import nested_sizes
@@ -124,6 +124,7 @@ class LeafMetrics:
     @torch.no_grad()
     def of(cls, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Self:
         """The metrics of a model on labelled images; arguments as `evaluate_model`."""
+        check_classes(model, "evaluation by accuracy")
         device, metrics = next(model.parameters()).device, cls(getattr(model, "prediction_weights", None))
         with evaluating(model):
             for images, targets in batches:

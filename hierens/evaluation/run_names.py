@@ -66,6 +66,7 @@ APPLIES: dict[str, Callable[[_Flat], bool]] = {
     **dict.fromkeys(("train.alpha", "train.alpha_warmup_epochs"), _DISTILLED),
     **dict.fromkeys(("train.temperature", "train.final_temperature"), _DISTILLED),
     **dict.fromkeys(("train.temper_students", "train.standardize_logits", "train.ema_teacher"), _CODISTILLED),
+    "train.mean_over_classes": _contains("train.objective", "one_for_all"),
     "train.depth_weights": _contains("train.objective", "hierarchical"),
     **dict.fromkeys(("train.mix_probability", "train.mix_mode", "train.mix_off_epoch"), _MIXED),
     "train.mix_switch_probability": _MIXED,

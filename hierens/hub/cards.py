@@ -87,6 +87,8 @@ def model_card(
     data = _metadata(model, columns.get(ACCURACY), name, about)
     curve = f"\n![Accuracy against multiply-accumulates, a point per depth]({PICTURE})\n" if picture else ""
     listed = 0 < len(labels) <= 100 and labels != [str(number) for number in range(len(labels))]
+    outputs = f"{model.num_classes} classes" if model.num_classes else "No classes: the outputs are embeddings"
+    name_of, shown = ("logits", "logits.argmax(-1)") if model.num_classes else ("embeddings", "logits.shape")
     classes = f"\nClasses, in order: {', '.join(labels)}.\n" if listed else ""
     channels = "1 channel" if size[0] == 1 else f"{size[0]} channels"
     return f"""---
@@ -97,7 +99,7 @@ def model_card(
 
 {summary.format(leaves=model.leaves)}
 made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` selects how many
-{model.unit} are evaluated. {model.num_classes} classes; costs are for images of {channels} and
+{model.unit} are evaluated. {outputs}; costs are for images of {channels} and
 {height_width} pixels.
 
 {table(header, rows)}
@@ -106,9 +108,9 @@ made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every 
 import hierens
 
 model = hierens.from_pretrained("{name}")  # or a directory with this model's files
-logits = model(images, depth=1)  # images: (N, {size[0]}, {size[1]}, {size[2]})
+{name_of} = model(images, depth=1)  # images: (N, {size[0]}, {size[1]}, {size[2]})
 for step in model.anytime(images):  # or step by step, for as long as there is time
-    print(step.leaves, step.macs, step.logits.argmax(-1))
+    print(step.leaves, step.macs, step.{shown})
 ```
 """
 
@@ -141,10 +143,11 @@ def _metadata(model: AdaptiveBase, accuracy: Sequence[float] | None, name: str, 
         for depth, (leaves, value) in enumerate(zip(model.sizes, accuracy or (), strict=False))
         if datasets
     ]
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
     return ModelCardData(
         library_name="timm",
-        tags=["image-classification", "timm", "hierens", "anytime-inference", model.architecture.replace("_", "-")],
-        pipeline_tag="image-classification",
+        tags=[task, "timm", "hierens", "anytime-inference", model.architecture.replace("_", "-")],
+        pipeline_tag=task,
         license=about.get("license"),
         base_model=about.get("base_model"),
         datasets=datasets or None,

@@ -177,12 +177,10 @@ def _check_rebuildable(model: AdaptiveBase) -> None:
     args = _arguments(model)
     if not args.get("backbone"):
         raise SaveError(
-            "only models of backbones from timm.create_model can be rebuilt from a config: save the weights of this one "
-            "by safetensors.torch.save_model(model, file), to load them into a model converted in the same way, or "
-            "export it by model.export(directory)."
+            "only models of backbones from timm.create_model can be rebuilt from a config: save the weights of this "
+            "one by safetensors.torch.save_model(model, file), to load them into a model converted in the same way, "
+            "or export it by model.export(directory)."
         )
-    if model.num_classes < 1:
-        raise SaveError("the classifier was removed: call reset_classifier with the number of classes first.")
     try:
         json.dumps(args, allow_nan=False)
         check_arguments(args["backbone_args"])

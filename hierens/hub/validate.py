@@ -86,8 +86,8 @@ def read_config(file: Path) -> dict[str, Any]:
         raise LoadError(f"{file} has model_args that hierens does not know: {short(', '.join(unknown), plain=True)}.")
     _check_backbone(args, file)
     args.setdefault("num_classes", config.get("num_classes"))  # where timm always writes it
-    for key in ("num_classes", "in_chans"):
-        if not is_whole(args.get(key), 1, 10_000_000):
+    for key, least in (("num_classes", int(kind != "hne")), ("in_chans", 1)):  # a tree may give embeddings
+        if not is_whole(args.get(key), least, 10_000_000):
             raise LoadError(f"{file} has no usable {key} (got {short(args.get(key))}).")
     at = args.get("at")
     if not isinstance(at, list) or len(at) >= _MOST_EXITS or not all(isinstance(name, str) for name in at):

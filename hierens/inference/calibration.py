@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hierens.core.labels import as_indices, out_of_range
+from hierens.core.labels import as_indices, check_classes, out_of_range
 from hierens.core.modes import evaluating
 from hierens.core.protocol import AdaptiveModel
 from hierens.core.tree import nested_sizes
@@ -83,6 +83,7 @@ def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]], *, t
     Raises:
         ValueError: there are no labelled images, or a label is not one of the model's classes.
     """
+    check_classes(model, "calibration")
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     device = next(model.parameters()).device
     size: tuple[int, ...] = ()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hierens.core.json_files import is_finite, short
+from hierens.core.labels import check_classes
 from hierens.core.protocol import AdaptiveModel
 from hierens.evaluation.uncertainty import MEASURES, Measure, certainty
 from hierens.inference.policy import Policy, Prediction
@@ -55,6 +56,7 @@ class Confidence(Policy):
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(self.measure)}.")
 
     def _predict(self, model: AdaptiveModel, images: Tensor) -> Prediction:
+        check_classes(model, "a policy by confidence")
         sizes = model.sizes
         if len(self.thresholds) > max(len(sizes) - 1, 1):
             raise ValueError(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hierens.branches.any_level import AnyLevel
-from hierens.core.adaptive import AdaptiveBase
 from hierens.evaluation.profiling import Profile, profile, summary
 from hierens.export.export import export
 from hierens.hub.saving import push_to_hub, save_pretrained
+from hierens.models.feature_maps import FeatureMaps
 
 
-class Adaptive(AdaptiveBase):
+class Adaptive(FeatureMaps):
     """A network whose depth is chosen when it is run: a tree, a multi-exit network, or a tree with exits."""
 
     @abstractmethod
@@ -32,6 +32,13 @@ class Adaptive(AdaptiveBase):
             ]
             return "\n".join([summary(self), *run])
         return ""
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a ValueError: the size that a block works with may be part of it."""
+        raise ValueError(
+            "set_input_size cannot change blocks that are cut already: create the backbone with img_size=..., or call "
+            "its set_input_size, and convert it then (networks of convolutions take images of any size as they are)."
+        )
 
     def profile(self, size: tuple[int, ...] | None = None, batch_size: int = 1) -> Profile:
         """Leaves, parameters, MACs and latency of every depth; prints as a table."""

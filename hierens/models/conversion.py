@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
 from hierens.core import timm_info
+from hierens.core.labels import check_classes
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
@@ -22,7 +23,7 @@ from hierens.cutting.cut import CutError, Cutting, cut
 from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_weights import ExitWeights, prior
-from hierens.models.heads import Embedding, Exit, HeadKind, OwnExit, new_exits
+from hierens.models.heads import BackboneExit, Embedding, Exit, HeadKind, OwnExit, new_exits
 from hierens.models.multi_exit import MultiExit
 from hierens.models.tree_exits import TreeWithExits
 
@@ -46,8 +47,9 @@ def hierensify(
     """Convert a timm model, or another network, to a hierarchical neural ensemble.
 
     Args:
-        backbone: any block-structured timm classification model, or with `classifier` and `input_size` any network
-            from images (N, C, H, W) to one tensor (N, classes, ...); it is not changed.
+        backbone: any block-structured timm model, or with `classifier` and `input_size` any network from images
+            (N, C, H, W) to one tensor (N, classes, ...); it is not changed. Without classifier (`num_classes=0`,
+            encoders), the tree's outputs are embeddings: see `HierarchicalEnsemble.embed`.
         blocks: levels of the tree, B + 1; it has 2^B leaves.
         classifier: the name of the last layer, such as `"fc"`, of a network that is not timm's.
         input_size: the size (C, H, W) of its images.
@@ -120,6 +122,7 @@ def tree_with_exits(
     tree = build_tree(blocks, at, branching, leaves, init)
     if tree.levels < 2:
         raise ValueError("exits are placed between blocks: a tree with exits needs blocks=2 at least.")
+    check_classes(backbone, "a tree with exits")
     cutting = cut(backbone, tree.levels, at, single=True)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -131,7 +134,7 @@ def tree_with_exits(
 @ordinary_tensors
 def multi_exit(
     backbone: nn.Module,
-    exits: int = 4,
+    exits: int | None = None,
     *,
     classifier: str | None = None,
     input_size: Sequence[int] | None = None,
@@ -146,7 +149,8 @@ def multi_exit(
 
     Args:
         backbone: as for `hierens.hierensify`, of a network that classifies whole images.
-        exits: number of exits, placed after equal shares of the cost.
+        exits: number of exits, placed after equal shares of the cost, 4 by default. A network with exits of its own,
+            such as MSDNet, keeps those, and takes no number.
         classifier: as for `hierens.hierensify`.
         input_size: likewise.
         at: names of the modules before which exits are placed, instead of `exits`; one more is at the end.
@@ -174,15 +178,18 @@ def multi_exit(
             raise CutError("num_classes is for timm models: call reset_classifier of the result instead.")
         reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
         reset(num_classes)
-    cutting = cut(backbone, exits, at, single=True, counted="exits")
+    check_classes(backbone, "a multi-exit network")
+    at, early = _own_exits(backbone, exits, at, head)
+    cutting = cut(backbone, 4 if exits is None else exits, at, single=True, counted="exits")
     _, features = timm_info.num_features(backbone)
     own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
-    heads: list[Exit] = [*new_exits(head, backbone, cutting.blocks), own]
+    heads: list[Exit] = [*(early or new_exits(head, backbone, cutting.blocks)), own]
     if learn_weights and weights is None:
         weights = "uniform"
     own_weights = None if weights is None else list(prior(weights, len(heads)))
     info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.")
     info.model_args.update(head=head, collaborate=collaborate, weights=own_weights, learn_weights=learn_weights)
+    info.stages = cutting.stages
     like = next(backbone.parameters())
     model = MultiExit(
         cutting.blocks,
@@ -193,6 +200,22 @@ def multi_exit(
     )
     _copy_buffers(backbone, model)
     return model.train(backbone.training)
+
+
+def _own_exits(
+    backbone: nn.Module, exits: int | None, at: Sequence[str] | None, head: HeadKind
+) -> tuple[Sequence[str] | None, list[BackboneExit]]:
+    """The places and classifiers of exits that the backbone itself has; else `at`, and none."""
+    find: Callable[[], Any] | None = getattr(backbone, "own_exits", None)
+    if find is None:
+        return at, []
+    names, classifiers = find()
+    if at not in (None, names) or exits not in (None, len(names) + 1) or head != "pool":
+        raise ValueError(
+            f"this {type(backbone).__name__} has {len(names) + 1} exits of its own: omit exits, at and head, and call "
+            "keep_exits of the result for fewer."
+        )
+    return names, [BackboneExit(classifier) for classifier in classifiers]
 
 
 def _one_answer(backbone: nn.Module) -> nn.Module:
@@ -238,6 +261,7 @@ def build_ensemble(
         )
     )
     info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.0.")
+    info.stages = cutting.stages
     ensemble = HierarchicalEnsemble(tree, levels, head, classifier, info)
     _copy_buffers(backbone, ensemble)
     for index, level in enumerate(ensemble.all_levels()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hierens.branches.fused_layers import attached_activations_are_safe, separat
 from hierens.branches.fused_level import FusedLevel
 from hierens.branches.level import Level
 from hierens.core.modes import ordinary_tensors
+from hierens.core.predictions import Combination, combine_embeddings
 from hierens.core.protocol import Step
 from hierens.models.growing import grow
 from hierens.models.level_tree import LevelTree
@@ -31,6 +32,28 @@ class HierarchicalEnsemble(LevelTree):
     """
 
     architecture = "hne"
+
+    def embed(
+        self, x: Tensor, depth: int | None = None, leaves: int | None = None, combine: Combination = "normalized"
+    ) -> Tensor:
+        """Embeddings of images, by a model without classifier.
+
+        Args:
+            x: images (N, C, H, W).
+            depth: as for `forward`.
+            leaves: likewise.
+            combine: `normalized`, the mean of the leaves' embeddings scaled to unit length; `mean`, the output of
+                `forward`; or `concat`, which has other dimensions at every depth.
+
+        Returns:
+            (N, features), or (N, leaves * features) for `concat`.
+
+        Raises:
+            ValueError: the model has a classifier, its outputs are not vectors, or an argument is out of range.
+        """
+        if self.num_classes:
+            raise ValueError(f"the outputs are logits of {self.num_classes} classes: call reset_classifier(0) first.")
+        return combine_embeddings(self(x, depth, leaves, reduce=False), combine)
 
     def grow(self) -> HierarchicalEnsemble:
         """A new model with one more level and equal outputs: see `hierens.models.growing.grow`."""
@@ -69,6 +92,16 @@ class HierarchicalEnsemble(LevelTree):
     ) -> Tuning:
         """Measure the fastest way to run each level on this machine, and use it: see `hierens.models.tuning.tune`."""
         return tune(self, example, depths, batch_sizes, file)
+
+    def drop_leaves(self, count: int) -> Self:
+        """A new model without the last `count` leaves: `at_depth(leaves=...)`, counted from the end.
+
+        Raises:
+            ValueError: the count is negative, or no leaf would be left.
+        """
+        if not 0 <= count < self.tree.leaves:
+            raise ValueError(f"from 0 to {self.tree.leaves - 1} leaves can be dropped, got {count}.")
+        return self.at_depth(leaves=self.tree.leaves - count)
 
     def reorder(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
         """Permute siblings in place for the best accuracy at small depths: see `hierens.models.ordering.reorder`."""

@@ -7,6 +7,7 @@ A tree can be trained small and grown, and a converted network can get more leve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level
+from hierens.branches.taps import parted, tapped_block
 from hierens.branches.tensors import state_of
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
@@ -35,10 +37,8 @@ def grow(model: Grown) -> Grown:
         model: the model to grow; it is not changed.
 
     Raises:
-        CutError: the last block cannot be cut, the classifier was removed, or blocks share weights.
+        CutError: the last block cannot be cut, or blocks share weights.
     """
-    if model.num_classes < 1:
-        raise CutError("the classifier was removed: call reset_classifier with a number of classes before growing.")
     network, at = _Network(model.at_depth(0)), model._model_args["at"]
     cutting = cut(network, at=[*at, next_cut(network, at)])
     *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
@@ -59,6 +59,9 @@ def grow(model: Grown) -> Grown:
         _level_of(classifier.first(), classifier, 2, classifier.fallback_reason),
     )
     grown._model_args["at"] = list(cutting.at)
+    grown._stages = tuple(
+        replace(new, normed=old.normed) for new, old in zip(cutting.stages, model._stages, strict=False)
+    )
     return grown
 
 
@@ -98,8 +101,15 @@ class _Network(nn.Module):
             for node in block.graph.nodes:
                 if node.op in ("call_module", "get_attr"):
                     self._adopt(node.target, block)
-        # In a plain list, because the modules are already registered under their own names.
+        # In plain lists, because the modules are already registered under their own names.
         self._pieces = [fx.GraphModule(self, block.graph) for block in blocks]
+        self._stages = [stage for stage in single._stages if stage.node]
+        self.feature_info = [stage.info for stage in self._stages]
+        self._tapped = [
+            (fx.GraphModule(self, tapped_block(block, nodes).graph), len(nodes), block.returns_one)
+            for index, block in enumerate(blocks[:-2])
+            for nodes in [tuple(stage.node for stage in self._stages if stage.level == index)]
+        ]
         if len(self._pieces[-2].graph.find_nodes(op="placeholder")) > 1:
             raise CutError("this backbone cannot be grown: its head reads several values.")
 
@@ -127,6 +137,14 @@ class _Network(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self._run(self._pieces[-2:], self.forward_features(x))
+
+    def forward_intermediates(self, x: Any, norm: bool = False) -> tuple[Any, list[Any]]:
+        """The maps of the stages; `norm` is ignored."""
+        value, found = x, list[Tensor]()
+        for piece, taps, returns_one in self._tapped:
+            value, own = parted(self._run([piece], value), taps, returns_one)
+            found += own
+        return value, [stage.to_map.forward(x, tap) for stage, tap in zip(self._stages, found, strict=True)]
 
     @staticmethod
     def _run(pieces: Sequence[fx.GraphModule], value: Any) -> Any:

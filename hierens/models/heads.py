@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hierens.core import timm_info
 from hierens.core.adaptive import classifier_maker
 from hierens.core.modes import evaluating
-from hierens.core import timm_info
 from hierens.core.timm_info import example_input
 
 HeadKind = Literal["pool", "conv"]
@@ -53,25 +53,32 @@ class Layout:
             return x[:, 0] if self.class_token else x[:, self.prefix :].mean(1)
         return x.mean((2, 3) if self.kind == "NCHW" else (1, 2))
 
+    def maps(self, images: Tensor, value: Any) -> Tensor:
+        """Feature maps (N, channels, H, W) of images, without the tokens in front."""
+        x = self.features(value)
+        if self.kind == "NLC":
+            x = x[:, self.prefix :]
+            rows = math.isqrt(x.shape[1] * images.shape[2] // images.shape[3])
+            return x.transpose(1, 2).unflatten(2, (rows, -1))
+        return x.permute(0, 3, 1, 2) if self.kind == "NHWC" else x
 
-def layouts(backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[Layout]:
-    """The layout of the output of every block but the last, determined by running the blocks.
+
+def layouts(backbone: nn.Module, blocks: tuple[nn.Module, ...]) -> list[tuple[Layout, Any]]:
+    """The layout of the output of every block, and this output for two images, determined by running the blocks.
 
     Raises:
         ValueError: channels and positions of some features cannot be distinguished.
     """
     example = example_input(backbone, 2)
-    values = _outputs(blocks, example)
     found = []
-    for index, value in enumerate(values[:-1]):
+    for index, value in enumerate(_outputs(blocks, example)):
         part, x = _features_of(value, index)
-        shape = _ShapeReader(backbone, blocks, example, index, part)
-        found.append(shape.layout(x))
+        found.append((_ShapeReader(backbone, blocks, example, index, part).layout(x), value))
     return found
 
 
 @torch.no_grad()
-def _outputs(blocks: tuple[fx.GraphModule, ...], example: Tensor) -> list[Any]:
+def _outputs(blocks: tuple[nn.Module, ...], example: Tensor) -> list[Any]:
     value: Any = example
     values = []
     for block in blocks:
@@ -103,7 +110,7 @@ class _ShapeReader:
     """Distinguishes channels and positions of the features after a block by their sizes."""
 
     backbone: nn.Module
-    blocks: tuple[fx.GraphModule, ...]
+    blocks: tuple[nn.Module, ...]
     example: Tensor
     index: int
     part: int | None
@@ -128,7 +135,7 @@ class _ShapeReader:
     def _tokens(self, x: Tensor) -> Layout:
         height, width = self.example.shape[2:]
         class_token = getattr(self.backbone, "global_pool", None) == "token"
-        for prefix in (int(getattr(self.backbone, "num_prefix_tokens", 0) or 0), 0):
+        for prefix in (int(getattr(self.backbone, "num_prefix_tokens", 0) or 0), 0, 1):  # only timm states it
             positions = x.shape[1] - prefix
             rows = math.isqrt(max(positions, 0) * height // width)
             if rows and positions % rows == 0 and self._is_grid(rows, positions // rows):
@@ -157,6 +164,32 @@ class _ShapeReader:
         return f"the features of shape {tuple(x.shape)} after block {self.index} of this {type(self.backbone).__name__}"
 
 
+class BackboneExit(nn.Module):
+    """A classifier of the backbone itself, such as MSDNet's, that reads the last of the values that cross a cut.
+
+    Args:
+        classifier: from features to logits, with a linear layer `fc` and a method `reset`.
+    """
+
+    names = ("fc",)
+    part = -1
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier: Any = classifier
+
+    def forward(self, value: Any) -> Tensor:
+        """Logits (N, classes) from the values that cross the cut."""
+        logits: Tensor = self.classifier(value[self.part] if isinstance(value, tuple) else value)
+        return logits
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the linear layer by a new one."""
+        old = self.classifier.fc
+        self.classifier.reset(num_classes)
+        self.classifier.fc = _like(old, self.classifier.fc)
+
+
 class PooledExit(nn.Module):
     """Global pooling, a layer norm if the backbone has no batch norms that fix the scale, and a linear layer.
 
@@ -166,9 +199,11 @@ class PooledExit(nn.Module):
         normalise: whether to add the layer norm.
     """
 
+    names = ("",)
+
     def __init__(self, layout: Layout, num_classes: int, normalise: bool) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.part = layout, layout.part
         self.norm = nn.LayerNorm(layout.channels) if normalise else nn.Identity()
         self.classifier = nn.Linear(layout.channels, num_classes)
 
@@ -193,11 +228,13 @@ class ConvExit(nn.Module):
         ValueError: the features have another layout.
     """
 
+    names = ("",)
+
     def __init__(self, layout: Layout, num_classes: int) -> None:
         super().__init__()
         if layout.kind != "NCHW":
             raise ValueError(f"head='conv' takes maps (N, C, H, W), and these features are {layout.kind}: use 'pool'.")
-        self.layout = layout
+        self.layout, self.part = layout, layout.part
         width = min(_CONV_WIDTH, 2 * layout.channels)
         self.convs = nn.Sequential(*_conv_bn_relu(layout.channels, width), *_conv_bn_relu(width, width))
         self.classifier = nn.Linear(width, num_classes)
@@ -241,7 +278,7 @@ class OwnExit(nn.Module):
             setattr(self.classifier.get_submodule(owner), key, _like(old, make(num_classes)))
 
 
-Exit = PooledExit | ConvExit | OwnExit
+Exit = PooledExit | ConvExit | BackboneExit | OwnExit
 
 
 class Embedding(nn.Module):
@@ -276,7 +313,7 @@ def new_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule,
             distinguished.
     """
     classes, like = timm_info.num_classes(backbone), next(backbone.parameters())
-    exits = [new_exit(kind, layout, classes, backbone) for layout in layouts(backbone, blocks)]
+    exits = [new_exit(kind, layout, classes, backbone) for layout, _ in layouts(backbone, blocks[:-1])]
     return [exit.to(like.device, like.dtype) for exit in exits]
 
 

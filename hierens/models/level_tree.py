@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel, Executor
 from hierens.branches.level import Level
+from hierens.branches.taps import Nodes, tapped
 from hierens.core.adaptive import classifier_maker, linear_names, mean_of_heads
 from hierens.core.equilibrium import scale_gradient, scaled
 from hierens.core.model_info import ModelInfo
@@ -122,20 +123,23 @@ class LevelTree(Adaptive):
             return self._no_logits(x, n, reduce)
         return self._logits(self._features(x, n), reduce)
 
-    def forward_levels(self, x: Tensor, leaves: int, exits: int = 0) -> Iterator[Activations]:
+    def forward_levels(
+        self, x: Tensor, leaves: int, exits: int = 0, nodes: Mapping[int, tuple[str, ...]] = {}
+    ) -> Iterator[Activations]:
         """The output of each level for the first leaves. Each level is run when its output is requested.
 
         Args:
             x: images (N, C, H, W), as `_prepared` returns them.
             leaves: number of networks that will be evaluated; 0 runs the first branch of each level only.
             exits: number of those first branches with an exit that will be evaluated, for gradient equilibrium.
+            nodes: by level, the values to return as `taps`.
         """
         activations = Activations([x])
         for index, level in enumerate(self.levels):
             parents = [self.tree.parent(index, branch) for branch in range(self.tree.width(index, max(leaves, 1)))]
             if self.gradient_equilibrium and index > 0:
                 activations, parents = self._with_mean_gradients(index, activations, parents, (leaves, exits))
-            activations = self._run(level, activations, parents)
+            activations = self._run(tapped(level, nodes[index]) if index in nodes else level, activations, parents)
             yield activations
 
     def _with_mean_gradients(
@@ -158,6 +162,12 @@ class LevelTree(Adaptive):
         counts = [min(leaves - branch * span, span) for branch in range(self.tree.width(index, max(leaves, 1)))]
         counts[0] += max(exits - index, 0)
         return counts
+
+    def _forward_stages(
+        self, x: Tensor, leaves: int, nodes: Nodes, exits: int = 0
+    ) -> Iterator[tuple[Activations, list[int]]]:
+        for index, activations in enumerate(self.forward_levels(x, leaves, exits, nodes)):
+            yield activations, self.num_outputs_below(index, max(leaves, 1))
 
     def _features(self, x: Tensor, leaves: int) -> Activations:
         for activations in self.forward_levels(x, leaves):
@@ -224,16 +234,6 @@ class LevelTree(Adaptive):
             tree, levels, self.head.first_branches(tree.leaves), self.classifier.first_branches(tree.leaves)
         )
         return smaller
-
-    def drop_leaves(self, count: int) -> Self:
-        """A new model without the last `count` leaves: `at_depth(leaves=...)`, counted from the end.
-
-        Raises:
-            ValueError: the count is negative, or no leaf would be left.
-        """
-        if not 0 <= count < self.tree.leaves:
-            raise ValueError(f"from 0 to {self.tree.leaves - 1} leaves can be dropped, got {count}.")
-        return self.at_depth(leaves=self.tree.leaves - count)
 
     @property
     def looped(self) -> dict[str, str]:
@@ -323,6 +323,10 @@ class LevelTree(Adaptive):
             self.classifier.replace(name, fresh)
         self._name_classifiers()
         self._count_classes(num_classes)
+
+    def _drop_heads(self) -> None:
+        self.head, self.classifier = (Level(nn.Identity() for _ in range(self.leaves)) for _ in range(2))
+        self.classifier_names = ()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters to which the backbone applies no weight decay."""

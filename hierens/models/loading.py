@@ -12,6 +12,7 @@ import timm
 from safetensors import SafetensorError, safe_open
 
 # These register the entry points that a config can name.
+import hierens.models.msdnet
 import hierens.models.paper_networks
 import hierens.models.registry
 import hierens.models.small_resnets  # noqa: F401

@@ -22,12 +22,13 @@ from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.values import is_empty, select_samples
+from hierens.models.block_chain import BlockChain
 from hierens.models.exit_weights import ExitWeights
 from hierens.models.heads import Embedding, Exit, OwnExit
-from hierens.models.pruning import Pruning, WeightedExits, prune
+from hierens.models.pruning import Pruning, prune
 
 
-class MultiExit(WeightedExits):
+class MultiExit(BlockChain):
     """A network with several exits. Policies, metrics, the trainer and the Hub use it like a hierarchical ensemble.
 
     `multi_exit` creates it. Its leaves are its exits: depth b evaluates exits 0 to b.
@@ -38,7 +39,6 @@ class MultiExit(WeightedExits):
         embeddings: for every exit but the first, the embedding of the logits of the exit before; empty without
             collaboration.
         weighting: the weights of the ensemble of exits; None if the exits are not combined.
-        positions: the index of the block after which each exit is placed.
         gradient_equilibrium: whether each block gets the mean, not the sum, of the gradients of the exits after it.
     """
 
@@ -74,7 +74,7 @@ class MultiExit(WeightedExits):
         names = [
             f"exits.{index}.classifier{'.' + name if name else ''}"
             for index, exit in enumerate(self.exits)
-            for name in (linear_names(exit.classifier, exit.names) if isinstance(exit, OwnExit) else ("",))
+            for name in linear_names(exit.classifier, exit.names)  # type: ignore[arg-type]
         ]
         names += [
             f"embeddings.{index}.{name}" for index in range(len(self.embeddings)) for name in ("embed.0", "classifier")
@@ -140,19 +140,20 @@ class MultiExit(WeightedExits):
             value = self._run_block(level, value)
         features = value
         if self.gradient_equilibrium and remaining > 1:
-            features, value = scaled(value, 1 / remaining), scaled(value, (remaining - 1) / remaining)
+            features = self._scaled(index, value, 1 / remaining)
+            value = self._scaled(index, value, (remaining - 1) / remaining)
         logits = self.exits[index](features)
         if before is not None and self.collaborate:
             logits = logits + self.embeddings[index - 1](before)
         return value, logits
 
-    def _blocks_before(self, index: int) -> nn.ModuleList:
-        """The blocks between the previous exit and this one."""
-        start = self.positions[index - 1] + 1 if index else 0
-        return self.levels[start : self.positions[index] + 1]
-
-    def _run_block(self, level: nn.Module, value: Any) -> Any:
-        return self._run(level, *value) if isinstance(value, tuple) else self._run(level, value)
+    def _scaled(self, index: int, value: Any, factor: float) -> Any:
+        """The output of a block, with scaled gradients of what the exit after it reads, or of all that crosses."""
+        part = getattr(self.exits[index], "part", None)
+        if self.gradient_equilibrium == "all" or part is None or not isinstance(value, tuple):
+            return scaled(value, factor)
+        read = part % len(value)
+        return tuple(scaled(own, factor) if place == read else own for place, own in enumerate(value))
 
     def _combined(self, logits: Tensor) -> Tensor:
         """The prediction (N, classes) from the logits of the first exits, (N, exits, classes)."""
@@ -275,13 +276,6 @@ class MultiExit(WeightedExits):
 
     # --- timm's interface -------------------------------------------------------------------------------------------
 
-    def forward_features(self, x: Tensor, depth: int | None = None) -> Any:
-        """The output of the blocks up to an exit; for the last exit, the default, the backbone's `forward_features`."""
-        value: Any = self._prepared(x)
-        for level in self.levels[: self.positions[self.leaves_at(depth) - 1] + 1]:
-            value = self._run_block(level, value)
-        return value
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the last exit from its `forward_features`, or with `pre_logits` pooled features.
 
@@ -295,9 +289,7 @@ class MultiExit(WeightedExits):
 
     def get_classifier(self) -> Any:
         """The last exit's linear layer; a tuple if it has several."""
-        last = self.exits[-1]
-        if not isinstance(last, OwnExit):
-            return last.classifier
+        last: Any = self.exits[-1]
         modules = tuple(last.classifier.get_submodule(name) for name in last.names)
         return modules[0] if len(modules) == 1 else modules
 
@@ -317,6 +309,10 @@ class MultiExit(WeightedExits):
         embeddings = nn.ModuleList(Embedding(num_classes) for _ in self.embeddings)
         self.embeddings = embeddings.to(like.device, like.dtype).train(self.training)
         self._count_classes(num_classes)
+
+    def _drop_heads(self) -> None:
+        self.exits, self.embeddings = nn.ModuleList(nn.Identity() for _ in self.exits), nn.ModuleList()
+        self.weighting = None
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: those that the backbone names, and the exits' weights."""

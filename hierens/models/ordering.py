@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hierens.branches.level import Level
+from hierens.core.labels import check_classes
 from hierens.core.modes import evaluating
 from hierens.core.tree import Tree, nested_sizes
 from hierens.evaluation.profiling import table
@@ -72,8 +73,7 @@ def reorder(model: LevelTree, loader: Iterable[tuple[Tensor, Tensor]]) -> Reorde
     Raises:
         ValueError: an empty loader, targets that are not class indices, logits that are not finite, or no classifier.
     """
-    if model.num_classes < 1:
-        raise ValueError("the classifier was removed: call reset_classifier, and train the new classifier first.")
+    check_classes(model, "reordering")
     logits, targets = _evaluated(model, loader)
     scores = _Scores(logits, targets)
     tree = model.tree

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from hierens.models import conversion
 from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
+from hierens.models.feature_maps import features_only
 from hierens.models.multi_exit import MultiExit
 from hierens.models.tree_exits import TreeWithExits
 
@@ -29,7 +30,14 @@ Model = TypeVar("Model", bound=Adaptive)
 
 
 def _built(make: Callable[..., Model], variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Model:
-    """The model that `make` returns, through timm's builder if there are weights or a description to load."""
+    """The model that `make` returns, through timm's builder if there are weights or a description to load.
+
+    With `features_only=True` it is a module that returns the model's feature maps, as timm's models have it.
+    """
+    of_maps = {name: kwargs.pop(name) for name in ("feature_cls", "out_indices") if name in kwargs}
+    if kwargs.pop("features_only", False):
+        maps: Any = features_only(_built(make, variant, pretrained, kwargs), **of_maps)
+        return maps
     if not kwargs.get("backbone"):
         raise ValueError(
             f"{variant} needs the name of a timm model: timm.create_model({variant!r}, backbone='resnet18')."
@@ -47,7 +55,8 @@ def hne(pretrained: bool = False, **kwargs: Any) -> HierarchicalEnsemble:
     Args:
         pretrained: load the weights that `pretrained_cfg` names, which timm sets for `local-dir:` and `hf-hub:`.
         kwargs: `backbone` (a timm name), `backbone_args`, `blocks` or `at` and `branching`, `leaves`, `init`, `seed`,
-            and arguments of the backbone: `num_classes`, `in_chans`, ...
+            and arguments of the backbone: `num_classes`, `in_chans`, ...; `features_only=True`, with `out_indices`,
+            gives timm's `FeatureGetterNet` of the model.
     """
     kwargs.setdefault("init", "copy" if pretrained else "reinit")
     return _built(_ensemble, "hne", pretrained, kwargs)
@@ -104,7 +113,7 @@ def multi_exit(pretrained: bool = False, **kwargs: Any) -> MultiExit:
 def _multi_exit(
     backbone: str,
     backbone_args: dict[str, Any] | None = None,
-    exits: int = 4,
+    exits: int | None = None,
     at: Sequence[str] | None = None,
     head: Literal["pool", "conv"] = "pool",
     collaborate: bool = False,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from hierens.branches.activations import Activations
 from hierens.branches.any_level import Executor
+from hierens.branches.taps import Nodes
 from hierens.core.equilibrium import scaled
 from hierens.core.macs import count_macs
 from hierens.core.modes import ordinary_tensors
@@ -92,12 +94,12 @@ class TreeWithExits(Adaptive):
         return PredictionWeights(sizes, num_exits=num_exits)
 
     @property
-    def gradient_equilibrium(self) -> bool:
+    def gradient_equilibrium(self) -> bool | Literal["all"]:
         """Whether every branch gets the mean, not the sum, of the gradients of the exits and networks after it."""
         return self._tree.gradient_equilibrium
 
     @gradient_equilibrium.setter
-    def gradient_equilibrium(self, on: bool) -> None:
+    def gradient_equilibrium(self, on: bool | Literal["all"]) -> None:
         self._tree.gradient_equilibrium = on
 
     @property
@@ -157,6 +159,17 @@ class TreeWithExits(Adaptive):
         """The number of exits and of networks among the first leaves."""
         exits_run = min(leaves, len(self.exits))
         return exits_run, leaves - exits_run
+
+    def _levels_run(self, leaves: int) -> int:
+        return len(self.levels) if leaves > len(self.exits) else leaves
+
+    def _forward_stages(self, x: Tensor, leaves: int, nodes: Nodes) -> Iterator[tuple[Activations, list[int]]]:
+        exits_run, networks = self._split(leaves)
+        return self._tree._forward_stages(x, networks, nodes, exits_run)
+
+    def _drop_heads(self) -> None:
+        self._tree._drop_heads()
+        self.exits = nn.ModuleList(nn.Identity() for _ in self.exits)
 
     def anytime(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         """Predictions exit by exit, then network by network; every activation is computed once.

@@ -81,6 +81,8 @@ class TrainConfig:
     """use the temperature for the students of co-distillation as well, as Hinton et al. do; the paper does not"""
     standardize_logits: bool = False
     """standardise the logits of teacher and students before the temperature is applied (arXiv 2403.01427)"""
+    mean_over_classes: bool = False
+    """average the divergence of `one_for_all` over the classes, as its authors' code does, instead of summing it"""
     depth_weights: tuple[float, ...] = ()
     """weight of each depth in the hierarchical terms; equal by default"""
     alpha_warmup_epochs: int = 0
@@ -137,6 +139,9 @@ class TrainConfig:
     """norm: of all gradients together; value: of each number; agc: adaptive, per unit, relative to its weights"""
     freeze_levels: int = 0
     """levels of the tree, from the root, whose weights and statistics are frozen"""
+    classifiers_only: bool = False
+    """train the last linear layers and the embeddings of `collaborate` alone; all other weights and statistics are
+    frozen"""
     unfreeze_epoch: int | None = None
     """epoch from which frozen levels are trained; None: never"""
     ema_decay: float | None = None
@@ -180,10 +185,14 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size counts all accumulation steps: {self.batch_size} is not divisible by {self.accumulation}."
             )
+        if self.classifiers_only and (self.freeze_levels or self.unfreeze_epoch is not None):
+            raise ValueError("classifiers_only freezes all levels to the end: omit freeze_levels and unfreeze_epoch.")
         if self.ema_teacher and self.ema_decay is None:
             raise ValueError("ema_teacher needs averaged weights: give ema_decay, such as 0.999.")
         if self.standardize_logits and not self.temper_students:
             raise ValueError("standardize_logits needs the temperature for students as well: set temper_students.")
+        if self.mean_over_classes and "one_for_all" not in self.objective:
+            raise ValueError("mean_over_classes is for one_for_all: set objective, or omit it.")
         for name in ("mixup", "cutmix", "label_smoothing", "freeze_levels", "alpha_warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -203,12 +212,16 @@ class TeacherConfig:
     """weight of the teacher in the loss, from 0 to 1; the objective has the rest"""
     teacher_temperature: float = 2.0
     """temperature of teacher and students"""
+    teacher_of_exits: bool = False
+    """use it in the objective `one_for_all` in place of the last exit, with that objective's alpha and temperature"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must be from 0 to 1, got {self.teacher_share}.")
         if self.teacher_weights and not Path(self.teacher_weights).is_file():
             raise ValueError(f"teacher_weights: there is no file {self.teacher_weights}.")
+        if self.teacher_of_exits and not self.teacher:
+            raise ValueError("teacher_of_exits needs a teacher: give teacher, or omit it.")
 
 
 @dataclass(frozen=True)
@@ -229,8 +242,8 @@ class ModelConfig:
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()
     """children per branch and level instead of a binary tree, such as `1 1 1 8`; sets `blocks`"""
-    exits: int = 4
-    """exits of a multi-exit network, including the last"""
+    exits: int | None = None
+    """exits of a multi-exit network: 4, or those of the backbone itself"""
     head: Literal["pool", "conv"] = "pool"
     """heads of early exits: global pooling and a linear layer, or two convolutions before that"""
     collaborate: bool = False
@@ -242,6 +255,8 @@ class ModelConfig:
     """train the weights of the exits, starting from `exit_weights`"""
     start: str = ""
     """a saved model (a folder, or a name on the Hub) to start from instead of a backbone"""
+    new_classifiers: bool = False
+    """replace the classifiers of the saved model by new ones"""
     drop_path: float | None = None
     """largest drop-path rate of the backbone's residual branches"""
     dropout: float | None = None
@@ -261,6 +276,8 @@ class ModelConfig:
         given += ["head"] if self.method == "hne" and self.head != "pool" else []
         if given:
             raise ValueError(f"method {self.method!r} has no {' and no '.join(given)}: leave it out, or change method.")
+        if self.new_classifiers and not self.start:
+            raise ValueError("new_classifiers replaces those of a saved model: give start, or omit it.")
         if self.warm and self.init == "reinit":
             raise ValueError("init='reinit' would discard the pretrained weights: leave it out, or use 'copy'.")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hierens.core.predictions import PredictionWeights
 from hierens.losses import distillation
-from hierens.objectives import Objective
+from hierens.objectives import ONE_FOR_ALL, Objective
 from hierens.training.config import TeacherConfig, TrainConfig
 
 Precision = Callable[[], AbstractContextManager[Any]]  # such as `accelerator.autocast`
@@ -28,6 +28,9 @@ class TrainingLoss:
         average: the model with averaged weights, if it is the teacher of co-distillation.
         teacher: another model, with the same number of classes.
         teacher_config: its weight and temperature.
+
+    Raises:
+        ValueError: the teacher is to replace the last exit, and the objective has none.
     """
 
     def __init__(
@@ -47,9 +50,12 @@ class TrainingLoss:
             config.temper_students,
             config.depth_weights,
             config.standardize_logits,
+            config.mean_over_classes,
         )
         self.total_steps, self.warmup = total_steps, config.alpha_warmup_epochs * steps_per_epoch
         self.teacher_config = teacher_config or TeacherConfig()
+        if self.teacher_config.teacher_of_exits and (ONE_FOR_ALL not in self.objective.terms or average is not None):
+            raise ValueError("teacher_of_exits needs the objective one_for_all, without ema_teacher.")
 
     def at(self, step: int) -> Objective:
         """The objective before optimiser step `step`, counted from 0."""
@@ -81,9 +87,11 @@ class TrainingLoss:
             precision: a context in which other models run, such as `accelerator.autocast`.
             prediction_weights: those of the model; by default a tree's.
         """
-        loss = self.at(step)(leaf_logits, targets, self._logits(self.average, images, precision), prediction_weights)
         logits = self._logits(self.teacher, images, precision)
-        if logits is None:
+        of_exits = self.teacher_config.teacher_of_exits
+        own = logits if of_exits else self._logits(self.average, images, precision)
+        loss = self.at(step)(leaf_logits, targets, own, prediction_weights)
+        if logits is None or of_exits:
             return loss
         share = self.teacher_config.teacher_share
         return (1 - share) * loss + share * distillation(leaf_logits, logits, self.teacher_config.teacher_temperature)

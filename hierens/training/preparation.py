@@ -36,7 +36,7 @@ def prepare_model(model: Adaptive, config: TrainConfig, sharded: bool, device: t
     """Set a model up for training, in place.
 
     Returns:
-        The levels that are frozen when training starts.
+        The parts that are frozen when training starts.
 
     Raises:
         ValueError: the tree has fewer levels than `freeze_levels`, or FSDP is requested for one process.
@@ -47,18 +47,24 @@ def prepare_model(model: Adaptive, config: TrainConfig, sharded: bool, device: t
         model.to(memory_format=torch.channels_last)
     model.gradient_equilibrium = config.gradient_equilibrium
     model.set_grad_checkpointing(config.grad_checkpointing)
-    frozen = frozen_levels(model, config)
+    frozen = frozen_parts(model, config)
     if sharded:
         shard(model, device)
     return frozen
 
 
-def frozen_levels(model: Adaptive, config: TrainConfig) -> list[torch.nn.Module]:
-    """The levels that are frozen when training starts; those that stay frozen get no gradients at all.
+def frozen_parts(model: Adaptive, config: TrainConfig) -> list[torch.nn.Module]:
+    """The parts that are frozen when training starts; those that stay frozen get no gradients at all.
 
     Raises:
         ValueError: the tree has fewer levels.
     """
+    if config.classifiers_only:
+        classifiers = model.pretrained_cfg["classifier"]
+        trained = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith((*trained, "embeddings.", "weighting.")))
+        return [part for name, part in model.named_children() if name not in ("embeddings", "weighting")]
     if config.freeze_levels > len(model.levels):
         raise ValueError(f"freeze_levels is {config.freeze_levels}, but the model has {len(model.levels)} levels.")
     levels: list[torch.nn.Module] = list(model.levels)[: config.freeze_levels]

@@ -12,11 +12,34 @@ import yaml
 
 from hierens.core.errors import did_you_mean
 from hierens.core.json_files import read_json, short
-from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig, to_json
+from hierens.training.config import DataConfig, ModelConfig, Run, TeacherConfig, TrainConfig, to_json
 
 _Config = TypeVar("_Config")
 _MOST_BYTES = 2**18  # of a YAML file, because its parser is slow
 _SMALL_IMAGES: dict[str, Any] = {"mean": (0.5,), "std": (0.25,), "crop_pct": 1.0, "workers": 0}
+
+_CIFAR100 = DataConfig(
+    dataset="torch/cifar100",
+    input_size=(3, 32, 32),
+    augment="crop_flip",
+    val_split="test",
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+    crop_pct=1.0,
+)
+_IMTA = TrainConfig(
+    output_dir="runs/imta_stage1",
+    epochs=300,
+    batch_size=64,
+    objective="independent",
+    gradient_equilibrium=True,
+    optimizer="momentum",
+    lr=0.1,
+    weight_decay=1e-4,
+    schedule="multistep",
+    decay_epochs=(150, 225),
+    decay_rate=0.1,
+)
 
 PRESETS: dict[str, Run] = {
     # Ruiz & Verbeek, section 4.1 and supplement A: 150 epochs, batch 450, the cyclic rate halved at six epochs.
@@ -36,15 +59,7 @@ PRESETS: dict[str, Run] = {
     ),
     # Section 4.1: the CIFAR recipe is TrainConfig's default.
     "paper-cifar": Run(
-        DataConfig(
-            dataset="torch/cifar100",
-            input_size=(3, 32, 32),
-            augment="crop_flip",
-            val_split="test",
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
-            crop_pct=1.0,
-        ),
+        _CIFAR100,
         ModelConfig(backbone="hne_resnet50_cifar"),
         TrainConfig(output_dir="runs/cifar"),
     ),
@@ -90,6 +105,22 @@ PRESETS: dict[str, Run] = {
         DataConfig(dataset="digits", input_size=(1, 16, 16), augment="crop_flip", pad=1, hflip=0.0, **_SMALL_IMAGES),
         ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [8, 16, 32]}, blocks=4),
         TrainConfig(output_dir="runs/digits", epochs=40, batch_size=64, lr=0.2, warmup_epochs=1, cpu=True),
+    ),
+    # The two stages of Li et al. (arXiv 1908.06294), as their code trains MSDNet on CIFAR.
+    "imta-stage1": Run(_CIFAR100, ModelConfig(method="multi_exit", backbone="msdnet_cifar_7"), _IMTA),
+    "imta-stage2": Run(
+        _CIFAR100,
+        ModelConfig(method="multi_exit", start="runs/imta_stage1/model", collaborate=True, new_classifiers=True),
+        dataclasses.replace(
+            _IMTA,
+            output_dir="runs/imta_stage2",
+            classifiers_only=True,
+            objective="one_for_all",
+            alpha=0.9,
+            temperature=3.0,
+            mean_over_classes=True,
+        ),
+        TeacherConfig(teacher="runs/imta_stage1/model", teacher_of_exits=True),
     ),
     # Li et al. (arXiv 1908.06294) on the digits: all three of their techniques, trained jointly.
     "demo-exits": Run(

@@ -90,7 +90,7 @@ def create_ensemble(run: Run, num_classes: int, names: Sequence[str] | None = No
 
 
 def _load(run: Run, num_classes: int) -> Adaptive:
-    """The saved model to start from, with new classifiers if the number of classes differs."""
+    """The saved model to start from, with new classifiers if asked for or if the number of classes differs."""
     config = run.model
     torch.manual_seed(run.train.seed)
     model: Any = from_pretrained(config.start)
@@ -98,7 +98,7 @@ def _load(run: Run, num_classes: int) -> Adaptive:
         raise ValueError(f"{config.start} takes {model.in_chans} channels, input_size has {run.data.input_size[0]}.")
     if model.architecture != config.method:
         raise ValueError(f"{config.start} was made by another method: use method={model.architecture!r}.")
-    if model.num_classes != num_classes:
+    if config.new_classifiers or model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     if config.collaborate and not model.collaborate:
         model = model.with_collaboration()

@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
 from hierens.core.errors import first_line
+from hierens.core.labels import check_classes
 from hierens.models.adaptive import Adaptive
 from hierens.training.agreement import agreed, largest
 from hierens.training.batchnorm import SyncedBatchNorm
@@ -79,6 +80,7 @@ class Trainer:
         teacher: nn.Module | None = None,
         teacher_config: TeacherConfig | None = None,
     ) -> None:
+        check_classes(model, "training on labels")
         self.config = config
         self.accelerator, sharded = create_accelerator(config)
         micro_batch = config.batch_size // config.accumulation
@@ -230,7 +232,7 @@ class Trainer:
         loss = self.loss(leaf_logits, images, targets, self.state.step, accelerator.autocast, weights)
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            for level in frozen:
+            for level in frozen if config.unfreeze_epoch is not None else ():
                 level.zero_grad()
             if config.clip_grad is not None:
                 self._clip(config.clip_grad)

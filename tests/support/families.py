@@ -29,8 +29,4 @@ FAMILIES = {
 _IN_EVERY_RUN = ("resnet18", "resnext50_32x4d", "mobilenetv3_small_050", "mixnet_s")
 
 # The other families are tested with `-m slow`.
-a_few_families = pytest.mark.parametrize(
-    "family",
-    [name if name in _IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
-    indirect=True,
-)
+FAMILIES_OF_A_RUN = [name if name in _IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]

@@ -76,10 +76,10 @@ def tiny_tree(blocks=3, channels=(4, 8, 8), seed=0, **arguments):
     return independent_tree(tiny_backbone(channels, **arguments), blocks, seed, looped={})
 
 
-def timm_tree(name, blocks):
+def timm_tree(name, blocks, **args):
     """An independent tree of one of timm's backbones, and images for it."""
     torch.manual_seed(0)
-    backbone = timm.create_model(name, num_classes=10).eval()
+    backbone = timm.create_model(name, num_classes=10, **args).eval()
     return independent_tree(backbone, blocks), few_pixels(backbone)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hierens.losses import distillation
+from hierens.losses import distillation, one_for_all
 from hierens.objectives import Objective
 from hierens.training.config import TeacherConfig, TrainConfig
 from hierens.training.loss import TrainingLoss
@@ -65,6 +65,18 @@ def test_an_external_teacher_takes_its_share():
 def test_a_share_outside_its_range_is_refused(share):
     with pytest.raises(ValueError, match="teacher_share must be from 0 to 1"):
         TeacherConfig(teacher_share=share)
+
+
+def test_an_external_teacher_may_take_the_place_of_the_last_exit():
+    logits, images, labels, answer = example()
+    config, teacher = TrainConfig(objective="one_for_all", alpha=0.3), TeacherConfig("any", teacher_of_exits=True)
+    loss = TrainingLoss(config, 10, 10, None, Says(answer), teacher)
+    found = loss(logits, images, labels, 0, contextlib.nullcontext)
+    assert torch.equal(found, one_for_all(logits, labels, 0.3, 2.0, answer))
+    with pytest.raises(ValueError, match="teacher_of_exits needs the objective one_for_all"):
+        TrainingLoss(TrainConfig(), 10, 10, None, Says(answer), teacher)
+    with pytest.raises(ValueError, match="teacher_of_exits needs a teacher"):
+        TeacherConfig(teacher_of_exits=True)
 
 
 def test_an_average_that_is_not_kept_cannot_teach():

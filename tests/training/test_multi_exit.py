@@ -100,6 +100,28 @@ def test_flags_alone_train_a_multi_exit_network(tmp_path):
     assert isinstance(model, hierens.MultiExit) and model.leaves == 2
 
 
+def test_the_second_stage_trains_new_classifiers_with_the_first_as_teacher(tmp_path):
+    """With the settings of the preset `imta-stage2`, on digits."""
+    stage = PRESETS["imta-stage2"]
+    kept = ("classifiers_only", "objective", "alpha", "temperature", "mean_over_classes", "gradient_equilibrium")
+    first, _ = train(run(tmp_path / "1", {"collaborate": False, "head": "conv"}, objective="independent"))
+    where = str(tmp_path / "1" / "model")
+    settings = {name: getattr(stage.train, name) for name in kept}
+    start = dataclasses.asdict(dataclasses.replace(stage.model, start=where))
+    second = run(tmp_path / "2", start, alpha_warmup_epochs=0, **settings)
+    second = dataclasses.replace(second, teacher=dataclasses.replace(stage.teacher, teacher=where))
+    model, _ = train(second)
+    assert model.collaborate
+    before, after = first.state_dict(), model.state_dict()
+    linear = {f"{name}.{part}" for name in first.pretrained_cfg["classifier"] for part in ("weight", "bias")}
+    assert linear <= before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value) == (name not in linear), name
+    assert any(
+        value.abs().sum() > 0 for name, value in after.items() if name.endswith("classifier.weight") and "embed" in name
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hierens.core.atomic_files import saving
 from hierens.hub.cards import COLUMNS
 from hierens.hub.saving import WEIGHTS, save_config, save_pretrained
 from hierens.models.adaptive import Adaptive
@@ -53,7 +54,9 @@ def save_models(
 def save_model(
     accelerator: Accelerator, model: nn.Module, directory: Path, results: Mapping[str, Sequence[float]]
 ) -> None:
-    """`save_pretrained`, completely or not at all. Every process must call it.
+    """`save_pretrained`, completely or not at all; of a network that is not timm's, the weights alone.
+
+    Every process must call it.
 
     Args:
         accelerator: gathers weights that are sharded over processes.
@@ -71,14 +74,22 @@ def save_model(
         with collect_write_errors() as problems:
             recover(directory.parent, directory.name)
             ensemble = accelerator.unwrap_model(model)
-            save_pretrained(_gathered(ensemble, weights) if sharded else ensemble, directory, results)
+            if ensemble.arguments()["backbone"] is None:  # no config can rebuild it
+                _save_weights(weights or ensemble.state_dict(), directory)
+            else:
+                save_pretrained(_gathered(ensemble, weights) if sharded else ensemble, directory, results)
     if problem := first_problem(problems):
         raise CheckpointWriteError(f"{directory} cannot be written ({problem}): {free_space(directory)}.")
+
+
+def _save_weights(weights: Mapping[str, Tensor], directory: str | Path) -> None:
+    with saving(directory) as partial:
+        save_file({name: tensor.cpu().clone().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
 
 
 def _gathered(ensemble: Adaptive, weights: Mapping[str, Tensor]) -> Adaptive:
     """A sharded model with all its weights, on the CPU."""
     with tempfile.TemporaryDirectory() as scratch:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, Path(scratch) / WEIGHTS)
+        _save_weights(weights, scratch)
         save_config(ensemble, scratch)
         return from_pretrained(scratch)
