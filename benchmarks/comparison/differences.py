@@ -90,9 +90,7 @@ def verdict(found: Sequence[Difference]) -> str:
         return "yes"
     if all(one.mean < 0 and one.clear for one in found):
         return "no, the reverse"
-    if len({one.mean > 0 for one in found}) > 1:
-        return "not at every depth"
-    return "within the noise"
+    return "not at every depth" if any(one.clear for one in found) else "within the noise"
 
 
 def verdicts(groups: Mapping[str, Group], claims: Sequence[Claim]) -> str:
