@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from timm.models._features import FeatureGetterNet
@@ -267,7 +268,6 @@ def test_other_sizes_and_merged_layers_end_in_one_sentence():
 
 
 def test_decoders_of_segmentation_models_take_a_tree_as_encoder(tmp_path):
-    smp = pytest.importorskip("segmentation_models_pytorch")
     hierens.hierensify(timm.create_model("test_resnet", num_classes=4), 2, looped={}).save_pretrained(tmp_path)
     for decoder in (smp.Unet, smp.FPN):
         network = decoder(f"tu-local-dir:{tmp_path}", encoder_weights=None, classes=2)

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import timm
 
-from hierens.cutting.cut import CutError
 from hierens.models import paper_networks, small_resnets
 
 CHECKOUT = os.environ.get("TIMM_CHECKOUT", "")
@@ -73,16 +72,12 @@ NO_TRACE = (
     r"use model\.export",
     "a trace cannot record the choice of a depth: export writes a graph per depth",
 )
-NO_MAPS = (CutError, "returns feature maps only|has no classifier", "a tree is made of a network that classifies")
 REFUSED = {
     "test_model_default_cfgs": (
         (AssertionError, ValueError),
         "unpooled feature|^$|exits need one class",
         "forward_features has an axis for the leaves, and exits cannot be without classes",
     ),
-    "test_model_forward_features": NO_MAPS,
-    "test_model_forward_intermediates_features": NO_MAPS,
-    "test_model_forward_intermediates": (AttributeError, "feature_info", "a tree describes no maps"),
     **dict.fromkeys(TRACED, NO_TRACE),
 }
 OTHER_EXITS = (AssertionError, "No gradient for exits.0", "timm trains the prediction of the full depth alone")
