@@ -98,6 +98,16 @@ def test_a_multi_exit_network_has_its_own_exits(tmp_path):
     assert {f"{name}.weight" for name in model.pretrained_cfg["classifier"]} <= model.state_dict().keys()
 
 
+def test_collaboration_is_as_wide_as_what_the_next_classifier_reads():
+    with torch.device("meta"):
+        large = timm.create_model("msdnet_imagenet_4")
+    assert [exit.width for exit in large.exits[1:]] == [384, 352, 304, 560]  # the widths in the authors' code
+    network = timm.create_model("msdnet_imagenet_4", channels=4, growth_rate=2, num_classes=3).eval()
+    model = hierens.multi_exit(network, collaborate=True)
+    read = [exit.fc.in_features for exit in network.exits[1:]]
+    assert [embedding.embed[0].out_features for embedding in model.embeddings] == read and len(set(read)) > 1
+
+
 @pytest.mark.parametrize("wrong", [{"exits": 4}, {"head": "conv"}, {"at": ["blocks.2"]}])
 def test_other_exits_are_refused(wrong):
     with pytest.raises(ValueError, match="has 3 exits of its own: omit exits, at and head"):

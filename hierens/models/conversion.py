@@ -21,9 +21,10 @@ from hierens.core.tree import Tree
 from hierens.cutting.backbones import described
 from hierens.cutting.cut import CutError, Cutting, cut
 from hierens.models.adaptive import Adaptive
+from hierens.models.collaboration import new_embeddings
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_weights import ExitWeights, prior
-from hierens.models.heads import BackboneExit, Embedding, Exit, HeadKind, OwnExit, new_exits
+from hierens.models.heads import BackboneExit, Exit, HeadKind, OwnExit, new_exits
 from hierens.models.multi_exit import MultiExit
 from hierens.models.tree_exits import TreeWithExits
 
@@ -195,7 +196,7 @@ def multi_exit(
         cutting.blocks,
         heads,
         info,
-        embeddings=[Embedding(info.num_classes).to(like.device, like.dtype) for _ in heads[1:]] if collaborate else [],
+        embeddings=new_embeddings(heads, info.num_classes, like) if collaborate else [],
         weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights).to(like.device, like.dtype),
     )
     _copy_buffers(backbone, model)

@@ -1,4 +1,4 @@
-"""Heads of exits, for features in any layout; the backbone's own head as an exit; embeddings for collaboration."""
+"""Heads of exits, for features in any layout, and the backbone's own head and classifiers as exits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from hierens.core.timm_info import example_input
 
 HeadKind = Literal["pool", "conv"]
 _CONV_WIDTH = 128  # channels of a convolutional head, as in MSDNet; less where they would dominate the cost
-_EMBEDDING = 128  # features of the embedding, as in the authors' code for CIFAR
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class BackboneExit(nn.Module):
     """A classifier of the backbone itself, such as MSDNet's, that reads the last of the values that cross a cut.
 
     Args:
-        classifier: from features to logits, with a linear layer `fc` and a method `reset`.
+        classifier: from features to logits, with a linear layer `fc`, its number of inputs `width` and a method `reset`.
     """
 
     names = ("fc",)
@@ -177,6 +176,7 @@ class BackboneExit(nn.Module):
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier: Any = classifier
+        self.channels: int = classifier.width
 
     def forward(self, value: Any) -> Tensor:
         """Logits (N, classes) from the values that cross the cut."""
@@ -279,30 +279,6 @@ class OwnExit(nn.Module):
 
 
 Exit = PooledExit | ConvExit | BackboneExit | OwnExit
-
-
-class Embedding(nn.Module):
-    """The contribution of an exit's logits to the next exit's (inline subnetwork collaboration, arXiv 1908.06294, 3.2).
-
-    The logits are embedded by a linear layer, batch norm and ReLU. The paper concatenates the embedding with the
-    features that the next classifier reads. A linear classifier of both is the sum of a classifier of each, and is
-    computed as this sum here. Any head can therefore collaborate, also the backbone's own. The classifier of the
-    embedding starts at zero, so outputs do not change at first.
-
-    Args:
-        num_classes: number of classes.
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.embed = nn.Sequential(nn.Linear(num_classes, _EMBEDDING), nn.BatchNorm1d(_EMBEDDING), nn.ReLU())
-        self.classifier = nn.Linear(_EMBEDDING, num_classes, bias=False)
-        nn.init.zeros_(self.classifier.weight)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """The term (N, classes) that is added to an exit's logits, from the logits (N, classes) of the exit before."""
-        added: Tensor = self.classifier(self.embed(logits))
-        return added
 
 
 def new_exits(kind: HeadKind, backbone: nn.Module, blocks: tuple[fx.GraphModule, ...]) -> list[PooledExit | ConvExit]:

@@ -23,8 +23,9 @@ from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.values import is_empty, select_samples
 from hierens.models.block_chain import BlockChain
+from hierens.models.collaboration import new_embeddings
 from hierens.models.exit_weights import ExitWeights
-from hierens.models.heads import Embedding, Exit, OwnExit
+from hierens.models.heads import Exit, OwnExit
 from hierens.models.pruning import Pruning, prune
 
 
@@ -51,7 +52,7 @@ class MultiExit(BlockChain):
         exits: Sequence[Exit],
         info: ModelInfo,
         *,
-        embeddings: Sequence[Embedding] = (),
+        embeddings: Iterable[nn.Module] = (),
         weighting: ExitWeights | None = None,
     ) -> None:
         """Create a network.
@@ -236,8 +237,7 @@ class MultiExit(BlockChain):
             raise ValueError("collaboration needs two exits or more, and can be added once.")
         other = copy.deepcopy(self)
         like = next(self.parameters())
-        embeddings = nn.ModuleList(Embedding(self.num_classes) for _ in range(self.leaves - 1))
-        other.embeddings = embeddings.to(like.device, like.dtype).train(self.training)
+        other.embeddings = new_embeddings(list(self.exits), self.num_classes, like).train(self.training)
         other._model_args["collaborate"] = True
         other._macs = {}
         other._name_classifiers()
@@ -306,8 +306,8 @@ class MultiExit(BlockChain):
         for exit in self.exits:
             reset: Callable[[int], None] = exit.reset  # type: ignore[assignment]
             reset(num_classes)
-        embeddings = nn.ModuleList(Embedding(num_classes) for _ in self.embeddings)
-        self.embeddings = embeddings.to(like.device, like.dtype).train(self.training)
+        if self.collaborate:
+            self.embeddings = new_embeddings(list(self.exits), num_classes, like).train(self.training)
         self._count_classes(num_classes)
 
     def _drop_heads(self) -> None:
