@@ -2,7 +2,7 @@
 
 The losses of trees are equations (9) to (12) of Ruiz & Verbeek (arXiv 2003.01474): y_n are the logits of leaf n, y^b is
 the mean of the first 2^b, y^E = y^B the mean of all, and l(y, t) the cross-entropy of softmax(y) with target t. The
-losses of multi-exit networks are from IMTA (arXiv 1908.06294) and AEP (arXiv 2301.12168).
+losses of multi-exit networks are from IMTA (arXiv 1908.06294), and our interpretation of AEP (arXiv 2301.12168).
 
 Dense predictions have leaf logits (N, leaves, classes, H, W), targets (N, H, W) or (N, classes, H, W) and teachers
 (N, classes, H, W). Every pixel then counts as an image of the batch, and every pixel needs a class.
@@ -99,7 +99,7 @@ def hierarchical(
 
 
 def ensemble(leaf_logits: Logits, target: Target, prediction_weights: PredictionWeights | None = None) -> Scalar:
-    """l(y^B, y): the loss of the full ensemble on the labels, as in AEP (arXiv 2301.12168).
+    """l(y^B, y): the loss of the full ensemble on the labels, our interpretation of AEP (arXiv 2301.12168).
 
     Args:
         leaf_logits: (N, leaves, classes).

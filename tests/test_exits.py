@@ -217,6 +217,24 @@ def test_saved_models_come_back_by_every_way_in(small_backbone, small_images, tm
 
 
 @torch.no_grad()
+def test_probabilities_are_averaged_wherever_logits_would_be(small_backbone, small_images, tmp_path):
+    model = hierens.multi_exit(small_backbone, 3, weights=[1, 5, 2], average="probabilities").eval()
+    leaf = model(small_images, reduce=False).softmax(2)
+    model.save_pretrained(tmp_path)
+    loaded = hierens.from_pretrained(tmp_path)
+    for depth, step in enumerate(model.anytime(small_images)):
+        weights = torch.tensor([1.0, 5, 2])[: depth + 1]
+        expected = (leaf[:, : depth + 1] * (weights / weights.sum())[:, None]).sum(1)
+        for logits in (step.logits, model(small_images, depth=depth), loaded(small_images, depth=depth)):
+            torch.testing.assert_close(logits.exp(), expected, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(model.at_depth(depth)(small_images).exp(), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="is for exits that are combined: give weights"):
+        hierens.multi_exit(small_backbone, 3, average="probabilities")
+    with pytest.raises(ValueError, match="average must be 'logits' or 'probabilities', got 'mean'"):
+        hierens.multi_exit(small_backbone, 3, weights="uniform", average="mean")
+
+
+@torch.no_grad()
 def test_collaboration_and_new_classifiers_survive_saving(model, small_images, tmp_path):
     model.reset_classifier(4)
     disturbed(model).save_pretrained(tmp_path)
@@ -235,6 +253,7 @@ def test_a_config_that_cannot_be_is_refused(plain, tmp_path):
         ({"kept": []}, "no usable list of exits"),
         ({"branching": [1, 2]}, "does not know: branching"),
         ({"weights": [1.0]}, "no usable weights of exits"),
+        ({"average": "mean"}, "no usable average of exits"),
     ):
         damaged = config | {"model_args": config["model_args"] | change}
         (tmp_path / "config.json").write_text(json.dumps(damaged))

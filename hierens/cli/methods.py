@@ -13,7 +13,7 @@ _OTHERS = {  # by method: a flag that it does not have, its result, and the flag
 }
 _OF_NEW_NETWORKS = (
     *("backbone", "backbone_args", "pretrained", "weights", "blocks", "branching", "exits", "head", "exit_weights"),
-    *("learn_weights", "drop_path", "dropout", "init"),
+    *("learn_weights", "exit_average", "drop_path", "dropout", "init"),
 )
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Combination = Literal["mean", "normalized", "concat"]
+Average = Literal["logits", "probabilities"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class PredictionWeights:
         leaf_weights: positive, one per leaf that is not one of `num_exits`; equal by default.
         num_exits: the first `num_exits` leaves are exits: each is the prediction of its depth by itself, and none has a
             weight in the ensembles of later leaves.
+        average: `logits`, their weighted mean; or `probabilities`, the logarithm of the weighted mean of the leaves'
+            softmax, whose softmax is that mean.
 
     Examples:
         >>> leaf_logits = torch.tensor([[[0.0], [4.0], [8.0]]])  # one image, three leaves, one class
@@ -42,6 +45,7 @@ class PredictionWeights:
     sizes: tuple[int, ...]
     leaf_weights: Tensor | None = None
     num_exits: int = 0
+    average: Average = "logits"
 
     def matrix(self, like: Tensor | None = None) -> Tensor:
         """The weights, (depths, leaves), float32 or of the type and device of a tensor."""
@@ -76,7 +80,11 @@ class PredictionWeights:
         matrix = self.matrix(logits)[(..., *[None] * (logits.ndim - 2))]  # (depths, leaves, 1), or with two 1 more
         # Row by row over the members only: autocast and TF32 would round a matrix product, in which a leaf that is not
         # finite would also affect all depths.
-        rows = [(matrix[depth, of] * logits[:, of]).sum(1) for depth, of in enumerate(self.members)]
+        if self.average == "probabilities":
+            logits = logits.log_softmax(2)
+            rows = [(matrix[depth, of].log() + logits[:, of]).logsumexp(1) for depth, of in enumerate(self.members)]
+        else:
+            rows = [(matrix[depth, of] * logits[:, of]).sum(1) for depth, of in enumerate(self.members)]
         return torch.stack(rows, 1)
 
     @property

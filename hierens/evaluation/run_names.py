@@ -77,6 +77,7 @@ APPLIES: dict[str, Callable[[_Flat], bool]] = {
     "train.symmetry_noise": _TREE,
     **dict.fromkeys(("model.blocks", "model.branching", "model.init"), _TREE),
     **dict.fromkeys(("model.exits", "model.exit_weights", "model.learn_weights", "model.collaborate"), _EXITS),
+    "model.exit_average": _any_on("model.exit_weights", "model.learn_weights"),
     "model.head": _contains("model.method", "exit"),
     **dict.fromkeys(
         ("teacher.teacher_weights", "teacher.teacher_share", "teacher.teacher_temperature"), _any_on("teacher.teacher")

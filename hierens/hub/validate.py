@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import timm
 import torch
@@ -26,13 +26,14 @@ from hierens.core.adaptive import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
 from hierens.core.json_files import is_finite, is_whole, read_json, short
+from hierens.core.predictions import Average
 from hierens.hub.validate_config import check_labels, description
 
 _SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
 ARGUMENTS = {
     "hne": _SHARED | {"branching", "leaves", "looped"},
     "hne_exits": _SHARED | {"branching", "leaves", "looped", "head"},
-    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "kept"},
+    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "average", "kept"},
 }
 """the arguments of each entry point that a saved config may contain"""
 TREES = ("hne", "hne_exits")
@@ -246,6 +247,8 @@ def _check_exits(args: dict[str, Any], file: Path) -> None:
     numbers = isinstance(weights, list) and all(map(is_finite, weights))
     if weights is not None and not isinstance(weights, str) and not (numbers and len(weights) == exits):
         raise LoadError(f"{file} has no usable weights of exits (got {short(weights)}).")
+    if args.get("average", "logits") not in get_args(Average):
+        raise LoadError(f"{file} has no usable average of exits (got {short(args['average'])}).")
     for key in ("collaborate", "learn_weights"):
         if type(args.get(key, False)) is not bool:
             raise LoadError(f"{file} has no usable {key} (got {short(args[key])}).")

@@ -17,6 +17,7 @@ from hierens.core import timm_info
 from hierens.core.labels import check_classes
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
+from hierens.core.predictions import Average
 from hierens.core.tree import Tree
 from hierens.cutting.backbones import described
 from hierens.cutting.cut import CutError, Cutting, cut
@@ -144,6 +145,7 @@ def multi_exit(
     collaborate: bool = False,
     weights: str | Sequence[float] | None = None,
     learn_weights: bool = False,
+    average: Average = "logits",
     num_classes: int | None = None,
 ) -> MultiExit:
     """Add exits to a network. The last exit is the model's own head, so the output of the full network is unchanged.
@@ -161,6 +163,7 @@ def multi_exit(
         weights: of an ensemble of the exits so far (AEP): a name of `hierens.models.exit_weights.prior`, or one number
             per exit; by default the exits are not combined.
         learn_weights: train the weights, starting from `weights` or from uniform ones.
+        average: what the weights average: `logits`, or `probabilities`, whose logarithm is then the output.
         num_classes: for new classifiers; by default the backbone's own are kept.
 
     Raises:
@@ -189,7 +192,10 @@ def multi_exit(
         weights = "uniform"
     own_weights = None if weights is None else list(prior(weights, len(heads)))
     info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.")
+    if own_weights is None and average != "logits":
+        raise ValueError(f"average={average!r} is for exits that are combined: give weights, or learn_weights=True.")
     info.model_args.update(head=head, collaborate=collaborate, weights=own_weights, learn_weights=learn_weights)
+    info.model_args.update(average=average)
     info.stages = cutting.stages
     like = next(backbone.parameters())
     model = MultiExit(
@@ -197,7 +203,7 @@ def multi_exit(
         heads,
         info,
         embeddings=new_embeddings(heads, info.num_classes, like) if collaborate else [],
-        weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights).to(like.device, like.dtype),
+        weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights, average).to(like),
     )
     _copy_buffers(backbone, model)
     return model.train(backbone.training)

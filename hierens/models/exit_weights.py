@@ -1,4 +1,8 @@
-"""Weights of exits in an ensemble (AEP: Sarti et al., arXiv 2301.12168): by name or by number, fixed or learned."""
+"""Weights of exits in an ensemble: by name or by number, fixed or learned.
+
+Weighted ensembles of exits are from AEP (Sarti et al., arXiv 2301.12168), of which only the abstract was at hand: the
+names, the formulas and the way in which weights are learned are our interpretation.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.core.errors import did_you_mean
+from hierens.core.predictions import Average
 
 Prior = Literal["uniform", "linear_rising", "linear_falling", "geometric_rising", "geometric_falling"]
 PRIORS: tuple[str, ...] = get_args(Prior)
@@ -52,12 +57,19 @@ class ExitWeights(nn.Module):
 
     Args:
         weights: positive; initial values, or fixed ones.
-        learn: whether training changes them (AEP's learned weights; its hybrid ones if `weights` are not uniform).
+        learn: whether training changes them (our interpretation of AEP's learned weights; of its hybrid ones if
+            `weights` are not uniform).
+        average: what is averaged, as for `PredictionWeights`.
+
+    Raises:
+        ValueError: an unknown average.
     """
 
-    def __init__(self, weights: Sequence[float], learn: bool) -> None:
+    def __init__(self, weights: Sequence[float], learn: bool, average: Average = "logits") -> None:
         super().__init__()
-        self.learn = learn
+        if average not in get_args(Average):
+            raise ValueError(f"average must be 'logits' or 'probabilities', got {average!r}.")
+        self.learn, self.average = learn, average
         logits = torch.tensor(weights, dtype=torch.float64).log()
         logits = (logits - logits.mean()).to(torch.get_default_dtype())
         if learn:

@@ -167,7 +167,7 @@ class BackboneExit(nn.Module):
     """A classifier of the backbone itself, such as MSDNet's, that reads the last of the values that cross a cut.
 
     Args:
-        classifier: from features to logits, with a linear layer `fc`, its number of inputs `width` and a method `reset`.
+        classifier: from features to logits, with a linear layer `fc`, the number of its inputs `width`, and `reset`.
     """
 
     names = ("fc",)
@@ -176,7 +176,7 @@ class BackboneExit(nn.Module):
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier: Any = classifier
-        self.channels: int = classifier.width
+        self.channels: int = self.classifier.width
 
     def forward(self, value: Any) -> Tensor:
         """Logits (N, classes) from the values that cross the cut."""

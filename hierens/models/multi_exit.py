@@ -96,7 +96,9 @@ class MultiExit(BlockChain):
     def prediction_weights(self) -> PredictionWeights:
         """The logits of depth b are those of exit b alone, or the weighted mean of those of exits 0 to b."""
         sizes = tuple(range(1, len(self.exits) + 1))
-        return PredictionWeights(sizes, self.weights, num_exits=len(sizes) if self.weighting is None else 0)
+        if self.weighting is None:
+            return PredictionWeights(sizes, num_exits=len(sizes))
+        return PredictionWeights(sizes, self.weighting(), average=self.weighting.average)
 
     # --- forward pass -----------------------------------------------------------------------------------------------
 

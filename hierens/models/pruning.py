@@ -1,4 +1,7 @@
-"""Removes exits with small weights from an ensemble of exits, and the blocks that only they need (AEP)."""
+"""Removes exits with small weights from an ensemble of exits, and the blocks that only they need.
+
+AEP (arXiv 2301.12168) prunes inside weighted ensembles of exits; the rule here is our interpretation of its abstract.
+"""
 
 from __future__ import annotations
 

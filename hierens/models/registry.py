@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from hierens.core.predictions import Average
 from hierens.models import conversion
 from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
@@ -119,11 +120,11 @@ def _multi_exit(
     collaborate: bool = False,
     weights: str | Sequence[float] | None = None,
     learn_weights: bool = False,
+    average: Average = "logits",
     kept: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> MultiExit:
     network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
-    model = conversion.multi_exit(
-        network, exits, at=at, head=head, collaborate=collaborate, weights=weights, learn_weights=learn_weights
-    )
+    combined: dict[str, Any] = {"weights": weights, "learn_weights": learn_weights, "average": average}
+    model = conversion.multi_exit(network, exits, at=at, head=head, collaborate=collaborate, **combined)
     return model if kept is None or len(kept) == model.leaves else model.keep_exits(kept)

@@ -253,6 +253,8 @@ class ModelConfig:
     `geometric_falling`; empty: each exit predicts alone"""
     learn_weights: bool = False
     """train the weights of the exits, starting from `exit_weights`"""
+    exit_average: Literal["logits", "probabilities"] = "logits"
+    """what the weights of the exits average"""
     start: str = ""
     """a saved model (a folder, or a name on the Hub) to start from instead of a backbone"""
     new_classifiers: bool = False
@@ -269,10 +271,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.weights and not Path(self.weights).is_file():
             raise ValueError(f"weights: there is no file {self.weights}.")
-        only = (
-            ("branching", "init") if self.method == "multi_exit" else ("collaborate", "exit_weights", "learn_weights")
-        )
+        of_exits = ("collaborate", "exit_weights", "learn_weights")
+        only = ("branching", "init") if self.method == "multi_exit" else of_exits
         given = [name for name in only if getattr(self, name)]
+        given += ["exit_average"] if self.method != "multi_exit" and self.exit_average != "logits" else []
         given += ["head"] if self.method == "hne" and self.head != "pool" else []
         if given:
             raise ValueError(f"method {self.method!r} has no {' and no '.join(given)}: leave it out, or change method.")

@@ -132,8 +132,15 @@ def _create(run: Run, num_classes: int) -> Adaptive:
         # destroy much of the pretrained weights: EfficientNet's for 10 classes are 11 times larger than these.
         backbone.reset_classifier(backbone.num_classes)
     if config.method == "multi_exit":
-        exit_weights: dict[str, Any] = {"weights": config.exit_weights or None, "learn_weights": config.learn_weights}
-        return multi_exit(backbone, config.exits, head=config.head, collaborate=config.collaborate, **exit_weights)
+        return multi_exit(
+            backbone,
+            config.exits,
+            head=config.head,
+            collaborate=config.collaborate,
+            weights=config.exit_weights or None,
+            learn_weights=config.learn_weights,
+            average=config.exit_average,
+        )
     tree: dict[str, Any] = {
         "branching": config.branching or None,
         "init": config.init or ("copy" if config.warm else "reinit"),

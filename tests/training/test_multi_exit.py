@@ -45,7 +45,7 @@ def test_the_recipe_learns_digits_at_every_exit(tmp_path):
 
 def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path, monkeypatch):
     """With all there is: learned weights, the ensemble's loss, distillation, an average of the weights, mixup."""
-    weighing = {"exit_weights": "linear_rising", "learn_weights": True}
+    weighing = {"exit_weights": "linear_rising", "learn_weights": True, "exit_average": "probabilities"}
     settings = {"objective": "one_for_all+ensemble", "epochs": 2, "ema_decay": 0.9, "mixup": 0.2, "lr": 0.05}
     train(run(tmp_path / "full", weighing, **settings))
     fit = Trainer.fit
@@ -144,6 +144,7 @@ def test_what_does_not_combine_is_refused_before_training(tmp_path, model, setti
     [
         ({"collaborate": True}, "method 'hne' has no collaborate"),
         ({"head": "conv", "exit_weights": "uniform"}, "has no exit_weights and no head"),
+        ({"exit_average": "probabilities"}, "method 'hne' has no exit_average"),
         ({"method": "hne_exits", "learn_weights": True}, "method 'hne_exits' has no learn_weights"),
         ({"method": "multi_exit", "branching": (1, 2)}, "method 'multi_exit' has no branching"),
     ],
