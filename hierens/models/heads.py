@@ -176,7 +176,7 @@ class BackboneExit(nn.Module):
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier: Any = classifier
-        self.channels: int = self.classifier.width
+        self.channels: int = classifier.width  # type: ignore[assignment]
 
     def forward(self, value: Any) -> Tensor:
         """Logits (N, classes) from the values that cross the cut."""
