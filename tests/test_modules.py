@@ -25,7 +25,7 @@ import hierens
 from hierens.branches.first_layout import first_layout
 from hierens.branches.level import Level
 from hierens.core.fetching import LoadError
-from support.networks import independent_tree, tiny_backbone, with_statistics
+from support.networks import close, independent_tree, tiny_backbone, with_statistics
 
 EXECUTORS = ("looped", "grouped", "auto")
 
@@ -434,11 +434,10 @@ def test_threads_get_what_a_single_one_gets(name, executor):
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "vit_tiny_patch16_224", "csatv2"])
 def test_threads_of_whole_backbones_get_what_a_single_one_gets(name, executor):
     torch.manual_seed(0)
-    backbone = timm.create_model(name, num_classes=7)
+    backbone = timm.create_model(name, num_classes=7, **({"img_size": 64} if name.startswith("vit") else {}))
     model = hierens.hierensify(with_statistics(backbone), blocks=3).eval()
     model.break_symmetry(0.1)
-    size = model.pretrained_cfg["input_size"] if name.startswith(("vit", "csat")) else (3, 64, 64)
-    check_threads(model, executor, torch.randn(1, *size), calls=100 if size[1] == 64 else 10)
+    check_threads(model, executor, torch.randn(1, 3, 64, 64), calls=100)
 
 
 def check_threads(model, executor, x, calls):
@@ -453,6 +452,8 @@ def check_threads(model, executor, x, calls):
     expected = answers(model, kinds, x)
     before = {name: (t.clone(), t.data_ptr(), t.requires_grad) for name, t in model.state_dict(keep_vars=True).items()}
     wrong, start = [], threading.Barrier(8)
+    # A fused layer's sum is ordered by the kernel that runs, which depends on the branches that ran before.
+    same = (lambda a, b: close(a, b, 1e-5)) if executor == "fused" else torch.equal
 
     def work(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -460,7 +461,7 @@ def check_threads(model, executor, x, calls):
         try:
             for _ in range(calls):
                 chosen = int(torch.randint(len(kinds), (), generator=generator))
-                if not torch.equal(answers(model, [kinds[chosen]], x)[0], expected[chosen]):
+                if not same(answers(model, [kinds[chosen]], x)[0], expected[chosen]):
                     wrong.append(kinds[chosen])
         except Exception as error:
             wrong.append(error)

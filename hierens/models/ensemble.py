@@ -130,9 +130,10 @@ class FusedEnsemble(HierarchicalEnsemble):
     """The result of `fuse`: an ensemble for inference on any device, whose sub-trees can be run, and which compiles.
 
     Its weights may be loaded (also with `assign=True`), written in place, cast and moved at any time, and threads may
-    share it. The reordered weights are updated; they take about the memory of the weights once more. Only writes
-    through `.data` are not detected, because torch does not record them. Hooks of the model itself and of its levels
-    are called. Gradients flow to images, and to weights that require them.
+    share it. The reordered weights are updated; they take about the memory of the weights once more. Layers whose
+    weights have no room run another kernel, so repeated calls are equal up to rounding. Only writes through `.data` are
+    not detected, because torch does not record them. Hooks of the model itself and of its levels are called. Gradients
+    flow to images, and to weights that require them.
 
     The layers inside its blocks run without calling their modules. A hook on such a layer, or a layer that was replaced
     (by another one, a quantised one, an adapter, a parametrised one), therefore raises an error at the next call.
