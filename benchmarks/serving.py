@@ -29,9 +29,7 @@ import tyro
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import ray
 import serving_page
-from ray import serve
 
 import hierens
 from hierens.training.config import DataConfig
@@ -201,7 +199,7 @@ def normalised(images: Any) -> torch.Tensor:
 def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
     """Kill one of two replicas while both are working."""
     capacity = json.loads((Path(settings.output) / "surge.json").read_text())["capacity"]
-    with server(settings, policy="load", replicas=2) as process, watching():
+    with server(settings, policy="load", replicas=2) as process:
         rows(settings, load(settings, workers=2, seconds=3))
         loading = load(settings, phases=[(settings.kill_s, 1.5 * capacity)])
         time.sleep(settings.kill_s / 4 + 3)  # the load generator encodes its PNGs first
@@ -209,14 +207,13 @@ def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
         killed, noticed, again = time.perf_counter(), None, None
         while again is None and loading.poll() is None:
             time.sleep(0.2)
-            states = serve.status().applications["hierens"].deployments["Network"].replica_states
-            running = {str(state): count for state, count in states.items()}.get("RUNNING", 0)
+            running = metric(settings, "hierens_replicas")
             if running < 2 and noticed is None:
                 noticed = time.perf_counter() - killed
             if running == 2 and noticed is not None:
                 again = time.perf_counter() - killed
         measured = rows(settings, loading)
-        counted = httpx.get(f"http://127.0.0.1:{settings.port}/metrics", timeout=10).text
+        second_tries = metric(settings, "hierens_second_tries_total")
     wrong, compared = compare(settings, measured, images)
     answered = [row for row in measured if row["status"] == 200]
     return {
@@ -224,7 +221,7 @@ def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
         "statuses": Counter(row["status"] for row in measured),
         "errors": sorted({row["reply"]["error"] for row in measured if row["status"] not in (0, 200)}),
         "lost": Counter(row["error"] for row in measured if row["status"] == 0),
-        "second_tries": float(counted.partition("\nhierens_second_tries_total ")[2].split()[0]),
+        "second_tries": second_tries,
         "wrong": wrong,
         "compared": compared,
         "rate": 1.5 * capacity,
@@ -237,26 +234,15 @@ def kill(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
     }
 
 
+def metric(settings: Settings, name: str) -> float:
+    """A value of /metrics."""
+    found = httpx.get(f"http://127.0.0.1:{settings.port}/metrics", timeout=10).text
+    return float(found.partition(f"\n{name} ")[2].split()[0])
+
+
 def replicas(process: psutil.Process) -> list[psutil.Process]:
-    """The replica processes."""
-    found = []
-    for child in process.children(recursive=True):
-        try:
-            if "ServeReplica:hierens:Network" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            pass
-    return found
-
-
-@contextmanager
-def watching() -> Iterator[None]:
-    """Connect to the server's Ray instance."""
-    ray.init("auto", log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    """The replica processes, which the server's child, a forkserver, has started."""
+    return [child for child in process.children(recursive=True) if child.ppid() != process.pid]
 
 
 @torch.no_grad()
@@ -310,17 +296,9 @@ def attack(settings: Settings, images: Any, labels: Any) -> dict[str, Any]:
 
 
 def resident(process: psutil.Process) -> dict[str, float]:
-    """Resident memory of the proxy, the gateway and the replica in megabytes."""
-    found = {}
-    for child in process.children(recursive=True):
-        try:
-            title = " ".join(child.cmdline())
-            for name, part in (("proxy", "ProxyActor"), ("gateway", ":Gateway"), ("replica", ":Network")):
-                if title.startswith("ray::") and part in title:
-                    found[name] = child.memory_info().rss / 1e6
-        except psutil.Error:
-            pass
-    return found
+    """Resident memory of the gateway and the replica in megabytes."""
+    named = zip(("gateway", "replica"), (process, *replicas(process)), strict=True)
+    return {name: each.memory_info().rss / 1e6 for name, each in named}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import ray
 import timm
 import torch
 
@@ -149,7 +148,7 @@ def page(settings: Any, found: dict[str, Any]) -> str:
     ]
     memory = [
         (name, *(f"{attacked[when].get(name, 0):.0f}" for when in ("before", "peak", "after")))
-        for name in ("proxy", "gateway", "replica")
+        for name in ("gateway", "replica")
     ]
     tries = killed["second_tries"]
     statuses = ", ".join(f"{count} times {status}" for status, count in sorted(killed["statuses"].items()))
@@ -160,7 +159,7 @@ def page(settings: Any, found: dict[str, Any]) -> str:
     )
     return TEXT.format(
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        versions=f"hierens {hierens.__version__}, ray {ray.__version__}, torch {torch.__version__}, "
+        versions=f"hierens {hierens.__version__}, torch {torch.__version__}, "
         f"timm {timm.__version__}, Python {platform.python_version()}",
         settings=settings,
         capacity=measured["capacity"],
@@ -191,7 +190,7 @@ def page(settings: Any, found: dict[str, Any]) -> str:
 TEXT = """# Serving
 
 This page tests [the server](../how-to/serve.md) under a load surge, when a replica is killed, and with malicious
-uploads. Measured on {machine}, which also ran the load generator, Ray and other programs. {versions}.
+uploads. Measured on {machine}, which also ran the load generator and other programs. {versions}.
 
 ## A surge of three times the capacity at full depth
 
@@ -222,11 +221,11 @@ Cost and accuracy of each depth on all 10,000 test images:
 
 ### Choices and reasons
 
-- Ray, HTTP and the client need about 20 ms of CPU time per request on these cores. The Fashion-MNIST networks of the
-  other pages take less than a millisecond, so a server with one of them would mostly measure Ray. The model here is a
-  tree of 16 `resnet8_cifar` with 64, 128 and 256 channels (`benchmarks/serving_model.py`), and a request holds
-  {settings.per_request} PNG images, so most of the time is spent in the model.
-- There is one replica with one thread, because the other core runs the gateway, Ray and the load generator.
+- The Fashion-MNIST networks of the other pages take less than a millisecond, so a server with one of them would mostly
+  measure HTTP, decoding and the client. The model here is a tree of 16 `resnet8_cifar` with 64, 128 and 256 channels
+  (`benchmarks/serving_model.py`), and a request holds {settings.per_request} PNG images, so most of the time is
+  spent in the model.
+- There is one replica with one thread, because the other core runs the gateway and the load generator.
 - Requests are processed one at a time (`--max-batch 1`), because the images of a request already form a batch, and a
   larger batch would only take longer. Batching over requests is therefore not measured here. The policy reduces the
   depth when 2 requests are waiting (`--queue-high 2`).
@@ -240,7 +239,7 @@ Two replicas receive {killed[rate]:.1f} requests per second; one is killed (SIGK
 - {killed[sent]} requests: {statuses}. Error messages: {errors}. Without a response: {lost}.
 - Wrong predictions: {killed[wrong]} of {killed[compared]}, compared with the model's own probabilities at the same
   depth (within 0.0001).
-- Ray reports the replica as dead after {noticed}; a new one runs after {again}. The slowest response took
+- The gateway reports the replica as dead after {noticed}; a new one runs after {again}. The slowest response took
   {killed[slowest_ms]:.0f} ms. Requests of the dead replica that were sent to the other one: {second_tries}.
 
 ## Hostile uploads

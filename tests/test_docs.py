@@ -93,7 +93,7 @@ def test_commands_on_pages_are_understood(words, tmp_path, monkeypatch):
         assert program in KNOWN, f"{program} is nothing that a page of ours should need"
 
 
-KNOWN = ("accelerate", "curl", "ray", "hf", "cp", "mkdir", ".venv/bin/pre-commit")
+KNOWN = ("accelerate", "curl", "hf", "cp", "mkdir", ".venv/bin/pre-commit")
 
 
 def understood(words):

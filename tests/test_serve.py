@@ -1,11 +1,21 @@
 """The server example: what strangers may send, and that its answers are the model's own."""
 
+import asyncio
+import contextlib
 import io
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +23,17 @@ import torch
 from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Image size")
-pytest.importorskip("ray")
 pytest.importorskip("prometheus_client")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 psutil = pytest.importorskip("psutil")
 
-import serve as example
+from service import replicas as processes
+from service.gateway import Gateway
+from service.http_server import PROTECTED, SECURITY_HEADERS, http_server
+from service.network import Inputs, Network
+from service.settings import Settings
 from service.uploads import RefusedError, read_image
 
 import hierens
@@ -106,9 +121,257 @@ def test_images_of_every_kind_come_in_eight_bits_and_upright():
         ({"buffer_bytes": 5}, "buffer_bytes must be at least max_bytes"),
     ],
 )
-def test_bad_settings_are_named_before_ray_starts(settings, message, saved):
+def test_bad_settings_are_named(settings, message, saved):
+    given = Settings(model=str(saved[0]), **settings)
     with pytest.raises(ValueError, match=message):
-        example.build(example.Settings(model=str(saved[0]), **settings))
+        given.check()
+        Network(given)
+
+
+def test_tokens_and_addresses_are_checked_first(tmp_path):
+    (tmp_path / "token").write_text("short\n")
+    for file, message in (("token", "at least 16 ASCII characters, got 5"), ("missing", "missing cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            Settings("model", token_file=str(tmp_path / file)).token()
+    with Settings("model", port=0).listen() as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+            Settings("model", port=port).listen()
+
+
+# --- the processes that hold the model, with made-up work ------------------------------------------------------------
+
+
+class Pool:
+    """Replicas whose work is a function; runs `use(replicas)`, an asynchronous function."""
+
+    def __init__(self, monkeypatch, work, use, **settings):
+        monkeypatch.setattr(processes, "CONTEXT", multiprocessing.get_context("fork"))
+        monkeypatch.setattr(processes, "work", work)
+        monkeypatch.setattr(processes, "RESTART_S", 0)
+        self.use, self.settings = use, Settings("model", **settings)
+        asyncio.run(asyncio.wait_for(self.run(), 20))
+
+    async def run(self):
+        replicas = processes.Replicas(self.settings)
+        keeping = asyncio.create_task(replicas.run())
+        try:
+            while replicas.alive < self.settings.replicas and not keeping.done():
+                await asyncio.sleep(0.01)
+            if keeping.done():
+                keeping.result()
+            await self.use(replicas)
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
+
+
+def echo(connection, settings):
+    """Answers with the sizes of the batch; stops at `stop`, and ends at `end`."""
+    connection.send("inputs")
+    with contextlib.suppress(EOFError):
+        while True:
+            requests, observed = connection.recv()
+            if "end" in requests:
+                os._exit(3)
+            if "stop" in requests:
+                time.sleep(60)
+            batch = len(requests), os.getpid(), observed
+            connection.send([RuntimeError("no") if request == "fail" else (request, *batch) for request in requests])
+
+
+def test_requests_that_arrive_together_are_one_batch(monkeypatch):
+    async def use(replicas):
+        found = await asyncio.gather(*(replicas.answer(n) for n in range(5)))
+        assert [(n, size) for n, size, *_ in found] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 1)]
+        assert found[0][3] == [(1, None)], "one request was waiting beside the batch"
+        (after, latency), now = found[4][3]
+        assert after == 1 and latency > 0 and now == (0, None)
+        failed, fine = await asyncio.gather(replicas.answer("fail"), replicas.answer(7), return_exceptions=True)
+        assert isinstance(failed, RuntimeError) and fine[0] == 7
+
+    Pool(monkeypatch, echo, use, max_batch=4, batch_wait_ms=20)
+
+
+def test_requests_of_the_only_replica_fail_at_once_when_it_ends_and_a_new_one_starts(monkeypatch, capfd):
+    async def use(replicas):
+        found = await asyncio.gather(replicas.answer("end"), *map(replicas.answer, range(5)), return_exceptions=True)
+        assert all(isinstance(error, processes.ReplicaError) for error in found)
+        while not replicas.alive:
+            await asyncio.sleep(0.01)
+        (_, _, second, _) = await replicas.answer(1)
+        os.kill(second, signal.SIGKILL)  # while it has nothing to do
+        while replicas.alive:
+            await asyncio.sleep(0.01)
+        with pytest.raises(processes.ReplicaError):
+            await replicas.answer(1)
+
+    Pool(monkeypatch, echo, use, max_batch=2)
+    assert "A replica ended with exit code 3; a new one starts." in capfd.readouterr().out
+
+
+def test_a_replica_that_does_not_answer_is_replaced(monkeypatch):
+    async def use(replicas):
+        first = replicas.running[0]
+        with pytest.raises(processes.ReplicaError):
+            await replicas.answer("stop")
+        while replicas.running[0] is first or not replicas.alive:
+            await asyncio.sleep(0.01)
+
+    Pool(monkeypatch, echo, use, timeout_s=0.1)
+
+
+def test_a_request_goes_to_another_replica_when_its_own_ends(monkeypatch):
+    async def use(replicas):
+        gateway = Gateway(replicas, replicas.settings)
+        slow = asyncio.create_task(gateway._ask("stop"))
+        await asyncio.sleep(0.2)
+        busy = {replica.process.pid for replica in replicas.running.values()} - {(await replicas.answer(0))[2]}
+        os.kill(busy.pop(), signal.SIGKILL)
+        await asyncio.sleep(0.2)
+        assert gateway.metrics.again._value.get() == 1 and not slow.done()
+        slow.cancel()
+
+    Pool(monkeypatch, echo, use, replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        (lambda connection, _: (connection.send(ValueError("no such model")), time.sleep(9)), "no such model"),
+        (lambda *_: os._exit(3), "exit code 3 while it loaded the model; its message is above"),
+        (lambda *_: os.kill(os.getpid(), signal.SIGKILL), "exit code -9 .*: is there enough memory?"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_a_sentence(monkeypatch, ending, message):
+    with pytest.raises(ValueError, match=message):
+        Pool(monkeypatch, ending, None)
+
+
+# --- HTTP, with a made-up model ---------------------------------------------------------------------------------------
+
+
+class Model:
+    """In the place of replicas: answers when it may."""
+
+    def __init__(self):
+        data = {"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.4,)}
+        self.alive, self.inputs, self.asked, self.may = 1, Inputs(data, ("a", "b")), 0, threading.Event()
+        self.may.set()
+
+    async def answer(self, images):
+        self.asked += 1
+        while not self.may.is_set():
+            await asyncio.sleep(0.01)
+        return [{"depth": 0}] * len(images)
+
+
+@contextlib.contextmanager
+def front(**settings):
+    """The HTTP server in a thread."""
+    given, model = Settings("model", port=0, **settings), Model()
+    server = http_server(Gateway(model, given).app(), given)
+    with given.listen() as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread.start()
+        try:
+            yield SimpleNamespace(url=url, port=listening.getsockname()[1], server=server, model=model)
+        finally:
+            model.may.set()
+            server.should_exit = True
+            thread.join()
+
+
+ROUTES = ("/predict", "/metrics", "/healthz", "/readyz", "/nothing")
+
+
+def get(url, path, **options):
+    return httpx.request("POST" if path == "/predict" else "GET", url + path, timeout=10, **options)
+
+
+def test_only_the_token_opens_what_it_protects(tmp_path):
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    with front(token_file=str(tmp_path / "token")) as server:
+        for path in ROUTES:
+            for given in ({}, {"Authorization": "Bearer 0123456789abcdeX"}, {"Authorization": "Bearer é".encode()}):
+                found = get(server.url, path, headers=given)
+                assert (found.status_code == 401) == (path in PROTECTED), path
+                if path in PROTECTED:
+                    assert found.headers["WWW-Authenticate"] == "Bearer" and found.json()["error"].endswith(".")
+            right = {"Authorization": "Bearer 0123456789abcdef"}
+            assert get(server.url, path, headers=right).status_code != 401
+        assert ask(encoded(picture()), server.url, headers=right).status_code == 200
+
+
+def test_headers_are_limited_and_secure_on_every_route():
+    secure = {name.decode(): value.decode() for name, value in SECURITY_HEADERS}
+    with front() as server:
+        for path in ROUTES:
+            found = get(server.url, path)
+            assert secure.items() <= dict(found.headers).items(), path
+            assert "server" not in found.headers
+            for size in (16_384, 1_000_000):
+                head = f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Long: {size * 'a'}\r\n\r\n".encode()
+                found = hostile_uploads.send("127.0.0.1", server.port, hostile_uploads.Case("", head, frozenset()))
+                assert found.status == 431 or (size > 16_384 and not found.status), path  # a reset may overtake it
+        for nonsense in (b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: five\r\n\r\n"):
+            found = hostile_uploads.send("127.0.0.1", server.port, hostile_uploads.Case("", nonsense, frozenset()))
+            assert found.status == 400 and json.loads(found.body) == {"error": "This is no valid request."}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Half: ",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nHost",
+        b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n",
+    ],
+    ids=["nothing", "half a header", "half a second header", "a body that nobody reads"],
+)
+def test_connections_that_send_no_whole_request_are_closed(sent):
+    with front(upload_s=0.3) as server, socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(sent)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                if sent:
+                    time.sleep(0.05)
+                    connection.sendall(b"a")  # one byte after another does not help
+                elif not connection.recv(1000):
+                    return
+            pytest.fail("the connection is still open")
+
+
+def test_requests_in_flight_are_answered_before_the_server_ends():
+    with front() as server, ThreadPoolExecutor(6) as clients:
+        server.model.may.clear()
+        answers = [clients.submit(ask, encoded(picture()), server.url) for _ in range(6)]
+        while server.model.asked < 6:
+            time.sleep(0.01)
+        server.server.should_exit = True
+        with pytest.raises(httpx.ConnectError):
+            while True:
+                get(server.url, "/healthz")
+        server.model.may.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 6
+
+
+def test_without_a_replica_nobody_waits():
+    with front() as server:
+        server.model.alive = 0
+        found = ask(encoded(picture()), server.url)
+        assert found.status_code == 503 and found.headers["Retry-After"] == "1"
+        assert get(server.url, "/readyz").status_code == 503 and get(server.url, "/healthz").status_code == 200
+
+
+def test_the_image_copies_what_is_there_and_does_not_run_as_root():
+    lines = [line.split() for line in (EXAMPLES / "Dockerfile").read_text().splitlines()]
+    copied = [source for word, *rest in filter(None, lines) if word == "COPY" for source in rest[:-1]]
+    assert "hierens" in copied and all((EXAMPLES.parent / source).exists() for source in copied)
+    assert ["USER", "server"] in lines
+    if hadolint := shutil.which("hadolint"):
+        subprocess.run([hadolint, EXAMPLES / "Dockerfile"], check=True)
 
 
 # --- the service ----------------------------------------------------------------------------------------------------
@@ -123,30 +386,32 @@ def saved(tmp_path_factory):
     return directory, hierens.from_pretrained(directory)
 
 
-@pytest.fixture(scope="module")
-def service(saved, tmp_path_factory):
-    """The example in processes of its own: a minute after a Ray ends, its threads end who began it."""
-    flags = {"model": saved[0], "port": PORT, "max-bytes": 200_000, "max-pixels": 1_000_000, "upload-s": 3}
-    command = [sys.executable, EXAMPLES / "serve.py", "--buffer-bytes", 900_000]
-    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
-    before, ours = {process.pid for process in psutil.process_iter()}, []
-    log = tmp_path_factory.mktemp("service") / "log"
+@contextlib.contextmanager
+def started(model, log, *flags):
+    """The example in processes of its own."""
+    command = [sys.executable, EXAMPLES / "serve.py", "--model", model, "--port", PORT, *flags]
     with log.open("w") as output:
-        process = psutil.Popen([str(part) for part in command], stdout=output, stderr=output)
+        process = psutil.Popen([str(part) for part in command], stdout=output, stderr=output, start_new_session=True)
+    children = []
     try:
         wait_ready(process, log)
-        ours = [p for p in psutil.process_iter() if p.pid not in before]
-        yield process, ours
+        children = process.children(recursive=True)
+        yield process
     finally:
         process.terminate()
-        process.wait(60)
-    # Ray's agents notice within a minute that they are alone, and end by themselves.
-    left = [p for p in ours if "ray" in (command := " ".join(_command(p))) and "Agent" not in command]
-    _, alive = psutil.wait_procs(left, timeout=15)
-    assert not alive, f"Ray left processes behind: {alive}"
+        assert process.wait(60) == 0, log.read_text()
+        _, alive = psutil.wait_procs(children, timeout=15)
+        assert not alive, f"the server left processes behind: {alive}"
 
 
-def wait_ready(process, log, seconds=400):
+@pytest.fixture(scope="module")
+def service(saved, tmp_path_factory):
+    flags = ("--max-bytes", 200_000, "--max-pixels", 1_000_000, "--upload-s", 3, "--buffer-bytes", 900_000)
+    with started(saved[0], tmp_path_factory.mktemp("service") / "log", *flags) as process:
+        yield process
+
+
+def wait_ready(process, log=None, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         try:
@@ -155,18 +420,11 @@ def wait_ready(process, log, seconds=400):
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    pytest.fail(f"the server did not become ready:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"the server did not become ready:\n{log and log.read_text()[-3000:]}")
 
 
-def _command(process):
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def ask(data, **options):
-    return httpx.post(f"{URL}/predict", files={"image": ("x.png", data, "image/png")}, timeout=30, **options)
+def ask(data, url=URL, **options):
+    return httpx.post(f"{url}/predict", files={"image": ("x.png", data, "image/png")}, timeout=30, **options)
 
 
 def test_answers_are_the_models_own(service, saved):
@@ -238,7 +496,7 @@ def test_hostile_uploads_get_a_status_and_a_sentence(service):
 @pytest.mark.slow
 def test_memory_stays_bounded_under_hostile_uploads(service):
     def used():
-        return sum(p.memory_info().rss for p in service[1] if p.is_running())
+        return sum(p.memory_info().rss for p in (service, *service.children(recursive=True)))
 
     check_hostile(40)
     before = used()
@@ -267,3 +525,37 @@ def test_bodies_that_do_not_end_are_not_waited_for(service):
     with socket.create_connection(("127.0.0.1", PORT), timeout=10) as connection:
         connection.sendall(hostile_uploads.head(100_000))
         assert b" 408 " in connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_it_listens_on_its_own_port_alone(service):
+    """No process of the server opens another port, or the port on another address."""
+    listening = [
+        (connection.laddr.ip, connection.laddr.port)
+        for process in (service, *service.children(recursive=True))
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening == [("127.0.0.1", PORT)]
+
+
+def test_a_killed_replica_leaves_no_request_without_an_answer(service):
+    # The forkserver has no children of its own accord but replicas.
+    (replica,) = [p for p in service.children(recursive=True) if p.ppid() != service.pid]
+    with ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(ask, encoded(picture((16, 16)))) for _ in range(40)]
+        answers[5].result()
+        replica.kill()
+        statuses = {answer.result().status_code for answer in answers}
+    assert statuses <= {200, 503}
+    wait_ready(service)
+    assert ask(encoded(picture())).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_cuts_no_request(saved, tmp_path):
+    with started(saved[0], tmp_path / "log", "--batch-wait-ms", 3000) as process, ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(ask, encoded(picture())) for _ in range(8)]
+        while metrics()["hierens_queue"] < 8:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert [answer.result().status_code for answer in answers] == [200] * 8

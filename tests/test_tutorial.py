@@ -115,7 +115,7 @@ class Reader:
 
 @pytest.mark.slow
 def test_from_nothing_to_a_calibrated_exported_and_served_model(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+    pytest.importorskip("uvicorn")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     reader = Reader()

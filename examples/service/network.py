@@ -1,12 +1,10 @@
-"""The replicas that hold the model."""
+"""The model of a replica, and its inputs."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
-import time
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import timm.data
 import torch
-from ray import serve
 
 import hierens
 from hierens.evaluation.uncertainty import mutual_information
@@ -59,42 +56,42 @@ class Inputs:
         return (torch.from_numpy(images).float().div(255) - mean) / std
 
 
-@serve.deployment
 class Network:
-    """The model: predicts in batches, at the depth that its policy chooses."""
+    """The model: predicts in batches, at the depth that its policy chooses.
+
+    Raises:
+        ValueError: settings do not fit the model, or the model cannot be loaded.
+    """
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
-        self.top, self.waiting = settings.top, 0
+        self.top = settings.top
         model, self.policy = load(settings)
         self.inputs = Inputs.of(model)
         with contextlib.suppress(ValueError):  # a model that cannot be fused runs unfused
             model = model.fuse()
-        self.model, self.worker = model, ThreadPoolExecutor(1)
-        self.answer.set_max_batch_size(settings.max_batch)
-        self.answer.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
+        self.model = model
         for leaves in model.sizes:
             model(torch.zeros(1, *self.inputs.data["input_size"]), leaves=leaves)
 
-    async def __call__(self, images: np.ndarray, arrived: float) -> list[dict[str, Any]]:
-        """Predict a request's images (N, C, H, W) in bytes; `arrived` is its time of arrival."""
-        self.waiting += 1
-        try:
-            return await self.answer((images, arrived))
-        finally:
-            self.waiting -= 1
+    def answer(
+        self, requests: list[np.ndarray], observed: list[tuple[int, float | None]]
+    ) -> list[list[dict[str, Any]]] | list[Exception]:
+        """Predict the images (N, C, H, W) of each request in one batch.
 
-    @serve.batch
-    async def answer(self, requests: list[tuple[np.ndarray, float]]) -> list[list[dict[str, Any]]]:
-        """Predict a batch in a thread, so that the event loop accepts further requests."""
+        Args:
+            requests: images in bytes.
+            observed: lengths of the queue, and latencies in milliseconds, since the previous batch.
+        """
         if isinstance(self.policy, Load):
-            self.policy.observe(self.waiting - len(requests))
-        images = np.concatenate([images for images, _ in requests])
-        found = iter(await asyncio.get_running_loop().run_in_executor(self.worker, self.run, images))
-        if isinstance(self.policy, Load):
-            longest = 1e3 * (time.time() - min(arrived for _, arrived in requests))
-            self.policy.observe(self.waiting - len(requests), longest)
-        return [list(itertools.islice(found, len(images))) for images, _ in requests]
+            for queue, latency_ms in observed:
+                self.policy.observe(queue, latency_ms)
+        try:
+            found = iter(self.run(np.concatenate(requests)))
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return [RuntimeError("the model failed")] * len(requests)
+        return [list(itertools.islice(found, len(images))) for images in requests]
 
     @torch.inference_mode()
     def run(self, images: np.ndarray) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from starlette.requests import ClientDisconnect, Request
 from hierens.training.data.decoding import DecodingError, decode
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_HEADER_BYTES = 16_384
 _SMALL = 1024  # maximum bytes of other form fields
 
 
@@ -29,10 +28,8 @@ def announced_bytes(request: Request, max_bytes: int) -> int:
     """Check a request's headers before its body is read, and return the maximum size of the body.
 
     Raises:
-        RefusedError: 431, 415, 400 or 413.
+        RefusedError: 415, 400 or 413.
     """
-    if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEADER_BYTES:
-        raise RefusedError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise RefusedError(
