@@ -28,12 +28,13 @@ def main(settings: Settings) -> None:
         ValueError: settings are out of range or do not fit the model, or the model cannot be loaded.
     """
     start = time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn replaces both, and raises them once more at its end
-        signal.signal(number, lambda *_: sys.exit(0))
     settings.check()
     settings.token()
     socket = settings.listen()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the next process inherits this; all replicas would end with it
     forkserver.ensure_running()  # imports torch for the replicas while this process imports it for itself
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn replaces both, and raises them once more at its end
+        signal.signal(number, lambda *_: sys.exit(0))
     from service.gateway import Gateway
     from service.http_server import http_server
 

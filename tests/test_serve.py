@@ -135,7 +135,7 @@ def test_tokens_and_addresses_are_checked_first(tmp_path):
             Settings("model", token_file=str(tmp_path / file)).token()
     with Settings("model", port=0).listen() as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use.$"):
             Settings("model", port=port).listen()
 
 
@@ -387,14 +387,14 @@ def saved(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def started(model, log, *flags):
+def started(model, log, *flags, port=PORT):
     """The example in processes of its own."""
-    command = [sys.executable, EXAMPLES / "serve.py", "--model", model, "--port", PORT, *flags]
+    command = [sys.executable, EXAMPLES / "serve.py", "--model", model, "--port", port, *flags]
     with log.open("w") as output:
         process = psutil.Popen([str(part) for part in command], stdout=output, stderr=output, start_new_session=True)
     children = []
     try:
-        wait_ready(process, log)
+        wait_ready(process, log, f"http://127.0.0.1:{port}")
         children = process.children(recursive=True)
         yield process
     finally:
@@ -411,11 +411,11 @@ def service(saved, tmp_path_factory):
         yield process
 
 
-def wait_ready(process, log=None, seconds=120):
+def wait_ready(process, log=None, url=URL, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         try:
-            if httpx.get(f"{URL}/readyz", timeout=5).status_code == 200:
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -452,8 +452,8 @@ def test_answers_are_the_models_own(service, saved):
             assert answer["uncertainty"]["mutual_information"] == pytest.approx(mutual, abs=1e-4)
 
 
-def metrics():
-    lines = httpx.get(f"{URL}/metrics", timeout=10).raise_for_status().text.splitlines()
+def metrics(url=URL):
+    lines = httpx.get(f"{url}/metrics", timeout=10).raise_for_status().text.splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
 
@@ -553,9 +553,10 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(service):
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_cuts_no_request(saved, tmp_path):
-    with started(saved[0], tmp_path / "log", "--batch-wait-ms", 3000) as process, ThreadPoolExecutor(8) as clients:
-        answers = [clients.submit(ask, encoded(picture())) for _ in range(8)]
-        while metrics()["hierens_queue"] < 8:
-            time.sleep(0.05)
+    url, slow = f"http://127.0.0.1:{PORT + 1}", ("--batch-wait-ms", 10_000)
+    with started(saved[0], tmp_path / "log", *slow, port=PORT + 1) as process, ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(ask, encoded(picture()), url) for _ in range(8)]
+        while metrics(url)["hierens_queue"] < 8:
+            assert not any(answer.done() for answer in answers)
         os.killpg(process.pid, signal.SIGTERM)
         assert [answer.result().status_code for answer in answers] == [200] * 8

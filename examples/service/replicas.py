@@ -146,7 +146,7 @@ class Replicas:
                 raise ValueError(f"the replica ended with exit code {code} while it loaded the model{memory}")
             print(f"A replica ended with exit code {code}; a new one starts.", flush=True)
             await asyncio.sleep(RESTART_S)
-            self.running[number] = Replica(self.settings)
+            self.running[number] = await asyncio.to_thread(Replica, self.settings)
 
     async def _serve(self, replica: Replica) -> None:
         """Send batches to a replica until it ends, or takes so long that none of its clients waits any more."""

@@ -90,4 +90,5 @@ class Settings:
         try:
             return socket.create_server((self.host, self.port), family=socket.getaddrinfo(self.host, None)[0][0])
         except OSError as error:
-            raise ValueError(f"cannot listen on {self.host}, port {self.port}: {error.strerror}.") from error
+            reason = (error.strerror or str(error)).partition(" (")[0]
+            raise ValueError(f"cannot listen on {self.host}, port {self.port}: {reason}.") from error
