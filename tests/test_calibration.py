@@ -9,7 +9,15 @@ import torch.nn.functional as F
 import hierens
 from hierens.evaluation.uncertainty import MEASURES
 from hierens.inference import calibration
-from hierens.inference.calibration import CalibrationSet, calibrate, collect, exits, fit_temperatures, mean_cost
+from hierens.inference.calibration import (
+    CalibrationSet,
+    budgeted_batch,
+    calibrate,
+    collect,
+    exits,
+    fit_temperatures,
+    mean_cost,
+)
 from hierens.inference.conformal import fit_prediction_sets
 from hierens.inference.expectation import expectation, expectations_of_depths
 from support.networks import tiny_backbone, tiny_tree
@@ -121,6 +129,37 @@ def test_the_time_of_a_depth_is_that_of_an_image_that_leaves_there(kind, monkeyp
     assert held_out.milliseconds == model.sizes and collect(model, [batch]).milliseconds == ()
     policy = calibrate(model, [batch], milliseconds=model.sizes[0])
     assert policy(model, batch[0]).leaves.tolist() == [model.sizes[0]] * 12
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_simulated_is_what_images_that_leave_cost(kind):
+    model = MODELS[kind]()
+    images = 3 * torch.randn(90, 1, 16, 16)
+    answers = collect(model, [(images, torch.arange(90) % 10)])
+    for policy in budgeted_batch(answers, (0, 0.2, 0.5, 1)):
+        left = exits(answers.certainties("probability"), policy.thresholds)
+        found = policy(model, images)
+        assert torch.equal(found.leaves, torch.tensor(model.sizes)[left])
+        assert torch.equal(found.macs, torch.tensor(answers.macs)[left])
+        torch.testing.assert_close(found.logits, answers.logits[torch.arange(90), left])
+
+
+def test_the_shares_that_leave_are_geometric():
+    held_out, budgets = made_up(), (0.1, 0.3, 0.5)
+    policies = budgeted_batch(held_out, budgets)
+    for policy, share in zip(policies, budgets, strict=True):
+        first, *middle, last = exits(held_out.certainties("probability"), policy.thresholds).bincount() / 4000
+        ratio = (last / first) ** (1 / 3)
+        assert torch.tensor(middle) == pytest.approx([first * ratio, first * ratio**2], abs=5e-4)
+        assert policy == calibrate(None, held_out, budget=100 + share * 280)
+    assert len({policy.thresholds for policy in policies}) == 3
+
+
+def test_shares_of_the_cost_are_from_0_to_1():
+    with pytest.raises(ValueError, match=r"from 0 \(cost of the first depth\) to 1 \(full cost\), got 20"):
+        budgeted_batch(made_up(100), (0.5, 20))
+    with pytest.raises(ValueError, match="a single depth"):
+        budgeted_batch(dataclasses.replace(made_up(100), macs=(100,)), (0.5,))
 
 
 def test_halves_share_no_image_and_have_all_classes():

@@ -1,13 +1,17 @@
 """The results pages: differences between rows, and pages written from records alone."""
 
+import json
+
 import exits
 import paper
 import pytest
 import retrieval
-from comparison import recipes, records
+from comparison import budgets, recipes, records
 from comparison.differences import Claim, Difference, Point, difference, front, gains, verdict, verdicts
 
+import hierens
 from hierens.evaluation.reporting import Group
+from support.networks import tiny_backbone
 
 FIELDS = ("nll", "ece", "std", "agreement")
 
@@ -109,11 +113,40 @@ def test_pages_are_made_of_records_alone(rows, tmp_path, monkeypatch):
     assert all((tmp_path / name).is_file() for name in ("cifar100_costs.png", "cifar100_table1.png"))
     if len(rows) > 1:
         assert "not run" not in page.lower()
-        assert "exits, equilibrium" in exits.page("cifar100", tmp_path)
+        page = exits.page("cifar100", tmp_path)
+        assert "exits, equilibrium" in page and "## Budgeted batch classification" in page
+        assert (tmp_path / "cifar100_exits_budgets.png").is_file() and "Not measured yet." in page
     else:
         with pytest.raises(ValueError, match="train them first"):
             exits.page("cifar100", tmp_path)
         assert "Not run yet, and therefore not in this comparison: tree, L_H + L_HD, tree, L_H, tree with" in page
+
+
+def test_thresholds_are_compared_with_fixed_depths_of_the_same_cost():
+    made = [
+        record([40.0, 50.0], seed, macs=[1e6, 5e6], thresholds={"macs": [3e6], "accuracy": [48.0 + seed]})
+        for seed in (0, 2)
+    ]
+    exits_ = Group("exits", [1e6, 5e6], made)
+    cells = budgets.at_equal_cost({"exits": exits_}).splitlines()[-1].split("|")[2:-1]
+    assert [cell.strip() for cell in cells[:3]] == ["44.50 (+2.00 ± 0.50)", "49.50 (+2.00 ± 0.50)", ""]
+    assert [(p.cost, p.accuracy) for p in budgets.curve(exits_)] == [(1, 40), (3, 49), (5, 50)]
+
+
+def test_saved_time_is_measured_on_images_that_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(budgets, "RECORDS", tmp_path)
+    model = hierens.multi_exit(tiny_backbone(), 3)
+    monkeypatch.setattr(budgets, "create_ensemble", lambda run, classes: model)
+    monkeypatch.setattr(budgets, "RECIPES", {"cifar100": recipes.Run(recipes.DataConfig(input_size=(1, 16, 16)))})
+    monkeypatch.setattr(budgets, "configured", lambda *_: None)
+    monkeypatch.setattr(budgets, "IMAGES", 32)
+    monkeypatch.setattr(budgets, "MEASURED", ("exits",))
+    assert budgets.saved("cifar100") == "Not measured yet."
+    row = json.loads(budgets.measure("cifar100").read_text())["rows"]["exits"]
+    first, *_, last = model.macs((1, 16, 16))
+    assert row["macs"] == pytest.approx([(1 - share) * (1 - first / last) for share in budgets.SHARES], abs=0.1)
+    assert row["other_depth"] == 0 and row["time"].keys() == {"1", "256"}
+    assert "Of 192 predictions, 0 left" in budgets.saved("cifar100")
 
 
 def test_the_page_on_retrieval_is_made_of_records_alone(tmp_path, monkeypatch):

@@ -25,7 +25,8 @@ from comparison.recipes import TEST_SPLITS, study
 from hierens.core.predictions import PredictionWeights
 from hierens.evaluation.metrics import LeafMetrics, as_record, evaluate_model
 from hierens.evaluation.reporting import Group
-from hierens.inference.calibration import CalibrationSet, calibrate, collect, exits
+from hierens.inference.calibration import CalibrationSet, budgeted_batch, collect
+from hierens.inference.expectation import expectation
 from hierens.models.tuning import _processor
 from hierens.training.config import Run, to_json
 from hierens.training.data.loaders import create_datasets
@@ -94,13 +95,12 @@ def thresholds(answers: CalibrationSet, held_out: CalibrationSet | None = None) 
     """
     halves = [_part(answers, start) for start in (0, 1)]
     pairs = [(held_out, answers)] if held_out is not None else [(halves[0], halves[1]), (halves[1], halves[0])]
-    found: dict[str, list[float]] = {"macs": [], "accuracy": []}
-    for share in SHARES:
-        budget = answers.macs[0] + share * (answers.macs[-1] - answers.macs[0])
-        macs, accuracies = zip(*(_judged(chosen, judged, budget) for chosen, judged in pairs), strict=True)
-        found["macs"].append(statistics.mean(macs))
-        found["accuracy"].append(statistics.mean(accuracies))
-    return found
+    curves = [[expectation(judged, policy) for policy in budgeted_batch(chosen, SHARES)] for chosen, judged in pairs]
+    of_shares = list(zip(*curves, strict=True))
+    return {
+        "macs": [statistics.mean(one.macs.mean for one in both) for both in of_shares],
+        "accuracy": [statistics.mean(one.accuracy.mean for one in both) for both in of_shares],
+    }
 
 
 def pruning(model: Any, images: Any) -> dict[str, Any]:
@@ -183,14 +183,6 @@ def machine() -> dict[str, Any]:
         "timm": timm.__version__,
         "hierens": hierens.__version__,
     }
-
-
-def _judged(held_out: CalibrationSet, judged: CalibrationSet, budget: float) -> tuple[float, float]:
-    policy = calibrate(held_out, held_out, budget)
-    leave = exits(judged.certainties(policy.measure), policy.thresholds)
-    right = judged.logits[torch.arange(len(leave)), leave].argmax(-1) == judged.labels
-    macs = torch.tensor(judged.macs, dtype=torch.float64)[leave]
-    return float(macs.mean()), 100 * float(right.double().mean())
 
 
 def _part(answers: CalibrationSet, start: int) -> CalibrationSet:

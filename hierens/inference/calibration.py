@@ -139,8 +139,7 @@ def calibrate(
         raise ValueError(f"give one of {budget=}, {milliseconds=} and {accuracy=}.")
     timed = milliseconds is not None
     held_out = batches if isinstance(batches, CalibrationSet) else collect(model, batches, timed=timed)
-    if len(held_out.macs) < 2:
-        raise ValueError("the model has a single depth, so there are no thresholds to choose.")
+    _check_depths(held_out)
     certainties = held_out.certainties(measure)
     if accuracy is not None:
         return Confidence(_for_accuracy(held_out, certainties, accuracy), measure)
@@ -150,6 +149,33 @@ def calibrate(
     if not held_out.milliseconds:
         raise ValueError("milliseconds were not measured with this calibration set: use collect(..., timed=True).")
     return Confidence(_for_budget(certainties, held_out.milliseconds, milliseconds, "milliseconds"), measure)
+
+
+def budgeted_batch(held_out: CalibrationSet, shares: Sequence[float]) -> list[Confidence]:
+    """Policies for a curve of accuracy against mean cost: the rule of `calibrate` with one budget after the other.
+
+    MSDNet lets the share z q (1 - q)^(k - 1) of the images leave at exit k, where z makes the sum 1, and varies q. A
+    budget determines the ratio 1 - q. Above a certain budget, the ratio exceeds 1, as it does in the authors' code.
+    `hierens.inference.expectation.expectation` evaluates a policy on other images.
+
+    Args:
+        held_out: the result of `collect`.
+        shares: budgets, from the cost of the first depth (0) to full cost (1).
+
+    Raises:
+        ValueError: a share outside 0 to 1, or a model of one depth.
+    """
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"shares must be from 0 (cost of the first depth) to 1 (full cost), got {wrong[0]:g}.")
+    _check_depths(held_out)
+    certainties, macs = held_out.certainties("probability"), held_out.macs
+    budgets = (macs[0] + share * (macs[-1] - macs[0]) for share in shares)
+    return [Confidence(_for_budget(certainties, macs, budget, "MACs")) for budget in budgets]
+
+
+def _check_depths(held_out: CalibrationSet) -> None:
+    if len(held_out.macs) < 2:
+        raise ValueError("the model has a single depth, so there are no thresholds to choose.")
 
 
 def _for_budget(certainties: Tensor, costs: Sequence[float], budget: float, unit: str) -> tuple[float, ...]:
