@@ -32,7 +32,7 @@ _SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
 ARGUMENTS = {
     "hne": _SHARED | {"branching", "leaves", "looped"},
     "hne_exits": _SHARED | {"branching", "leaves", "looped", "head"},
-    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "kept"},
+    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "boosted", "kept"},
 }
 """the arguments of each entry point that a saved config may contain"""
 TREES = ("hne", "hne_exits")
@@ -246,7 +246,7 @@ def _check_exits(args: dict[str, Any], file: Path) -> None:
     numbers = isinstance(weights, list) and all(map(is_finite, weights))
     if weights is not None and not isinstance(weights, str) and not (numbers and len(weights) == exits):
         raise LoadError(f"{file} has no usable weights of exits (got {short(weights)}).")
-    for key in ("collaborate", "learn_weights"):
+    for key in ("collaborate", "learn_weights", "boosted"):
         if type(args.get(key, False)) is not bool:
             raise LoadError(f"{file} has no usable {key} (got {short(args[key])}).")
 

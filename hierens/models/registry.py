@@ -119,11 +119,19 @@ def _multi_exit(
     collaborate: bool = False,
     weights: str | Sequence[float] | None = None,
     learn_weights: bool = False,
+    boosted: bool = False,
     kept: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> MultiExit:
     network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
     model = conversion.multi_exit(
-        network, exits, at=at, head=head, collaborate=collaborate, weights=weights, learn_weights=learn_weights
+        network,
+        exits,
+        at=at,
+        head=head,
+        collaborate=collaborate,
+        weights=weights,
+        learn_weights=learn_weights,
+        boosted=boosted,
     )
     return model if kept is None or len(kept) == model.leaves else model.keep_exits(kept)

@@ -100,6 +100,8 @@ def _load(run: Run, num_classes: int) -> Adaptive:
         raise ValueError(f"{config.start} was made by another method: use method={model.architecture!r}.")
     if config.new_classifiers or model.num_classes != num_classes:
         model.reset_classifier(num_classes)
+    if config.boosted and not model.boosted:
+        raise ValueError(f"{config.start} is not boosted: omit boosted, or start from a backbone.")
     if config.collaborate and not model.collaborate:
         model = model.with_collaboration()
     return model
@@ -132,8 +134,15 @@ def _create(run: Run, num_classes: int) -> Adaptive:
         # destroy much of the pretrained weights: EfficientNet's for 10 classes are 11 times larger than these.
         backbone.reset_classifier(backbone.num_classes)
     if config.method == "multi_exit":
-        exit_weights: dict[str, Any] = {"weights": config.exit_weights or None, "learn_weights": config.learn_weights}
-        return multi_exit(backbone, config.exits, head=config.head, collaborate=config.collaborate, **exit_weights)
+        return multi_exit(
+            backbone,
+            config.exits,
+            head=config.head,
+            collaborate=config.collaborate,
+            weights=config.exit_weights or None,
+            learn_weights=config.learn_weights,
+            boosted=config.boosted,
+        )
     tree: dict[str, Any] = {
         "branching": config.branching or None,
         "init": config.init or ("copy" if config.warm else "reinit"),

@@ -65,10 +65,17 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path, monkeypa
     assert (weights - torch.tensor([1.0, 2.0, 3.0]) / 6).abs().max() > 1e-4, "they were learned"
 
 
+def test_boosted_exits_are_trained_by_flag_and_saved(tmp_path):
+    train(run(tmp_path, {"boosted": True, "collaborate": False}, objective="independent"))
+    assert hierens.from_pretrained(tmp_path / "model").boosted
+
+
 def test_a_second_stage_goes_on_from_the_first(tmp_path):
     first, _ = train(run(tmp_path / "first", {"collaborate": False}, objective="independent"))
     assert not first.collaborate
     stage = {"start": str(tmp_path / "first" / "model"), "collaborate": True}
+    with pytest.raises(ValueError, match="is not boosted: omit boosted"):
+        train(run(tmp_path / "other", stage | {"boosted": True}))
     second, _ = train(run(tmp_path / "second", stage, lr=1e-9, epochs=1, weight_decay=0.0, warmup_epochs=0))
     assert second.collaborate
     named = dict(second.named_parameters())
@@ -144,6 +151,7 @@ def test_what_does_not_combine_is_refused_before_training(tmp_path, model, setti
     [
         ({"collaborate": True}, "method 'hne' has no collaborate"),
         ({"head": "conv", "exit_weights": "uniform"}, "has no exit_weights and no head"),
+        ({"boosted": True}, "method 'hne' has no boosted"),
         ({"method": "hne_exits", "learn_weights": True}, "method 'hne_exits' has no learn_weights"),
         ({"method": "multi_exit", "branching": (1, 2)}, "method 'multi_exit' has no branching"),
     ],
