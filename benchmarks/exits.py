@@ -36,6 +36,7 @@ PAGES = {"cifar100": "cifar100_exits", "cifar10": "cifar10_exits", "fashion_mnis
 TREES_PAGES = {"cifar100": "cifar100", "cifar10": "cifar10", "fashion_mnist": "paper"}
 SINGLE = f"single-{BASE_WIDTH}"
 IMTA = ("exits", "exits-equilibrium", "exits-collaboration", "exits-one-for-all", "exits-imta", "exits-wide")
+BOOSTED = "exits-boosted"
 AEP = (
     "exits-uniform",
     "exits-linear-rising",
@@ -49,6 +50,7 @@ CLAIMS = (
     Claim("equilibrium helps multi-exit training (IMTA, section 4.2)", "exits-equilibrium", "exits", "every"),
     Claim("collaboration helps later exits (IMTA)", "exits-collaboration", "exits"),
     Claim("one-for-all distillation helps early exits (IMTA)", "exits-one-for-all", "exits", "first"),
+    Claim("boosted exits beat joint training (BoostNet)", BOOSTED, "exits", "every"),
     Claim("all three together beat joint training (IMTA)", "exits-imta", "exits", "every"),
 )
 
@@ -78,7 +80,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     if settings.train:
         write_variances(settings.data, settings.data_dir)
-        rows = dict.fromkeys((SINGLE, *IMTA, *AEP, *TREES))
+        rows = dict.fromkeys((SINGLE, *IMTA, BOOSTED, *AEP, *TREES))
         train_missing(settings.data, settings.data_dir, settings.runs, rows, settings.share)
     if settings.measure:
         print(f"wrote {budgets.measure(settings.data)}")
@@ -94,7 +96,7 @@ def page(data: str, directory: Path) -> str:
         ValueError: no network with exits has a record.
     """
     groups, stem = read_records(data), PAGES[data]
-    shown = {row: groups[row] for row in (SINGLE, *IMTA, *TREES) if row in groups}
+    shown = {row: groups[row] for row in (SINGLE, *IMTA, BOOSTED, *TREES) if row in groups}
     weighted = {row: groups[row] for row in AEP if row in groups}
     if "exits" not in groups:
         raise ValueError(f"there is no record of exits on {data}: train them first, by --data-dir.")

@@ -143,6 +143,27 @@ def test_an_exit_sees_what_the_one_before_said(small_backbone, small_images):
     assert (answers[:, 1:] - alone[:, 1:]).abs().max() > 0.01
 
 
+def test_boosted_exits_add_the_logits_before_and_learn_what_is_missing(small_backbone, small_images, tmp_path):
+    model, twin = (hierens.multi_exit(small_backbone, 3, head="conv", boosted=on).eval() for on in (True, False))
+    with torch.no_grad():
+        assert torch.equal(model(small_images), small_backbone(small_images)), "exact at first"
+    twin.load_state_dict(model.state_dict())
+    for exit in (*model.exits[:2], *twin.exits[:2]):
+        torch.nn.init.normal_(exit.classifier.weight, generator=torch.Generator().manual_seed(3))
+    alone = twin(small_images, reduce=False)
+    logits = model(small_images, reduce=False)
+    assert torch.allclose(logits, alone.cumsum(1), atol=1e-5)
+    small = model.at_depth(1)
+    assert torch.equal(small(small_images), logits[:, 1])
+    logits[:, 2].square().sum().backward()
+    assert not any(parameter.grad.any() for parameter in model.exits[:2].parameters())
+    assert next(model.levels.parameters()).grad.any()
+    model.reset_classifier(4)
+    model.save_pretrained(tmp_path)
+    loaded = hierens.from_pretrained(tmp_path)
+    assert loaded.boosted and torch.allclose(loaded(small_images), model(small_images), atol=1e-5)
+
+
 def test_a_sum_of_two_classifiers_is_one_of_both():
     """Why the embedding's logits may be added: the paper's concatenation, written out."""
     features, embedding = torch.randn(5, 6), torch.randn(5, 4)
@@ -254,6 +275,7 @@ def test_a_config_that_cannot_be_is_refused(plain, tmp_path):
         ({"branching": [1, 2]}, "does not know: branching"),
         ({"weights": [1.0]}, "no usable weights of exits"),
         ({"average": "mean"}, "no usable average of exits"),
+        ({"boosted": 1}, "no usable boosted"),
     ):
         damaged = config | {"model_args": config["model_args"] | change}
         (tmp_path / "config.json").write_text(json.dumps(damaged))
@@ -291,6 +313,8 @@ def test_timms_factories_take_it(model):
         (lambda b: hierens.multi_exit(b, 2, weights=[1, 0]), "2 positive numbers"),
         (lambda b: hierens.multi_exit(b, 2).keep_exits([2]), "exits must be some of 0 to 1"),
         (lambda b: hierens.multi_exit(b, 2, collaborate=True).keep_exits([1]), "need all exits before them"),
+        (lambda b: hierens.multi_exit(b, 2, boosted=True, weights="uniform"), "sums already, and have no weights"),
+        (lambda b: hierens.multi_exit(b, 2, boosted=True).keep_exits([1]), "exits that are boosted need all exits"),
         (lambda b: hierens.multi_exit(b, 2, collaborate=True).with_collaboration(), "can be added once"),
         (lambda b: hierens.multi_exit(b, 2)(torch.zeros(1, 1, 32, 32), depth=2), "depth must be from 0 to 1"),
         (lambda b: hierens.multi_exit(b, 2)(torch.zeros(1, 3, 32, 32)), r"expected images \(N, 1, H, W\)"),

@@ -1,11 +1,14 @@
 """The results pages: differences between rows, and pages written from records alone."""
 
 import json
+import math
 
 import exits
+import exits_tried
 import paper
 import pytest
 import retrieval
+import torch
 from comparison import budgets, recipes, records
 from comparison.differences import Claim, Difference, Point, difference, front, gains, verdict, verdicts
 
@@ -162,3 +165,21 @@ def test_the_page_on_retrieval_is_made_of_records_alone(tmp_path, monkeypatch):
     page = retrieval.page(retrieval.read_records(), tmp_path)
     assert (tmp_path / "retrieval.png").is_file() and "20 queries per seed" in page
     assert "+2.00 ± 0.00" in page, "depth 2 of a tree minus the single network"
+
+
+def test_the_page_on_what_was_tried_is_made_of_records_alone():
+    plain, other = (
+        Group(name, [1.0] * 4, [record((start, 2, 3, 4), "16-channels/0", budgeted=[start] * 7)])
+        for name, start in (("exits", 1), ("boosted", 1.5))
+    )
+    text = exits_tried.page({"exits": plain, "boosted": other})
+    assert "16 channels, 6 epochs" in text and "24 channels" not in text
+    assert text.count("+0.50") == 1 + 7 and "exits_tried.py --data-dir DIR" in text
+
+
+def test_images_that_would_leave_at_an_exit_weigh_most_in_its_loss():
+    logits = torch.zeros(4, 2, 2)
+    logits[:2, 0, 0] = 4.0  # two images leave at the first exit
+    loss = exits_tried.sample_weighted(0.5, logits, torch.empty(0), torch.zeros(4, dtype=torch.long))
+    expected = [1.5 * 2 * math.log1p(math.exp(-4)), 0.5 * 2 * math.log(2), (1.5 + 0.5) * 2 * math.log(2)]
+    assert loss.item() == pytest.approx(sum(expected) / 4, rel=1e-5)

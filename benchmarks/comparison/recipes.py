@@ -211,7 +211,8 @@ ROWS: dict[str, Row] = {
     "standardised-logits": Row(
         "logits standardised", {"objective": DISTILLED, "temper_students": True, "standardize_logits": True}
     ),
-    # further ways to train exits (IMTA), and to weigh their ensemble (AEP)
+    # further ways to train exits (BoostNet, IMTA), and to weigh their ensemble (AEP)
+    "exits-boosted": Row("exits, boosted", {**_EXITS, "boosted": True}),
     "exits-collaboration": Row("exits, collaboration", {**_EXITS, **_COLLABORATION}),
     "exits-one-for-all": Row("exits, one-for-all", {**_EXITS, **_ONE_FOR_ALL}),
     "exits-imta": Row("exits, all three of IMTA", {**_EXITS, **_EQUILIBRIUM, **_COLLABORATION, **_ONE_FOR_ALL}),
@@ -250,6 +251,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ),
     ("independent", "tree-plain-distillation-small-alpha"),
     ("exits-collaboration", "exits-one-for-all", "exits-imta", "exits-one-for-all-mean", "exits-imta-mean"),
+    ("exits-boosted",),
     ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),
 )
 """rows in the order of training: within a group, all rows with the first seed, then with the next"""

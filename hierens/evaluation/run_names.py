@@ -76,7 +76,9 @@ APPLIES: dict[str, Callable[[_Flat], bool]] = {
     "train.cycle_epochs": _contains("train.schedule", "cyclic_step"),
     "train.symmetry_noise": _TREE,
     **dict.fromkeys(("model.blocks", "model.branching", "model.init"), _TREE),
-    **dict.fromkeys(("model.exits", "model.exit_weights", "model.learn_weights", "model.collaborate"), _EXITS),
+    **dict.fromkeys(
+        ("model.exits", "model.exit_weights", "model.learn_weights", "model.collaborate", "model.boosted"), _EXITS
+    ),
     "model.exit_average": _any_on("model.exit_weights", "model.learn_weights"),
     "model.head": _contains("model.method", "exit"),
     **dict.fromkeys(

@@ -33,7 +33,7 @@ _SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
 ARGUMENTS = {
     "hne": _SHARED | {"branching", "leaves", "looped"},
     "hne_exits": _SHARED | {"branching", "leaves", "looped", "head"},
-    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "average", "kept"},
+    "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "average", "boosted", "kept"},
 }
 """the arguments of each entry point that a saved config may contain"""
 TREES = ("hne", "hne_exits")
@@ -249,7 +249,7 @@ def _check_exits(args: dict[str, Any], file: Path) -> None:
         raise LoadError(f"{file} has no usable weights of exits (got {short(weights)}).")
     if args.get("average", "logits") not in get_args(Average):
         raise LoadError(f"{file} has no usable average of exits (got {short(args['average'])}).")
-    for key in ("collaborate", "learn_weights"):
+    for key in ("collaborate", "learn_weights", "boosted"):
         if type(args.get(key, False)) is not bool:
             raise LoadError(f"{file} has no usable {key} (got {short(args[key])}).")
 

@@ -146,6 +146,7 @@ def multi_exit(
     weights: str | Sequence[float] | None = None,
     learn_weights: bool = False,
     average: Average = "logits",
+    boosted: bool = False,
     num_classes: int | None = None,
 ) -> MultiExit:
     """Add exits to a network. The last exit is the model's own head, so the output of the full network is unchanged.
@@ -164,6 +165,8 @@ def multi_exit(
             per exit; by default the exits are not combined.
         learn_weights: train the weights, starting from `weights` or from uniform ones.
         average: what the weights average: `logits`, or `probabilities`, whose logarithm is then the output.
+        boosted: add the logits of the exit before to those of each exit, without a gradient to them (BoostNet: Yu et
+            al., arXiv 2211.16726). Classifiers of early exits start at zero, so the last is the backbone's at first.
         num_classes: for new classifiers; by default the backbone's own are kept.
 
     Raises:
@@ -176,6 +179,8 @@ def multi_exit(
         >>> model(torch.randn(1, 3, 64, 64), depth=0).shape
         torch.Size([1, 10])
     """
+    if boosted and (weights is not None or learn_weights):
+        raise ValueError("boosted exits are sums already, and have no weights: omit boosted, or the weights.")
     backbone = copy.deepcopy(_one_answer(described(backbone, classifier, input_size)))
     if num_classes is not None and num_classes != timm_info.num_classes(backbone):
         if timm_info.description(backbone):
@@ -188,14 +193,17 @@ def multi_exit(
     _, features = timm_info.num_features(backbone)
     own = OwnExit(cutting.head, cutting.classifier, cutting.classifier_names, features)
     heads: list[Exit] = [*(early or new_exits(head, backbone, cutting.blocks)), own]
+    for exit in heads[:-1] if boosted else ():
+        for parameter in exit.classifier.get_submodule(exit.names[0]).parameters():
+            nn.init.zeros_(parameter)
     if learn_weights and weights is None:
         weights = "uniform"
     own_weights = None if weights is None else list(prior(weights, len(heads)))
     info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.")
     if own_weights is None and average != "logits":
         raise ValueError(f"average={average!r} is for exits that are combined: give weights, or learn_weights=True.")
-    info.model_args.update(head=head, collaborate=collaborate, weights=own_weights, learn_weights=learn_weights)
-    info.model_args.update(average=average)
+    combined = {"weights": own_weights, "learn_weights": learn_weights, "average": average, "boosted": boosted}
+    info.model_args.update(head=head, collaborate=collaborate, **combined)
     info.stages = cutting.stages
     like = next(backbone.parameters())
     model = MultiExit(
@@ -204,6 +212,7 @@ def multi_exit(
         info,
         embeddings=new_embeddings(heads, info.num_classes, like) if collaborate else [],
         weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights, average).to(like),
+        boosted=boosted,
     )
     _copy_buffers(backbone, model)
     return model.train(backbone.training)

@@ -41,6 +41,7 @@ class MultiExit(BlockChain):
             collaboration.
         weighting: the weights of the ensemble of exits; None if the exits are not combined.
         gradient_equilibrium: whether each block gets the mean, not the sum, of the gradients of the exits after it.
+        boosted: whether the logits of the exit before are added to those of each exit, without a gradient to them.
     """
 
     architecture = "multi_exit"
@@ -54,6 +55,7 @@ class MultiExit(BlockChain):
         *,
         embeddings: Iterable[nn.Module] = (),
         weighting: ExitWeights | None = None,
+        boosted: bool = False,
     ) -> None:
         """Create a network.
 
@@ -63,11 +65,12 @@ class MultiExit(BlockChain):
             info: the record of the backbone or of another model; its `model_args` describe the exits.
             embeddings: one for every exit but the first, for collaboration.
             weighting: the weights of the ensemble of exits.
+            boosted: see above.
         """
         super().__init__(info)
         self.positions = tuple(range(len(exits)))
         self.levels, self.exits = nn.ModuleList(blocks), nn.ModuleList(exits)
-        self.embeddings, self.weighting = nn.ModuleList(embeddings), weighting
+        self.embeddings, self.weighting, self.boosted = nn.ModuleList(embeddings), weighting, boosted
         self._name_classifiers()
 
     def _name_classifiers(self) -> None:
@@ -148,6 +151,8 @@ class MultiExit(BlockChain):
         logits = self.exits[index](features)
         if before is not None and self.collaborate:
             logits = logits + self.embeddings[index - 1](before)
+        if before is not None and self.boosted:
+            logits = logits + before.detach()
         return value, logits
 
     def _scaled(self, index: int, value: Any, factor: float) -> Any:
@@ -201,13 +206,14 @@ class MultiExit(BlockChain):
         """A new model with some of the exits, and without blocks after the last of them. Weights keep their ratios.
 
         Raises:
-            ValueError: no exit, an unknown exit, or with collaboration a gap between exits that are kept.
+            ValueError: no exit, an unknown exit, or a gap between exits that are kept and read the exit before.
         """
         kept = sorted(set(exits))
         if not kept or not set(kept) <= set(range(self.leaves)):
             raise ValueError(f"exits must be some of 0 to {self.leaves - 1}, got {kept}.")
-        if self.collaborate and kept != list(range(len(kept))):
-            raise ValueError("exits that collaborate need all exits before them: keep the first ones, without a gap.")
+        if (self.collaborate or self.boosted) and kept != list(range(len(kept))):
+            kind = "collaborate" if self.collaborate else "are boosted"
+            raise ValueError(f"exits that {kind} need all exits before them: keep the first ones, without a gap.")
         other = copy.deepcopy(self)
         other.positions = tuple(self.positions[exit] for exit in kept)
         other.levels = other.levels[: other.positions[-1] + 1]
@@ -285,7 +291,7 @@ class MultiExit(BlockChain):
             ValueError: that exit was removed, or is combined with others.
         """
         last = self.exits[-1]
-        if not isinstance(last, OwnExit) or self.collaborate or self.weighting is not None:
+        if not isinstance(last, OwnExit) or self.collaborate or self.boosted or self.weighting is not None:
             raise ValueError("forward_head is the backbone's, and here other exits contribute: call the model instead.")
         return mean_of_heads(last.head(x)) if pre_logits else last(x)
 

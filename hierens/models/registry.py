@@ -121,10 +121,20 @@ def _multi_exit(
     weights: str | Sequence[float] | None = None,
     learn_weights: bool = False,
     average: Average = "logits",
+    boosted: bool = False,
     kept: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> MultiExit:
     network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
-    combined: dict[str, Any] = {"weights": weights, "learn_weights": learn_weights, "average": average}
-    model = conversion.multi_exit(network, exits, at=at, head=head, collaborate=collaborate, **combined)
+    model = conversion.multi_exit(
+        network,
+        exits,
+        at=at,
+        head=head,
+        collaborate=collaborate,
+        weights=weights,
+        learn_weights=learn_weights,
+        average=average,
+        boosted=boosted,
+    )
     return model if kept is None or len(kept) == model.leaves else model.keep_exits(kept)

@@ -248,6 +248,8 @@ class ModelConfig:
     """heads of early exits: global pooling and a linear layer, or two convolutions before that"""
     collaborate: bool = False
     """each exit also receives an embedding of the previous exit's logits"""
+    boosted: bool = False
+    """add the logits of the exit before to those of each exit, without a gradient to them (arXiv 2211.16726)"""
     exit_weights: str = ""
     """weights of an ensemble of exits: `uniform`, `linear_rising`, `linear_falling`, `geometric_rising`,
     `geometric_falling`; empty: each exit predicts alone"""
@@ -271,7 +273,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.weights and not Path(self.weights).is_file():
             raise ValueError(f"weights: there is no file {self.weights}.")
-        of_exits = ("collaborate", "exit_weights", "learn_weights")
+        of_exits = ("collaborate", "boosted", "exit_weights", "learn_weights")
         only = ("branching", "init") if self.method == "multi_exit" else of_exits
         given = [name for name in only if getattr(self, name)]
         given += ["exit_average"] if self.method != "multi_exit" and self.exit_average != "logits" else []

@@ -100,6 +100,8 @@ def _load(run: Run, num_classes: int) -> Adaptive:
         raise ValueError(f"{config.start} was made by another method: use method={model.architecture!r}.")
     if config.new_classifiers or model.num_classes != num_classes:
         model.reset_classifier(num_classes)
+    if config.boosted and not model.boosted:
+        raise ValueError(f"{config.start} is not boosted: omit boosted, or start from a backbone.")
     if config.collaborate and not model.collaborate:
         model = model.with_collaboration()
     return model
@@ -140,6 +142,7 @@ def _create(run: Run, num_classes: int) -> Adaptive:
             weights=config.exit_weights or None,
             learn_weights=config.learn_weights,
             average=config.exit_average,
+            boosted=config.boosted,
         )
     tree: dict[str, Any] = {
         "branching": config.branching or None,

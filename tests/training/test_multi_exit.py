@@ -13,7 +13,7 @@ import hierens
 from hierens import cli
 from hierens.training.config import ModelConfig, TeacherConfig
 from hierens.training.presets import PRESETS
-from hierens.training.run import Run, train
+from hierens.training.run import Run, create_ensemble, train
 from hierens.training.trainer import Trainer
 
 DEMO = PRESETS["demo-exits"]
@@ -65,10 +65,17 @@ def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path, monkeypa
     assert (weights - torch.tensor([1.0, 2.0, 3.0]) / 6).abs().max() > 1e-4, "they were learned"
 
 
+def test_boosted_exits_are_made_by_flag(tmp_path):
+    assert create_ensemble(run(tmp_path, {"boosted": True}), 10).boosted
+    assert not create_ensemble(run(tmp_path), 10).boosted
+
+
 def test_a_second_stage_goes_on_from_the_first(tmp_path):
     first, _ = train(run(tmp_path / "first", {"collaborate": False}, objective="independent"))
     assert not first.collaborate
     stage = {"start": str(tmp_path / "first" / "model"), "collaborate": True}
+    with pytest.raises(ValueError, match="is not boosted: omit boosted"):
+        train(run(tmp_path / "other", stage | {"boosted": True}))
     second, _ = train(run(tmp_path / "second", stage, lr=1e-9, epochs=1, weight_decay=0.0, warmup_epochs=0))
     assert second.collaborate
     named = dict(second.named_parameters())
@@ -145,6 +152,7 @@ def test_what_does_not_combine_is_refused_before_training(tmp_path, model, setti
         ({"collaborate": True}, "method 'hne' has no collaborate"),
         ({"head": "conv", "exit_weights": "uniform"}, "has no exit_weights and no head"),
         ({"exit_average": "probabilities"}, "method 'hne' has no exit_average"),
+        ({"boosted": True}, "method 'hne' has no boosted"),
         ({"method": "hne_exits", "learn_weights": True}, "method 'hne_exits' has no learn_weights"),
         ({"method": "multi_exit", "branching": (1, 2)}, "method 'multi_exit' has no branching"),
     ],
