@@ -26,6 +26,8 @@ class ExportSettings:
     """onnx, openvino, executorch or torch-export"""
     depths: tuple[str, ...] = ("all",)
     """`all`, or some depths by number; there is a file per depth"""
+    policy: str = ""
+    """policy.json: write one file of all depths (onnx) that computes only what this policy chooses"""
     size: tuple[int, int, int] | None = None
     """channels, height and width of the images; by default the model's"""
     check: bool = True
@@ -41,13 +43,14 @@ def export(arguments: Sequence[str]) -> None:
         raise UsageError(f"--depths takes `all` or numbers, got {' '.join(settings.depths)}.")
     depths: Any = "all" if settings.depths == ("all",) else [int(depth) for depth in settings.depths]
 
+    from hierens.inference.policies import load_policy
     from hierens.models.loading import from_pretrained
 
     with json_output(settings.json) as write_json:
         model = from_pretrained(settings.model)
-        model.export(
-            settings.directory, format=settings.format, depths=depths, size=settings.size, check=settings.check
-        )
+        policy = load_policy(settings.policy) if settings.policy else None
+        options: dict[str, Any] = {"depths": depths, "policy": policy, "size": settings.size, "check": settings.check}
+        model.export(settings.directory, settings.format, **options)
         files = sorted(str(file) for file in Path(settings.directory).rglob("*") if file.is_file())
         if settings.json:
             write_json({"directory": settings.directory, "format": settings.format, "files": files})
@@ -57,11 +60,14 @@ def export(arguments: Sequence[str]) -> None:
 
 EXPORT = Command(
     "export",
-    "write a saved model for another runtime, a file per depth",
+    "write a saved model for another runtime, a file per depth or one of all depths",
     ExportSettings,
     export,
     "MODEL DIRECTORY",
-    examples=("hierens export runs/demo/model onnx --depths 0 3",),
+    examples=(
+        "hierens export runs/demo/model onnx --depths 0 3",
+        "hierens export runs/demo/model exits --policy runs/demo/model/policy.json",
+    ),
 )
 
 

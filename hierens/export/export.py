@@ -1,7 +1,8 @@
 """Exports models to other runtimes: a graph per depth, weights that are stored once, and a manifest.
 
 `export` writes a folder with `depth_0.onnx`, `depth_1.onnx`, ... (`.xml` for OpenVINO, `.pte` for ExecuTorch, `.pt2`
-for torch.export), the manifest `export.json` and, for ONNX and OpenVINO, `weights.bin`, which all graphs read.
+for torch.export), the manifest `export.json` and, for ONNX and OpenVINO, `weights.bin`, which all graphs read. With a
+policy, it writes one graph of all depths with its weights, `model.onnx`, and the manifest.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,11 +27,14 @@ from hierens.core.labels import label_names
 from hierens.core.modes import evaluating
 from hierens.core.progress import with_progress
 from hierens.core.version import __version__
+from hierens.export import early_exit
 from hierens.export.formats import FORMATS, INPUT, OUTPUT, Format, Run
 from hierens.export.graphs import for_inference, graph
+from hierens.inference.confidence import Confidence
+from hierens.inference.policy import Policy
 
 MANIFEST = "export.json"
-_WRITTEN = (MANIFEST, "weights.bin", *(f"depth_*{kind.suffix}" for kind in FORMATS.values()))
+_WRITTEN = (MANIFEST, "weights.bin", early_exit.FILE, *(f"depth_*{kind.suffix}" for kind in FORMATS.values()))
 TOLERANCE = 1e-4  # of the largest logit
 _TOLERANCE_INT8 = 0.5  # of the largest logit: larger differences are errors, not caused by quantisation
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -53,12 +57,15 @@ def export(
     format: str = "onnx",
     depths: Literal["all"] | Sequence[int] = "all",
     *,
+    policy: Policy | None = None,
     size: tuple[int, int, int] | None = None,
     check: bool = True,
     quantize: Literal["int8"] | None = None,
     calibration: Iterable[Any] | None = None,
 ) -> Path:
     """Write a graph per depth for another runtime, from images (N, C, H, W) to logits (N, classes, ...); N is dynamic.
+
+    With a policy, write one graph of all depths instead, which computes only what the policy chooses.
 
     The graphs compute in single precision, batch norms are folded, and a graph contains only what its depth needs. With
     ONNX and OpenVINO, all graphs read one file of weights, which has the size of the largest depth's.
@@ -68,6 +75,8 @@ def export(
         directory: created if missing; files of an earlier export are removed from it.
         format: `onnx`, `openvino`, `torch-export` or `executorch` (at most 8 images at a time).
         depths: the depths to export.
+        policy: `Confidence`, with which each image leaves inside the graph, or `FixedDepth`, with which the depth is an
+            input of the graph; for ONNX. The other outputs are the networks and the MACs of each image.
         size: of an image, (C, H, W), by default that of `pretrained_cfg`. Height and width are fixed in the graphs.
         check: compare the outputs of every graph with the model's, to 1e-4 of the largest logit. If the runtime is not
             installed, a warning is issued instead.
@@ -95,17 +104,25 @@ def export(
     size, output = _sizes(model, size)
     noise = _noise(size)
     batches = [] if quantize is None else _calibration(format, quantize, calibration)
+    if policy is not None and (format != "onnx" or depths != "all" or quantize is not None):
+        raise ExportError("policy is for format='onnx' with all depths and without quantize.")
     # No file of an earlier export may remain: its weights have other offsets.
     with saving(directory, replaces=_WRITTEN) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
         first = partial if quantize is None else Path(scratch)
-        written = _write(model, kind, first, chosen, size, kind.separate or quantize is not None)
-        differences = _compare(model, written, chosen, noise, TOLERANCE) if check else {}
+        if policy is not None:
+            differences = _write_with_policy(model, policy, partial, size, noise if check else [])
+        else:
+            written = _write(model, kind, first, chosen, size, kind.separate or quantize is not None)
+            differences = _compare_files(model, written, chosen, noise, TOLERANCE) if check else {}
         if quantize is not None:
             from hierens.export.quantization import quantized
 
             written = quantized(written, partial, [_name(kind, depth) for depth in reversed(chosen)], batches)
-            differences = _compare(model, written, chosen, batches[:1], _TOLERANCE_INT8) if check else {}
+            differences = _compare_files(model, written, chosen, batches[:1], _TOLERANCE_INT8) if check else {}
         manifest = _manifest(model, format, kind, chosen, (size, output), differences, quantize)
+        if policy is not None:
+            manifest |= {"policy": policy.to_dict(), "weights": None}
+            manifest["depths"] = [{**row, "file": early_exit.FILE} for row in manifest["depths"]]
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
     return Path(directory)
 
@@ -172,6 +189,26 @@ def _write(
     return written
 
 
+def _write_with_policy(
+    model: AdaptiveBase, policy: Policy, folder: Path, size: tuple[int, ...], batches: list[Tensor]
+) -> dict[int, float]:
+    """Write one graph of all depths; returns its differences from the model's outputs on some images."""
+    try:
+        early_exit.write(model, policy, folder, size)
+    except Exception as error:
+        raise ExportError(f"the model with this policy cannot be written as a graph: {_reason(error)}") from error
+    if not batches or not _can_run("onnxruntime"):
+        return {}
+    run, depths = early_exit.runner(folder), list(range(model.depths))
+    found = _compare(
+        model, lambda depth: early_exit.at_depth(run, policy, depth, len(depths)), depths, batches, TOLERANCE
+    )
+    rows = early_exit.difference_of_rows(model, policy, run, batches[0]) if isinstance(policy, Confidence) else 0
+    if not rows <= TOLERANCE:
+        raise ExportError(f"where images leave at several depths, outputs differ by {rows:.1e} of the largest logit.")
+    return found
+
+
 def _reason(error: BaseException) -> str:
     """The first line of the error's innermost cause."""
     while error.__cause__ is not None:
@@ -179,22 +216,35 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def _compare(
+def _compare_files(
     model: AdaptiveBase, written: Format, depths: list[int], batches: list[Tensor], tolerance: float
 ) -> dict[int, float]:
-    """The difference of each graph's outputs from the model's on some images, relative to the largest logit.
+    """`_compare` of the graphs in files of their own."""
+    if not _can_run(written.runs_with):
+        return {}
+    return _compare(model, lambda depth: written.runner(_name(type(written), depth)), depths, batches, tolerance)
+
+
+def _can_run(package: str | None) -> bool:
+    """Whether the runtime is installed; warns if not."""
+    if found := package is None or find_spec(package) is not None:
+        return found
+    warnings.warn(f"{package} is not installed: the exported graphs were not compared.", stacklevel=4)
+    return False
+
+
+def _compare(
+    model: AdaptiveBase, runner: Callable[[int], Run], depths: list[int], batches: list[Tensor], tolerance: float
+) -> dict[int, float]:
+    """The difference of each depth's outputs from the model's on some images, relative to the largest logit.
 
     Raises:
         ExportError: a difference is larger than the tolerance, or a graph does not run.
     """
-    if written.runs_with is not None and find_spec(written.runs_with) is None:
-        warnings.warn(f"{written.runs_with} is not installed: the exported graphs were not compared.", stacklevel=3)
-        return {}
     found = {}
     for depth in with_progress(depths, len(depths), "comparing graphs"):
-        name = _name(type(written), depth)
         try:
-            run = written.runner(name)
+            run = runner(depth)
             found[depth] = max(_difference(model, run, depth, images) for images in batches)
         except Exception as error:
             raise ExportError(f"the graph of depth {depth} does not run: {first_line(error)}") from error

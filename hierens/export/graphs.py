@@ -14,8 +14,9 @@ from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel
 from hierens.branches.fused_level import FusedLevel
 from hierens.core.adaptive import AdaptiveBase
+from hierens.export.formats import INPUT
 
-_TRACED_BATCH = 2  # torch.export would treat a batch size of one as a constant
+TRACED_BATCH = 2  # torch.export would treat a batch size of one as a constant
 
 
 class _SeparateBranches(nn.Module):
@@ -71,17 +72,30 @@ def graph(
             part.set_submodule(name, _separated(level, separate and not last))
     if largest_batch is not None:
         part = part.to(memory_format=torch.contiguous_format)
-    images = torch.zeros(_TRACED_BATCH, *size)
+    return program(_Inputs(part), {INPUT: torch.zeros(TRACED_BATCH, *size)}, largest_batch, largest_batch is not None)
+
+
+def program(
+    module: nn.Module, inputs: dict[str, Tensor], largest_batch: int | None = None, contiguous: bool = False
+) -> ExportedProgram:
+    """The graph of a module.
+
+    Args:
+        module: takes the inputs by name.
+        inputs: examples, by name; the first dimension of `images` is dynamic.
+        largest_batch: for runtimes that need it.
+        contiguous: whether to leave out changes of the memory layout; the module's weights must be contiguous.
+    """
+    shapes = {name: {0: Dim("batch", max=largest_batch)} if name == INPUT else {} for name in inputs}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its internals
-        shapes = {"images": {0: Dim("batch", max=largest_batch)}}
-        program = torch.export.export(_Inputs(part), (images,), dynamic_shapes=shapes, strict=False)
-    for node in list(program.graph.nodes):
+        found = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+    for node in list(found.graph.nodes):
         node.meta.pop("stack_trace", None)  # it names files of this machine
-        if largest_batch is not None and node.target is torch.ops.aten.contiguous.default:
+        if contiguous and node.target is torch.ops.aten.contiguous.default:
             node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
-    return program
+            found.graph.erase_node(node)
+    return found
 
 
 def _separated(level: AnyLevel, separate_tokens: bool) -> nn.Module:

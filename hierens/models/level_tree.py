@@ -196,7 +196,7 @@ class LevelTree(Adaptive):
             After each leaf the mean logits so far, equal to `forward(x, leaves=step.leaves)`.
         """
         x = self._prepared(x)
-        return self.walk([x], tuple(x.shape[1:])) if len(x) else self._walk_of_none(x)
+        return self._walk_of_none(x) if is_empty(x) else self.walk([x], tuple(x.shape[1:]))
 
     @torch.no_grad()
     def walk(self, path: list[Any], size: tuple[int, ...]) -> Generator[Step, Tensor | None, None]:

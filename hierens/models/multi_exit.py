@@ -180,13 +180,13 @@ class MultiExit(BlockChain):
             After each exit a prediction equal to `forward(x, leaves=step.leaves)`.
         """
         x = self._prepared(x)
-        return self._walk(x) if len(x) else self._walk_of_none(x)
+        return self._walk_of_none(x) if is_empty(x) else self._walk(x)
 
     @torch.no_grad()
     def _walk(self, x: Tensor) -> Generator[Step, Tensor | None, None]:
         value: Any = x
         size = tuple(x.shape[1:])
-        outputs = x.new_empty(len(x), 0, self.num_classes)
+        outputs = x.new_empty(x.shape[0], 0, self.num_classes)  # len(x) would fix the batch size of an exported graph
         logits = None
         for index in range(self.leaves):
             value, logits = self._next(index, value, logits)

@@ -183,7 +183,7 @@ class TreeWithExits(Adaptive):
             After each exit or network a prediction equal to `forward(x, leaves=step.leaves)`.
         """
         x = self._prepared(x)
-        return self._walk([x], tuple(x.shape[1:])) if len(x) else self._walk_of_none(x)
+        return self._walk_of_none(x) if is_empty(x) else self._walk([x], tuple(x.shape[1:]))
 
     @torch.no_grad()
     def _walk(self, path: list[Any], size: tuple[int, ...]) -> Generator[Step, Tensor | None, None]:
