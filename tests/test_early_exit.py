@@ -171,7 +171,7 @@ def test_rows_that_answer_something_else_are_refused(tmp_path, monkeypatch):
 
     right = _Scope._rows_in
     monkeypatch.setattr(_Scope, "_rows_in", lambda self, around: self.op("Sub", [right(self, around)] * 2))
-    with pytest.raises(ExportError, match="where images leave at several depths"):
+    with pytest.raises(ExportError, match="differ from the model's by"):
         tree(2).export(tmp_path / "out", policy=Confidence((0.5,)))
 
 
