@@ -553,10 +553,18 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(service):
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_cuts_no_request(saved, tmp_path):
-    url, slow = f"http://127.0.0.1:{PORT + 1}", ("--batch-wait-ms", 10_000)
-    with started(saved[0], tmp_path / "log", *slow, port=PORT + 1) as process, ThreadPoolExecutor(8) as clients:
-        answers = [clients.submit(ask, encoded(picture()), url) for _ in range(8)]
-        while metrics(url)["hierens_queue"] < 8:
-            assert not any(answer.done() for answer in answers)
+    port, request = PORT + 1, hostile_uploads.upload(encoded(picture()))
+    with started(saved[0], tmp_path / "log", port=port) as process:
+        connections = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(request[:-50])
+        while metrics(f"http://127.0.0.1:{port}")["hierens_queue"] < 8:
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGTERM)
-        assert [answer.result().status_code for answer in answers] == [200] * 8
+        with pytest.raises(ConnectionError):
+            while True:
+                socket.create_connection(("127.0.0.1", port), timeout=30).close()
+        for connection in connections:
+            connection.sendall(request[-50:])
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
+            connection.close()
