@@ -24,6 +24,16 @@ def test_exporting_writes_a_file_per_depth(trained, tmp_path):
     assert sum(file.endswith(".onnx") for file in files) == 2
 
 
+def test_exporting_with_a_policy_writes_one_graph(trained, tmp_path):
+    pytest.importorskip("onnxscript")
+    directory, *_ = trained
+    (tmp_path / "policy.json").write_text('{"policy": "fixed", "depth": 1}')
+    model, out = directory / "run0" / "model", tmp_path / "out"
+    done = hierens("export", model, out, "--policy", tmp_path / "policy.json", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["files"] == [str(out / "export.json"), str(out / "model.onnx")]
+
+
 def test_pushing_takes_results_and_policy_along(trained, tmp_path):
     """In a process of its own, since the Hub's address is read when huggingface_hub is imported."""
     directory, *_ = trained
