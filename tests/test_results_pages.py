@@ -115,7 +115,7 @@ def test_pages_are_made_of_records_alone(rows, tmp_path, monkeypatch):
         assert "not run" not in page.lower()
         page = exits.page("cifar100", tmp_path)
         assert "exits, equilibrium" in page and "## Budgeted batch classification" in page
-        assert (tmp_path / "cifar100_exits_budgets.png").is_file() and "Not measured yet." in page
+        assert (tmp_path / "cifar100_exits_budgets.png").is_file()
     else:
         with pytest.raises(ValueError, match="train them first"):
             exits.page("cifar100", tmp_path)
