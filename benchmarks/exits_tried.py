@@ -244,7 +244,8 @@ def _recipes(groups: Mapping[str, Group]) -> str:
     return f"""The recipe is that of the [comparison on CIFAR-100](cifar100_exits.md), shortened: {IMAGES:,} of the
 50,000 training images, and
 {" or ".join(described)}.
-These networks are far from trained to the end: the last of the plain exits is less accurate than the third, which has a larger head. A gain here may be
+These networks are far from trained to the end: the last of the plain exits is less accurate than the third, which has a
+larger head. A gain here may be
 smaller with the full recipe."""
 
 
