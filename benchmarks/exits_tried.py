@@ -245,7 +245,8 @@ def _recipes(groups: Mapping[str, Group]) -> str:
 50,000 training images, and
 {" or ".join(described)}.
 These networks are far from trained to the end: the last of the plain exits is less accurate than the third, which has a
-larger head. A gain here may be smaller with the full recipe."""
+larger head. A gain here may be
+smaller with the full recipe."""
 
 
 def _differences(groups: Mapping[str, Group], which: str, columns: Sequence[str]) -> str:
