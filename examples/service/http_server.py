@@ -88,14 +88,12 @@ class Protocol(H11Protocol):
         """Refuse what cannot be parsed, or 431 for a header that is too large."""
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         text = LARGE_HEADERS if status == 431 else "This is no valid request."
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *SECURITY_HEADERS]
+        body = json.dumps({"error": text}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers += [(b"connection", b"close"), *SECURITY_HEADERS]
         with contextlib.suppress(h11.LocalProtocolError):  # the response has begun
-            for event in (
-                h11.Response(status_code=status, headers=headers),
-                h11.Data(data=json.dumps({"error": text}).encode()),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event))
+            events = h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
 
 
