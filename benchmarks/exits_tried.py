@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
+from comparison import recipes
 from comparison.differences import difference
-from comparison.recipes import RECIPES as FULL
 from comparison.records import ROOT, SHARES, machine, thresholds, write_json
 from gpu_steps.batches import DeviceImages, loader
 from gpu_steps.packing import Split, read_joined
@@ -32,7 +32,7 @@ from torch import Tensor
 from hierens.evaluation.profiling import table
 from hierens.evaluation.reporting import Group
 from hierens.inference.calibration import collect
-from hierens.training.config import ModelConfig, Run
+from hierens.training.config import Run
 from hierens.training.run import train
 from hierens.training.trainer import Trainer
 
@@ -71,18 +71,14 @@ def sample_weighted(strength: float, leaf_logits: Tensor, images: Tensor, target
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(recipes.Row):
     """A way to train exits.
 
     Attributes:
-        title: title in tables.
-        changes: fields of the model and training configuration that differ from the recipe.
         change: changes a new model.
         loss: replaces the loss.
     """
 
-    title: str
-    changes: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Any], None] | None = None
     loss: Callable[..., Tensor] | None = None
 
@@ -94,11 +90,11 @@ _COMBINED = {
     "objective": "independent+hierarchical",
 }
 ROWS = {
-    "exits": Row("exits"),
+    "exits": Row("exits", {}),
     "boosted": Row("boosted", {"boosted": True}),
     "combined": Row("collaboration, learned ensembles", _COMBINED),
-    "zero-time-waste": Row("collaboration, learned ensembles, detached features", _COMBINED, detached),
-    "sample-weighted": Row("samples weighted", loss=partial(sample_weighted, 0.5)),
+    "zero-time-waste": Row("collaboration, learned ensembles, detached features", _COMBINED, change=detached),
+    "sample-weighted": Row("samples weighted", {}, loss=partial(sample_weighted, 0.5)),
 }
 
 
@@ -126,17 +122,11 @@ def main(settings: Settings) -> None:
 
 def configured(recipe: str, row: Row, seed: int, output_dir: str) -> Run:
     """The recipe of benchmarks/exits.py, shortened, with the changes of a row."""
-    run, short = FULL["cifar100"], RECIPES[recipe]
-    of_model = {f.name for f in dataclasses.fields(ModelConfig)} & row.changes.keys()
+    run, short = recipes.RECIPES["cifar100"], RECIPES[recipe]
     network = {**run.model.backbone_args, "channels": short["channels"]}
-    model = {"method": "multi_exit", "exits": 4, "head": "conv", "backbone_args": network}
-    model |= {key: row.changes[key] for key in of_model}
-    training = {"epochs": short["epochs"], "val_epochs": short["epochs"], "batch_size": short["batch_size"]}
-    training |= {"objective": "independent", "checkpoint_steps": 10_000, "seed": seed, "output_dir": output_dir}
-    training |= {key: value for key, value in row.changes.items() if key not in of_model}
-    return dataclasses.replace(
-        run, model=dataclasses.replace(run.model, **model), train=dataclasses.replace(run.train, **training)
-    )
+    shortened = {"epochs": short["epochs"], "val_epochs": short["epochs"], "batch_size": short["batch_size"]}
+    own = {"backbone_args": network, "checkpoint_steps": 10_000, "seed": seed, "output_dir": output_dir}
+    return recipes.changed(run, recipes.ROWS["exits"].changes | shortened | own | row.changes)
 
 
 def trained(recipe: str, row: Row, seed: int, images: Mapping[str, Split]) -> dict[str, Any]:
@@ -253,8 +243,8 @@ def _differences(groups: Mapping[str, Group], which: str, columns: Sequence[str]
     rows = []
     for name, group in groups.items():
         if name != "exits" and (found := difference(group, groups["exits"], which)):
-            rows.append((group.name, *(f"{one.mean:+.2f}" + f" ± {one.error:.2f}" * (one.seeds > 1) for one in found)))
-            rows[-1] = (*rows[-1], f"{found[0].seeds}")
+            cells = (f"{dataclasses.replace(one, digits=2)}" for one in found)
+            rows.append((group.name, *cells, f"{found[0].seeds}"))
     return table(("", *columns, "runs"), rows) if rows else "Not run yet."
 
 

@@ -292,15 +292,19 @@ def configured(data: str, row: str, seed: int, data_dir: str, output_dir: str, w
         output_dir: folder for checkpoints, logs and the model.
         weights: file of pretrained weights, for recipes that use them; timm's weights by default.
     """
-    run, changes = RECIPES[data], study(data).rows[row].changes
+    own = {"seed": seed, "output_dir": output_dir, **({"weights": weights} if weights else {})}
+    run = changed(RECIPES[data], study(data).rows[row].changes | own)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=data_dir))
+
+
+def changed(run: Run, changes: Mapping[str, Any]) -> Run:
+    """A configuration with other values of fields of its model and training configuration."""
     of_model = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
     training = {key: value for key, value in changes.items() if key not in of_model}
-    model = {key: changes[key] for key in of_model} | ({"weights": weights} if weights else {})
     return dataclasses.replace(
         run,
-        data=dataclasses.replace(run.data, data_dir=data_dir),
-        model=dataclasses.replace(run.model, **model),
-        train=dataclasses.replace(run.train, **training, seed=seed, output_dir=output_dir),
+        model=dataclasses.replace(run.model, **{key: changes[key] for key in of_model}),
+        train=dataclasses.replace(run.train, **training),
     )
 
 
