@@ -11,9 +11,9 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,6 +23,7 @@ import onnxruntime
 import openvino
 import torch
 import tyro
+from alternating import alternating
 from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 from executorch.runtime import Runtime
 
@@ -123,14 +124,8 @@ def _off(run: Run, eager: Run, images: torch.Tensor) -> float:
 
 def _times(runs: dict[str, list[Run]], images: torch.Tensor, rounds: int) -> dict[str, list[str]]:
     """Milliseconds (10th percentile and median) of all ways and depths, which alternate."""
-    taken: dict[str, list[list[float]]] = {name: [[] for _ in each] for name, each in runs.items()}
-    for _ in range(rounds):
-        for name, each in runs.items():
-            for depth, run in enumerate(each):
-                start = time.perf_counter()
-                run(images)
-                taken[name][depth].append(1e3 * (time.perf_counter() - start))
-    shown = {name: [times[rounds // 10 :] for times in each] for name, each in taken.items()}
+    ways = {name: [partial(run, images) for run in each] for name, each in runs.items()}
+    shown = alternating(ways, rounds, skipped=rounds // 10)
     return {name: [f"{quantiles(t, n=10)[0]:.2f} / {median(t):.2f}" for t in each] for name, each in shown.items()}
 
 

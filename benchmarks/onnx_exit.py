@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +21,7 @@ import onnxruntime
 import timm
 import torch
 import tyro
+from alternating import Run, alternating
 
 import hierens
 from hierens.evaluation.profiling import millions, table
@@ -40,9 +39,6 @@ class Settings:
     """rounds of measurements; every way is run once per round"""
     models: tuple[str, ...] = MODELS
     """timm names of trees"""
-
-
-Run = Callable[[], Any]
 
 
 def main(settings: Settings) -> None:
@@ -63,7 +59,7 @@ def section(name: str, rounds: int) -> str:
         model.export(one, policy=Confidence((0.5,)))
         model.export(several)
         ways = _ways(model, one, several)
-        times = _times(ways, rounds)
+        times = {way: list(map(median, each)) for way, each in alternating(ways, rounds + 5, skipped=5).items()}
         size = (one / "model.onnx").stat().st_size / sum(4 * own.numel() for own in model.parameters())
     inside, outside, alone = (times[way] for way in ("inside", "outside", "alone"))
     macs = model.macs()
@@ -122,18 +118,6 @@ def _from_outside(depths: list[Any], thresholds: tuple[float, ...], images: Any)
         if probabilities.max() / probabilities.sum() >= threshold:
             break
     return logits
-
-
-def _times(ways: dict[str, list[Run]], rounds: int) -> dict[str, list[float]]:
-    """Median milliseconds of all ways and depths, which alternate."""
-    taken: dict[str, list[list[float]]] = {way: [[] for _ in each] for way, each in ways.items()}
-    for _ in range(rounds + 5):
-        for way, each in ways.items():
-            for depth, run in enumerate(each):
-                start = time.perf_counter()
-                run()
-                taken[way][depth].append(1e3 * (time.perf_counter() - start))
-    return {way: [median(times[5:]) for times in each] for way, each in taken.items()}
 
 
 def page(parts: list[str], settings: Settings) -> str:
