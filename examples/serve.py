@@ -29,7 +29,7 @@ def main(settings: Settings) -> None:
     """
     start = time.perf_counter()
     settings.check()
-    settings.token()
+    token = settings.token()
     socket = settings.listen()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the next process inherits this; all replicas would end with it
     forkserver.ensure_running()  # imports torch for the replicas while this process imports it for itself
@@ -40,7 +40,7 @@ def main(settings: Settings) -> None:
 
     say(f"Imports took {time.perf_counter() - start:.1f} s; the model is being loaded.")
     replicas = Replicas(settings)
-    server = http_server(Gateway(replicas, settings).app(), settings)
+    server = http_server(Gateway(replicas, settings).app(), settings, token)
 
     async def ready() -> None:
         while not replicas.alive:

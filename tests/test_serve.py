@@ -270,7 +270,7 @@ class Model:
 def front(**settings):
     """The HTTP server in a thread."""
     given, model = Settings("model", port=0, **settings), Model()
-    server = http_server(Gateway(model, given).app(), given)
+    server = http_server(Gateway(model, given).app(), given, given.token())
     with given.listen() as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))

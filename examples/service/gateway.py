@@ -156,12 +156,12 @@ class Gateway:
 
     async def ready(self, request: Request) -> JSONResponse:
         """Whether the model has made a prediction; tries one now if it has not, or if the last request failed."""
-        if not (self.answered and self.replicas.alive):
-            try:
-                if not self.replicas.alive:
-                    raise RefusedError(*NO_REPLICA)
+        try:
+            if not self.replicas.alive:
+                raise RefusedError(*NO_REPLICA)
+            if not self.answered:
                 async with asyncio.timeout(2):
                     await self._ask(np.zeros((1, *self.replicas.inputs.data["input_size"]), np.uint8))
-            except (TimeoutError, RefusedError):
-                return JSONResponse({"error": "The model has not answered yet."}, 503, AGAIN)
+        except (TimeoutError, RefusedError):
+            return JSONResponse({"error": "The model has not answered yet."}, 503, AGAIN)
         return JSONResponse({"status": "ready"})

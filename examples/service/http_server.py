@@ -108,11 +108,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def http_server(app: ASGIApp, settings: Settings) -> Server:
-    """The HTTP server of an application."""
+def http_server(app: ASGIApp, settings: Settings, token: str | None) -> Server:
+    """The HTTP server of an application, and the bearer token that it requires."""
     return Server(
         uvicorn.Config(
-            Guard(app, settings.token()),
+            Guard(app, token),
             http=type("Protocol", (Protocol,), {"header_s": settings.upload_s}),
             loop="asyncio",
             lifespan="off",
