@@ -212,7 +212,7 @@ class TreeWithExits(Adaptive):
         blocks = [self._tree.level(index).first_branches(1).first() for index in range(exits_run)]
         info = self.info.renamed("networks.levels.0.0.", "levels.0.")
         info.model_args = {key: info.model_args[key] for key in ("backbone", "backbone_args", "at", "head")}
-        info.model_args.update(collaborate=False, weights=None, learn_weights=False, average="logits")
+        info.model_args.update(collaborate=False, weights=None, learn_weights=False)
         chain = MultiExit(blocks, exits, info)
         chain.gradient_equilibrium, chain.grad_checkpointing = self.gradient_equilibrium, self.grad_checkpointing
         return chain.train(self.training)
