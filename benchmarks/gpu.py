@@ -4,6 +4,7 @@ python benchmarks/gpu.py speed                                # time of every de
 python benchmarks/gpu.py switching                            # cost of switching between depths
 python benchmarks/gpu.py train-distilled-1 --data-dir DIR     # the paper's CIFAR network; then train-distilled-2, ...
 python benchmarks/gpu.py train-labels-1 --data-dir DIR        # the same with labels only
+python benchmarks/gpu.py train-msdnet-1 --data-dir DIR        # MSDNet with 7 blocks, by IMTA's recipe
 python benchmarks/gpu.py report                               # writes docs/results/gpu.md from the existing results
 python benchmarks/gpu.py pack --data-dir DIR                  # packs the images into small files
 python benchmarks/gpu.py join                                 # decodes the packed files that exist
@@ -35,7 +36,7 @@ from gpu_steps.speed_table import speed
 from gpu_steps.switching import switching
 
 ROOT = Path(__file__).parents[1]
-TRAINING_STEP = re.compile(rf"train-({'|'.join(training.OBJECTIVES)})-([1-9]\d*)")
+TRAINING_STEP = re.compile(rf"train-({'|'.join(training.TRAININGS)})-([1-9]\d*)")
 WITHOUT_GPU = ("pack", "join", "report")
 
 
@@ -44,7 +45,7 @@ class Settings:
     """Settings of the benchmark."""
 
     step: tyro.conf.Positional[str]
-    """speed, switching, plan, train-distilled-N, train-labels-N, pack, join or report"""
+    """speed, switching, plan, train-NAME-N, pack, join or report"""
     data_dir: str = ""
     """CIFAR-100 as train/CLASS/ and test/CLASS/; by default the images decoded by `join`"""
     packed: Path | None = None
@@ -125,10 +126,10 @@ def _steps(settings: Settings) -> dict[str, Callable[[], str]]:
 
 
 def _training(settings: Settings) -> Callable[[], str]:
-    objective, number = TRAINING_STEP.fullmatch(settings.step).groups()  # type: ignore[union-attr]
+    name, number = TRAINING_STEP.fullmatch(settings.step).groups()  # type: ignore[union-attr]
     context = context_of(settings)
     read = partial(_images, settings, context)
-    return lambda: training.train(context, objective, int(number), read, _shape(settings))
+    return lambda: training.train(context, name, int(number), read, _shape(settings))
 
 
 def _images(settings: Settings, context: Context) -> dict[str, Split]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from comparison.recipes import BASE_WIDTH, RECIPES, ROWS, configured
 from comparison.records import DEEP_ENSEMBLE, RECORDS, machine
 from hierens.evaluation.profiling import latency
 from hierens.evaluation.reporting import Group
+from hierens.training.config import ModelConfig
 from hierens.training.run import create_ensemble
 
 UNITS = {
@@ -70,17 +72,24 @@ def measure(data: str) -> Path:
         The file with medians over rounds in milliseconds, and the machine.
     """
     torch.set_num_threads(1)
-    models = {}
-    for row in ROWS:
+    models: dict[str, Any] = {}
+    built: dict[str, ModelConfig] = {}
+    same: dict[str, str] = {}  # rows that differ in their training only
+    for row, entry in ROWS.items():
         run = configured(data, row, 0, "", "")
-        classes = 100 if data == "cifar100" else 10
-        models[row] = create_ensemble(run, classes).eval()
+        if entry.start:  # its model is a changed copy of a trained one
+            run = dataclasses.replace(run, model=dataclasses.replace(run.model, start="", new_classifiers=False))
+        same[row] = first = next((other for other in models if built[other] == run.model), row)
+        if first == row:
+            built[row] = run.model
+            models[row] = create_ensemble(run, 100 if data == "cifar100" else 10).eval()
     image = torch.randn(1, *RECIPES[data].data.input_size)
     rounds = [
         {row: [latency(model, image, depth, 0.1) for depth in range(model.depths)] for row, model in models.items()}
         for _ in range(_ROUNDS)
     ]
-    times = {row: [statistics.median(of) for of in zip(*(r[row] for r in rounds), strict=True)] for row in models}
+    middle = {row: [statistics.median(of) for of in zip(*(r[row] for r in rounds), strict=True)] for row in models}
+    times = {row: middle[first] for row, first in same.items()}
     times[DEEP_ENSEMBLE] = [size * times[f"single-{BASE_WIDTH}"][0] for size in (1, 2, 4, 8)]
     file = _times_file(data)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from hierens.training.config import DataConfig, ModelConfig, Run, TrainConfig
+from hierens.training.config import DataConfig, ModelConfig, Run, TeacherConfig, TrainConfig
 from hierens.training.presets import PRESETS
 
 LABELS, DISTILLED = "independent", "independent+hierarchical_codistillation"
@@ -124,6 +125,21 @@ _ONE_FOR_ALL: dict[str, Any] = {
     "alpha_warmup_epochs": 1,
 }
 _MEAN_OVER_CLASSES = {**_ONE_FOR_ALL, "mean_over_classes": True}
+_SECOND_STAGE: dict[str, Any] = {
+    **_EXITS,
+    **_EQUILIBRIUM,
+    **_COLLABORATION,
+    **_MEAN_OVER_CLASSES,
+    "alpha_warmup_epochs": 0,
+    "new_classifiers": True,
+    "classifiers_only": True,
+}
+_MSDNET: dict[str, Any] = {
+    "method": "multi_exit",
+    "backbone": "msdnet_cifar_lin_5",
+    "backbone_args": {},
+    "objective": LABELS,
+}
 _ENSEMBLE_OF_EXITS: dict[str, Any] = {**_EXITS, "objective": "independent+ensemble"}
 _LEARNED: dict[str, Any] = {"learn_weights": True}
 
@@ -137,12 +153,14 @@ class Row:
         changes: fields of the model and training configuration that differ from the recipe.
         seeds: seeds of its runs.
         two_views: whether the halves of the tree receive different augmentations of an image.
+        start: row whose trained model of the same seed is the start and the frozen teacher.
     """
 
     title: str
     changes: dict[str, Any]
     seeds: tuple[int, ...] = field(default=(0, 1, 2))
     two_views: bool = False
+    start: str = ""
 
 
 def _single(width: int) -> Row:
@@ -158,9 +176,9 @@ def _weighted(weights: str, **changes: Any) -> dict[str, Any]:
 ROWS: dict[str, Row] = {
     # Table 1 of the HNE paper
     "tree-labels": Row("tree, L_I", {"objective": LABELS}),
-    "tree-hierarchical": Row("tree, L_H", {"objective": "hierarchical"}),
+    "tree-hierarchical": Row("tree, L_H", {"objective": "hierarchical"}, ENSEMBLE_SEEDS),
     "tree-both-labelled": Row("tree, L_I + L_H", {"objective": "independent+hierarchical"}),
-    "tree-distilled": Row("tree, L_I + L_HD", {"objective": DISTILLED}),
+    "tree-distilled": Row("tree, L_I + L_HD", {"objective": DISTILLED}, ENSEMBLE_SEEDS),
     # what a user would pick instead
     **{f"single-{width}": _single(width) for width in SINGLE_WIDTHS},
     "multi-branch": Row("multi-branch, L_I + L_HD", {"objective": DISTILLED, "branching": (1, 1, 8, 1)}),
@@ -186,7 +204,7 @@ ROWS: dict[str, Row] = {
     "all-three-labelled": Row(
         "L_I + L_H + L_HD", {"objective": "independent+hierarchical+hierarchical_codistillation"}
     ),
-    "hierarchical-distilled": Row("tree, L_H + L_HD", {"objective": HIERARCHICAL_DISTILLED}),
+    "hierarchical-distilled": Row("tree, L_H + L_HD", {"objective": HIERARCHICAL_DISTILLED}, ENSEMBLE_SEEDS),
     "hierarchical-distilled-tempered": Row(
         "L_H + L_HD, students tempered, alpha 0.25",
         {"objective": HIERARCHICAL_DISTILLED, "temper_students": True, "alpha": 0.25},
@@ -221,6 +239,17 @@ ROWS: dict[str, Row] = {
         "exits, all three of IMTA, mean over classes",
         {**_EXITS, **_EQUILIBRIUM, **_COLLABORATION, **_MEAN_OVER_CLASSES},
     ),
+    "exits-one-for-all-averaged": Row(
+        "exits, one-for-all, mean over classes, teacher of averaged weights",
+        {**_EXITS, **_MEAN_OVER_CLASSES, "ema_teacher": True, "ema_decay": 0.998},
+    ),
+    # as the presets imta-stage1 and imta-stage2: equilibrium first, then new classifiers on the frozen features
+    "exits-two-stages": Row("exits, two stages of IMTA", _SECOND_STAGE, start="exits-equilibrium"),
+    "msdnet": Row("MSDNet, 5 blocks", _MSDNET),
+    "msdnet-imta-mean": Row(
+        "MSDNet, all three of IMTA, mean over classes",
+        {**_MSDNET, **_EQUILIBRIUM, **_COLLABORATION, **_MEAN_OVER_CLASSES},
+    ),
     "exits-uniform": Row("ensemble of exits, uniform", _weighted("uniform")),
     "exits-linear-rising": Row("ensemble of exits, linear, rising", _weighted("linear_rising")),
     "exits-geometric-rising": Row("ensemble of exits, geometric, rising", _weighted("geometric_rising")),
@@ -251,7 +280,8 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ),
     ("independent", "tree-plain-distillation-small-alpha"),
     ("exits-collaboration", "exits-one-for-all", "exits-imta", "exits-one-for-all-mean", "exits-imta-mean"),
-    ("exits-boosted",),
+    ("exits-boosted", "exits-one-for-all-averaged", "exits-two-stages"),
+    ("msdnet", "msdnet-imta-mean"),
     ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),
 )
 """rows in the order of training: within a group, all rows with the first seed, then with the next"""
@@ -289,11 +319,16 @@ def configured(data: str, row: str, seed: int, data_dir: str, output_dir: str, w
         row: name of the row.
         seed: random seed.
         data_dir: folder of the images.
-        output_dir: folder for checkpoints, logs and the model.
+        output_dir: folder for checkpoints, logs and the model, ROW/SEED in the folder of all runs.
         weights: file of pretrained weights, for recipes that use them; timm's weights by default.
     """
     own = {"seed": seed, "output_dir": output_dir, **({"weights": weights} if weights else {})}
+    start = study(data).rows[row].start
+    if start:
+        own["start"] = str(Path(output_dir).parent.parent / start / f"{seed}" / "model")
     run = changed(RECIPES[data], study(data).rows[row].changes | own)
+    if start:
+        run = dataclasses.replace(run, teacher=TeacherConfig(teacher=run.model.start, teacher_of_exits=True))
     return dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=data_dir))
 
 

@@ -205,6 +205,8 @@ def _shared(run: Run) -> dict[str, Any]:
     config["train"]["output_dir"] = "DIR"
     if config["model"]["weights"]:
         config["model"]["weights"] = "FILE"
+    if config["model"]["start"]:
+        config["model"]["start"] = config["teacher"]["teacher"] = "DIR"
     return config
 
 

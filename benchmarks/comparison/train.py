@@ -51,6 +51,8 @@ def train_missing(
             folder = runs / data / row / f"{seed}"
             print(f"{row}, seed {seed}: {folder}", flush=True)
             run = configured(data, row, seed, data_dir, str(folder), weights)
+            if (start := study(data).rows[row].start) and not Path(run.model.start).is_dir():
+                train(configured(data, start, seed, data_dir, str(runs / data / start / f"{seed}"), weights))
             model, _ = train(run)
             print(f"wrote {write_record(run, model, data, row, test_images(run, data))}", flush=True)
         if row == single:
@@ -91,14 +93,22 @@ def _train_one(data: str, joined: Path, runs: Path, executor: str, what: tuple[s
     """Train one run in a worker process and return a message."""
     row, seed = what
     try:
-        run = configured(data, row, seed, "", str(runs / data / row / f"{seed}"))
-        run = dataclasses.replace(run, train=dataclasses.replace(run.train, cpu=not torch.cuda.is_available()))
         images = _images(joined)
-        two = study(data).rows[row].two_views
-        model, _ = train(run, _loaders(run, images, two), partial(_make_trainer, executor, two))
+        if (start := study(data).rows[row].start) and not (runs / data / start / f"{seed}" / "model").is_dir():
+            _fit(data, images, runs, executor, start, seed)
+        run, model = _fit(data, images, runs, executor, row, seed)
         return f"wrote {write_record(run, model, data, row, _in_memory(run, images['test']))}"
     except Exception as error:  # the other runs continue
         return f"{row}, seed {seed} failed: {type(error).__name__}: {error}"
+
+
+def _fit(data: str, images: Mapping[str, Split], runs: Path, executor: str, row: str, seed: int) -> tuple[Run, Any]:
+    """Train one run with the images in memory."""
+    run = configured(data, row, seed, "", str(runs / data / row / f"{seed}"))
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, cpu=not torch.cuda.is_available()))
+    two = study(data).rows[row].two_views
+    model, _ = train(run, _loaders(run, images, two), partial(_make_trainer, executor, two))
+    return run, model
 
 
 def _make_trainer(executor: str, two_views: bool, model: Any, *rest: Any) -> Trainer:

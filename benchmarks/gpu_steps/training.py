@@ -1,8 +1,8 @@
-"""The steps `plan`, `train-distilled-1`, ... and `train-labels-1`, ...: training of the paper's CIFAR network.
+"""The steps `plan` and `train-NAME-1`, `train-NAME-2`, ...: training of the papers' CIFAR networks.
 
-Training uses hierens' preset `paper-cifar`, trainer and checkpoints, with two differences: the images are read from the
-device's memory (`gpu_steps.batches`), and the number of epochs is chosen to fit into the time. It is fixed before the
-first update, for both objectives, so that the learning rate schedule covers the whole training.
+Training uses hierens' presets, trainer and checkpoints, with two differences: the images are read from the device's
+memory (`gpu_steps.batches`), and the number of epochs is chosen to fit into the time. It is fixed before the first
+update, and is the same for all trainings with one plan, so that the learning rate schedule covers the whole training.
 """
 
 from __future__ import annotations
@@ -31,11 +31,54 @@ from hierens.training.run import create_ensemble
 from hierens.training.signals import TrainingInterrupted
 from hierens.training.trainer import Trainer
 
-OBJECTIVES = {"distilled": "independent+hierarchical_codistillation", "labels": "independent"}
-PLAN, PAPERS_EPOCHS = "plan", 200
+PLAN = "plan"
 _START, _STOP = 45.0, 25.0  # seconds that a step needs before its first and after its last update
 _TRIAL = 40  # updates
-_TINY = ModelConfig(backbone="resnet8_cifar", backbone_args={"channels": [4, 4, 8]}, blocks=3)
+_TINY: dict[str, Any] = {"backbone": "resnet8_cifar", "backbone_args": {"channels": [4, 4, 8]}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A preset with some changes.
+
+    Attributes:
+        preset: name of the preset.
+        model: fields of the model's configuration that differ from the preset.
+        train: fields of the training configuration that differ from the preset.
+        tiny: model of the tiny settings.
+        plan: name of the plan; trainings with the same plan have equally many epochs.
+    """
+
+    preset: str
+    model: dict[str, Any]
+    train: dict[str, Any]
+    tiny: ModelConfig
+    plan: str = PLAN
+
+    @property
+    def executors(self) -> tuple[str, ...]:
+        """Ways to run a training step; a multi-exit network has one."""
+        return ("",) if self.tiny.method == "multi_exit" else ("grouped", "looped")
+
+
+def _of_the_paper(objective: str) -> Training:
+    tiny = ModelConfig(**_TINY, blocks=3)
+    return Training("paper-cifar", {"backbone": "hne_resnet50_cifar_small"}, {"objective": objective}, tiny)
+
+
+TRAININGS = {
+    "distilled": _of_the_paper("independent+hierarchical_codistillation"),
+    "labels": _of_the_paper("independent"),
+    # With the authors' batches of 64, an epoch would have 780 updates, whose time does not depend on the batch size.
+    "msdnet": Training(
+        "imta-stage1",
+        {},
+        {"batch_size": 256, "lr": 0.2},
+        ModelConfig(**_TINY, method="multi_exit", exits=3),
+        f"{PLAN}-msdnet",
+    ),
+}
+"""trainings by name"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +120,21 @@ class Stopper:
             signal.raise_signal(signal.SIGTERM)
 
 
-def recipe(context: Context, plan: dict[str, Any], objective: str, folder: Path) -> Run:
-    """The paper's recipe with the epochs and the settings of a plan."""
-    paper = preset("paper-cifar")
+def recipe(context: Context, plan: dict[str, Any], name: str, folder: Path) -> Run:
+    """The recipe of a training with the epochs and the settings of a plan."""
+    training = TRAININGS[name]
+    base = preset(training.preset)
     epochs = int(plan["epochs"])
+    train = dataclasses.replace(base.train, **training.train)
     return dataclasses.replace(
-        paper,
-        model=_TINY if context.tiny else dataclasses.replace(paper.model, backbone="hne_resnet50_cifar_small"),
+        base,
+        model=training.tiny if context.tiny else dataclasses.replace(base.model, **training.model),
         train=dataclasses.replace(
-            paper.train,
+            train,
             output_dir=str(folder),
-            objective=OBJECTIVES[objective],
             epochs=epochs,
-            batch_size=16 if context.tiny else paper.train.batch_size,
+            decay_epochs=tuple(round(epoch * epochs / train.epochs) for epoch in train.decay_epochs),
+            batch_size=16 if context.tiny else train.batch_size,
             val_batch_size=500,
             val_epochs=max(1, epochs // 20),
             precision=plan["precision"],
@@ -102,21 +147,22 @@ def recipe(context: Context, plan: dict[str, Any], objective: str, folder: Path)
     )
 
 
-def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[str, Any]:
-    """Measure the ways to run a training step; choose the fastest and the number of epochs; write plan.json.
+def make_plan(context: Context, data: dict[str, Split], shape: Shape, name: str = "distilled") -> dict[str, Any]:
+    """Measure the ways to run a training step; choose the fastest and the number of epochs; write the plan.
 
     Raises:
         ValueError: all ways fail.
     """
     torch.backends.cudnn.benchmark = True
-    record = Record(context, PLAN)
-    ways = [{"executor": e, "channels_last": last} for e in ("grouped", "looped") for last in (True, False)]
+    training = TRAININGS[name]
+    record = Record(context, training.plan)
+    ways = [{"executor": e, "channels_last": last} for e in training.executors for last in (True, False)]
     base = {"epochs": 1, "precision": shape.precision}
-    model = create_ensemble(recipe(context, {**base, **ways[0]}, "distilled", Path()), len(data["train"].classes))
+    model = create_ensemble(recipe(context, {**base, **ways[0]}, name, Path()), len(data["train"].classes))
     rates: list[float] = []
     for way in ways:
         with tempfile.TemporaryDirectory() as folder:
-            run = recipe(context, {**base, **way}, "distilled", Path(folder))
+            run = recipe(context, {**base, **way}, name, Path(folder))
             try:
                 rates.append(_trial(context, run, copy.deepcopy(model), way["executor"], data["train"]))
                 way["images_per_s"] = rates[-1]
@@ -129,7 +175,7 @@ def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[st
     best = next(way for way in ways if way.get("images_per_s") == max(rates))
     seconds = 1 + len(data["train"].labels) / max(rates)  # one second for a checkpoint
     budget = 0.9 * shape.steps * max(context.deadline.seconds - _START - _STOP, 1.0)  # the rest is for validation
-    fitting = max(1, min(PAPERS_EPOCHS, math.floor(budget / seconds)))
+    fitting = max(1, min(preset(training.preset).train.epochs, math.floor(budget / seconds)))
     plan = {
         "epochs": shape.epochs or fitting,
         "steps": shape.steps,
@@ -144,7 +190,8 @@ def make_plan(context: Context, data: dict[str, Split], shape: Shape) -> dict[st
 
 def _trial(context: Context, run: Run, model: Any, executor: str, images: Split) -> float:
     """Images per second of some training steps, from the trainer's log."""
-    model.set_executor(executor)
+    if executor:
+        model.set_executor(executor)
     updates, size = 2 if context.tiny else _TRIAL, run.train.batch_size
     some = Split(images.images[: updates * size], images.labels[: updates * size], images.classes)
     train = DeviceImages(some, run.data, context.device, training=True)
@@ -154,14 +201,12 @@ def _trial(context: Context, run: Run, model: Any, executor: str, images: Split)
     return _rates(Path(config.output_dir))[-1]
 
 
-def train(
-    context: Context, objective: str, number: int, read_data: Callable[[], dict[str, Split]], shape: Shape
-) -> str:
+def train(context: Context, training: str, number: int, read_data: Callable[[], dict[str, Split]], shape: Shape) -> str:
     """Run one step of a training: resume from the previous step until training is finished or the time is up.
 
     Args:
         context: folders and time limit.
-        objective: `distilled` or `labels`.
+        training: a name in `TRAININGS`.
         number: number of the step, from 1.
         read_data: returns the images.
         shape: how the training is divided into steps.
@@ -173,16 +218,16 @@ def train(
         ValueError: a later step has no checkpoint to resume from.
     """
     torch.backends.cudnn.benchmark = True
-    folder, name = context.runs / objective, f"train-{objective}-{number}"
+    folder, name = context.runs / training, f"train-{training}-{number}"
     started = newest_checkpoint(folder)
     if number > 1 and started is None:
         raise ValueError(
             f"{name} resumes from a checkpoint, but there is none in {folder}: copy that folder from the machine of "
-            f"the previous step, or start with train-{objective}-1."
+            f"the previous step, or start with train-{training}-1."
         )
     data = read_data()
-    plan = _settled(context, folder, started, data, shape)
-    run = recipe(context, plan, objective, folder)
+    plan = _settled(context, training, started, data, shape)
+    run = recipe(context, plan, training, folder)
     record = Record(context, name)
     record.content |= {"objective": run.train.objective, "plan": plan, "config": _shared(run)}
     stopper = Stopper(context, shape.updates)
@@ -198,7 +243,7 @@ def train(
     finally:
         record.note_clocks()
         record.write(**_progress(run), **costs, **final)
-    return "" if final else _left(record.content, objective, number)
+    return "" if final else _left(record.content, training, number)
 
 
 def _trainer(
@@ -216,23 +261,25 @@ def _trainer(
     )
     test_images = DeviceImages(data["test"], run.data, device, before_batch=stopper.validation)
     model: Any = create_ensemble(run, len(data["train"].classes))
-    model.set_executor(plan["executor"])
+    if plan["executor"]:
+        model.set_executor(plan["executor"])
     model.pretrained_cfg["label_names"] = list(data["train"].classes)
     loaders = loader(train_images, config.batch_size, True), loader(test_images, config.val_batch_size, False)
     return Trainer(model, config, *loaders)
 
 
 def _settled(
-    context: Context, folder: Path, started: Path | None, data: dict[str, Split], shape: Shape
+    context: Context, training: str, started: Path | None, data: dict[str, Split], shape: Shape
 ) -> dict[str, Any]:
     """The plan of a training: its own if it has started, else the common one if it exists, else a new one."""
+    folder = context.runs / training
     own = folder / f"{PLAN}.json"
     if started is not None:
         if not own.is_file():
             raise ValueError(f"{folder} has checkpoints but no {own.name}: copy the whole folder.")
         return dict(json.loads(own.read_text()))
-    there = read(context.results, PLAN)
-    plan = there["plan"] if there and "plan" in there else make_plan(context, data, shape)
+    there = read(context.results, TRAININGS[training].plan)
+    plan = there["plan"] if there and "plan" in there else make_plan(context, data, shape, training)
     write_whole(own, json.dumps(plan, indent=1) + "\n")
     return dict(plan)
 
@@ -263,10 +310,10 @@ def _progress(run: Run) -> dict[str, Any]:
     }
 
 
-def _left(content: dict[str, Any], objective: str, number: int) -> str:
+def _left(content: dict[str, Any], training: str, number: int) -> str:
     epochs = content["epochs"] - content["done"]
     minutes = epochs * content["plan"]["epoch_s"] / 60
-    return f"{epochs} of {content['epochs']} epochs, about {minutes:.0f} minutes: train-{objective}-{number + 1}"
+    return f"{epochs} of {content['epochs']} epochs, about {minutes:.0f} minutes: train-{training}-{number + 1}"
 
 
 def _shared(run: Run) -> dict[str, Any]:
