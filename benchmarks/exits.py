@@ -35,8 +35,12 @@ RESULTS = ROOT / "docs" / "results"
 PAGES = {"cifar100": "cifar100_exits", "cifar10": "cifar10_exits", "fashion_mnist": "exits"}
 TREES_PAGES = {"cifar100": "cifar100", "cifar10": "cifar10", "fashion_mnist": "paper"}
 SINGLE = f"single-{BASE_WIDTH}"
-IMTA = ("exits", "exits-equilibrium", "exits-collaboration", "exits-one-for-all", "exits-imta", "exits-wide")
+IMTA = (
+    *("exits", "exits-equilibrium", "exits-collaboration", "exits-one-for-all", "exits-one-for-all-mean"),
+    *("exits-one-for-all-averaged", "exits-imta", "exits-imta-mean", "exits-two-stages", "exits-wide"),
+)
 BOOSTED = "exits-boosted"
+MSDNETS = ("msdnet", "msdnet-imta-mean")
 AEP = (
     "exits-uniform",
     "exits-linear-rising",
@@ -45,13 +49,17 @@ AEP = (
     "exits-ensemble",
     "exits-hybrid",
 )
-TREES = ("tree-labels", "tree-distilled", "tree-with-exits")
+TREES = ("tree-labels", "tree-distilled", "hierarchical-distilled", "tree-with-exits")
 CLAIMS = (
     Claim("equilibrium helps multi-exit training (IMTA, section 4.2)", "exits-equilibrium", "exits", "every"),
     Claim("collaboration helps later exits (IMTA)", "exits-collaboration", "exits"),
     Claim("one-for-all distillation helps early exits (IMTA)", "exits-one-for-all", "exits", "first"),
+    Claim("the same, mean over classes", "exits-one-for-all-mean", "exits", "first"),
+    Claim("the same, teacher of averaged weights", "exits-one-for-all-averaged", "exits", "first"),
     Claim("boosted exits beat joint training (BoostNet)", BOOSTED, "exits", "every"),
     Claim("all three together beat joint training (IMTA)", "exits-imta", "exits", "every"),
+    Claim("the same, mean over classes", "exits-imta-mean", "exits", "every"),
+    Claim("the same, in two stages", "exits-two-stages", "exits", "every"),
 )
 
 
@@ -80,7 +88,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     if settings.train:
         write_variances(settings.data, settings.data_dir)
-        rows = dict.fromkeys((SINGLE, *IMTA, BOOSTED, *AEP, *TREES))
+        rows = dict.fromkeys((SINGLE, *IMTA, BOOSTED, *MSDNETS, *AEP, *TREES))
         train_missing(settings.data, settings.data_dir, settings.runs, rows, settings.share)
     if settings.measure:
         print(f"wrote {budgets.measure(settings.data)}")
@@ -96,7 +104,7 @@ def page(data: str, directory: Path) -> str:
         ValueError: no network with exits has a record.
     """
     groups, stem = read_records(data), PAGES[data]
-    shown = {row: groups[row] for row in (SINGLE, *IMTA, BOOSTED, *TREES) if row in groups}
+    shown = {row: groups[row] for row in (SINGLE, *IMTA, BOOSTED, *MSDNETS, *TREES) if row in groups}
     weighted = {row: groups[row] for row in AEP if row in groups}
     if "exits" not in groups:
         raise ValueError(f"there is no record of exits on {data}: train them first, by --data-dir.")
@@ -106,7 +114,11 @@ def page(data: str, directory: Path) -> str:
     adaptive = {row: group for row, group in (shown | weighted).items() if len(group.macs) > 1}
     curves = {row: budgets.curve(group) for row, group in adaptive.items()}
     draw_costs({"mean million MACs per image": curves}, directory / f"{stem}_budgets.png")
-    everything = [p for of in points(shown | weighted, "macs", {}).values() for p in of]
+    times = read_times(data).get("milliseconds", {})
+    fronts = [
+        front_table([point for of in points(shown | weighted, unit, times).values() for point in of], UNITS[unit])
+        for unit in (("macs", "ms") if times else ("macs",))
+    ]
     return f"""# Multi-exit networks on {TITLES[data]}
 
 [Multi-exit networks](../explanation/exits.md) are compared with [trees]({TREES_PAGES[data]}.md) of the same backbone:
@@ -119,7 +131,7 @@ a tree with exits has three exits before them.
 
 The Pareto front of this page: the networks and depths for which no cheaper one has at least the same mean accuracy.
 
-{front_table(everything, UNITS["macs"])}
+{(chr(10) * 2).join(fronts)}
 
 {comparison(list(shown.values()))}
 

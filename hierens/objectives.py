@@ -58,7 +58,7 @@ class Objective:
         6.9078
     """
 
-    name: str = "independent+hierarchical_codistillation"
+    name: str = "hierarchical+hierarchical_codistillation"
     alpha: float = 0.5
     temperature: float = 2.0
     temper_students: bool = False

@@ -23,6 +23,7 @@ from torchvision import transforms as T
 from hierens.models.loading import from_pretrained
 from hierens.training.config import DataConfig
 from hierens.training.data.loaders import create_transform
+from hierens.training.presets import preset
 from support.accelerator import reset_accelerator
 
 CLASSES = ("cat", "dog", "eel")
@@ -310,6 +311,7 @@ def test_steps_that_are_stopped_end_in_the_weights_of_one_that_is_not(folders, t
     left = run("train-distilled-1", parts, updates=4, **options)
     assert "3 of 3 epochs" in left and left.endswith("train-distilled-2")
     stopped = written(parts, "train-distilled-1")
+    assert "The training is not finished" in page.training(parts / "results", "distilled")
     assert stopped["done"] == 0 and 4 <= stopped["updates"] < 6 and "final" not in stopped
     # What a later step is told otherwise about epochs does not count: the plan of the first one does.
     changed = {**options, "epochs": 7}
@@ -355,17 +357,16 @@ def test_the_plan_is_one_for_both_objectives_and_fits_the_time(folders, tmp_path
     assert len(ways) == 4 and all(way["images_per_s"] > 0 for way in ways)
     best = max(ways, key=lambda way: way["images_per_s"])
     assert (plan["executor"], plan["channels_last"]) == (best["executor"], best["channels_last"])
-    assert plan["epochs"] * plan["epoch_s"] <= 2 * 2.0 * 60 and 1 <= plan["epochs"] <= training.PAPERS_EPOCHS
+    assert plan["epochs"] * plan["epoch_s"] <= 2 * 2.0 * 60 and 1 <= plan["epochs"] <= 200
     context = Context(tmp_path / "results", tmp_path, True, Deadline(60))
-    own = [training._settled(context, tmp_path / name, None, {}, training.Shape(9)) for name in training.OBJECTIVES]
+    own = [training._settled(context, name, None, {}, training.Shape(9)) for name in ("distilled", "labels")]
     assert own == [plan, plan]
 
 
 def test_the_recipe_is_the_papers(tmp_path):
     plan = {"epochs": 200, "precision": "bf16", "channels_last": True}
-    runs = [
-        training.recipe(Context(tmp_path, tmp_path, False, Deadline(1)), plan, o, tmp_path) for o in training.OBJECTIVES
-    ]
+    context = Context(tmp_path, tmp_path, False, Deadline(1))
+    runs = [training.recipe(context, plan, name, tmp_path) for name in ("distilled", "labels")]
     for made in runs:
         config = made.train
         assert (config.optimizer, config.lr, config.momentum, config.weight_decay) == ("sgd", 0.1, 0.9, 5e-4)
@@ -375,6 +376,23 @@ def test_the_recipe_is_the_papers(tmp_path):
         assert (made.data.augment, made.data.pad, made.data.hflip) == ("crop_flip", 4, 0.5)
         assert made.model.backbone == "hne_resnet50_cifar_small"
     assert [made.train.objective for made in runs] == ["independent+hierarchical_codistillation", "independent"]
+
+
+def test_msdnet_has_its_authors_recipe_with_larger_batches(tmp_path):
+    plan = {"epochs": 60, "precision": "no", "channels_last": True}
+    made = training.recipe(Context(tmp_path, tmp_path, False, Deadline(1)), plan, "msdnet", tmp_path)
+    stage = preset("imta-stage1")
+    assert made.model == stage.model and made.train.decay_epochs == (30, 45)
+    kept = ("objective", "optimizer", "momentum", "weight_decay", "schedule", "decay_rate", "gradient_equilibrium")
+    assert all(getattr(made.train, name) == getattr(stage.train, name) for name in kept)
+
+
+def test_msdnet_is_trained_with_a_plan_of_its_own(folders, tmp_path):
+    assert run("train-msdnet-1", tmp_path, data_dir=str(folders), epochs=1, train_precision="no") == ""
+    assert len(written(tmp_path, "plan-msdnet")["ways"]) == 2 and not (tmp_path / "results" / "plan.json").exists()
+    assert run("report", tmp_path) == ""
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| contiguous    |" in text and "1 of 1 epochs" in text and "not finished" not in text
 
 
 def test_a_later_step_without_a_checkpoint_is_refused(folders, tmp_path):
