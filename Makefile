@@ -23,7 +23,7 @@ define install
 		|| { echo "hierens needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2)
+	$(1)/bin/uv pip install --quiet --compile-bytecode --python $(1)/bin/python $(2)
 	@touch $@
 endef
 
