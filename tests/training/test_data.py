@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from hierens.training.config import DataConfig
+from hierens.training.data.images import ArrayImages
 from hierens.training.data.loaders import (
     SeededDataset,
     class_names,
@@ -241,3 +242,40 @@ def test_a_directory_is_needed_and_a_batch_must_be_filled(tmp_path):
         create_loaders(DIGITS, 2000, 10)
     with pytest.raises(ValueError, match="give num_classes"):
         count_classes(Draws())
+
+
+def test_images_without_augmentation_are_transformed_once_and_copies_are_given():
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8)
+    calls = []
+
+    def transform(image):
+        calls.append(image)
+        return torch.from_numpy(np.array(image)).float()
+
+    fixed = ArrayImages(images, np.arange(4), "L", transform, fixed=True)
+    seeded = SeededDataset(fixed, seed=0)
+    first, _ = seeded[2]
+    expected = first.clone()
+    first.zero_()
+    again, label = seeded[np.int64(2)]
+    assert torch.equal(again, expected) and label == 2 and len(calls) == 1
+    again.zero_()
+    assert torch.equal(fixed[2][0], expected)
+    drawn = ArrayImages(images, np.arange(4), "L", transform)
+    assert torch.equal(drawn[2][0], drawn[2][0]) and len(calls) == 3
+
+
+def test_only_transforms_without_random_numbers_are_kept():
+    train, val = create_datasets(
+        DataConfig(dataset="digits", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), augment="crop_flip")
+    )
+    assert (train.fixed, val.fixed) == (False, True)
+    train, _ = create_datasets(
+        DataConfig(dataset="digits", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), augment="none")
+    )
+    assert train.fixed
+    erased = DataConfig(
+        dataset="digits", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), augment="none", random_erasing=0.5
+    )
+    train, _ = create_datasets(dataclasses.replace(erased, random_erasing=1.0))
+    assert not train.fixed and not torch.equal(train[0][0], train[0][0])

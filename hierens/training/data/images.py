@@ -22,9 +22,20 @@ from hierens.training.data.decoding import Source
 from hierens.training.data.unreadable import Unreadable, UnreadableImageError
 from hierens.training.randomness import seeded
 
+_KEPT_BYTES = 64 * 2**20
+
 
 class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
-    """Images in memory: an array (N, H, W) or (N, H, W, 3) of bytes, labels, and the classes' names if known."""
+    """Images in memory.
+
+    Args:
+        images: an array (N, H, W) or (N, H, W, 3) of bytes.
+        labels: (N,).
+        mode: Pillow's mode of the images that `transform` takes.
+        transform: PIL image -> tensor (C, H, W).
+        classes: names of the classes, if known.
+        fixed: whether the transform draws no random numbers; its results are then kept, up to 64 MiB of them.
+    """
 
     def __init__(
         self,
@@ -33,16 +44,24 @@ class ArrayImages(Dataset[tuple[torch.Tensor, int]]):
         mode: str,
         transform: Callable[[Image.Image], torch.Tensor],
         classes: Sequence[str] | None = None,
+        fixed: bool = False,
     ) -> None:
         self.images, self.labels, self.mode, self.transform = images, labels, mode, transform
-        self.classes = classes
+        self.classes, self.fixed = classes, fixed
+        self._kept: dict[int, torch.Tensor] = {}
+        self._room = _KEPT_BYTES if fixed else 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = Image.fromarray(self.images[index]).convert(self.mode)
-        return self.transform(image), int(self.labels[index])
+        index = int(index)
+        if index in self._kept:
+            return self._kept[index].clone(), int(self.labels[index])
+        image = self.transform(Image.fromarray(self.images[index]).convert(self.mode))
+        if image.nbytes <= self._room:
+            self._kept[index], self._room = image.clone(), self._room - image.nbytes
+        return image, int(self.labels[index])
 
 
 class StoredImages(Dataset[tuple[torch.Tensor, int]]):
@@ -127,6 +146,9 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        if getattr(self.dataset, "fixed", False):  # setting the generators takes longer than reading a kept image
+            self.unreadable.count_read()
+            return self.dataset[index]
         with seeded(self.seed, int(self.epoch), int(index)):
             while True:
                 try:

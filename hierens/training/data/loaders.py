@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
@@ -161,7 +162,7 @@ def create_transform(config: DataConfig, training: bool) -> Callable[[Image.Imag
         steps.append(T.RandomHorizontalFlip(config.hflip))
     steps += [T.ToTensor(), T.Normalize(mean, std)]
     if training and config.random_erasing:
-        steps.append(timm.data.RandomErasing(config.random_erasing, mode="const", device="cpu"))
+        steps.append(RandomErasing(config.random_erasing, mode="const", device="cpu"))
     return T.Compose(steps)
 
 
@@ -208,7 +209,7 @@ class _Fit:
         short = [wanted - own for wanted, own in zip(self.size, (image.height, image.width), strict=True)]
         if all(0 <= missing <= 2 * self.margin for missing in short):
             top, left = short[0] // 2, short[1] // 2
-            return T.functional.pad(image, [left, top, short[1] - left, short[0] - top])
+            return T.functional.pad(image, [left, top, short[1] - left, short[0] - top]) if any(short) else image
         return self.resize(image)
 
 
@@ -293,12 +294,18 @@ def _dataset(config: DataConfig, split: str, training: bool, folder: str | None)
     if config.dataset in BUILT_IN:
         images, labels = read_built_in(config, split)
         names = CLASSES[config.dataset]
-        return ArrayImages(images, labels, mode, transform, names if labels.max() < len(names) else None)
+        classes = names if labels.max() < len(names) else None
+        return ArrayImages(images, labels, mode, transform, classes, fixed=not training or _is_fixed(config))
     dataset = _timm_dataset(config, split, training, mode, folder)
     if config.dataset.startswith(_STREAMED):
         dataset.transform = transform
         return dataset
     return StoredImages(dataset, create_decoder(config), transform, class_names(dataset))
+
+
+def _is_fixed(config: DataConfig) -> bool:
+    """Whether the transform for training draws no random numbers."""
+    return config.augment == "none" and not config.random_erasing
 
 
 def _check_directory(config: DataConfig) -> None:
