@@ -32,7 +32,7 @@ from hierens.evaluation.profiling import table
 from hierens.evaluation.reporting import Group, comparison
 
 RESULTS = ROOT / "docs" / "results"
-PAGES = {"cifar100": "cifar100_exits", "cifar10": "cifar10_exits", "fashion_mnist": "exits"}
+PAGES = {"cifar100": "cifar100_exits", "cifar10": "cifar10_exits", "fashion_mnist": "fashion_mnist_exits"}
 TREES_PAGES = {"cifar100": "cifar100", "cifar10": "cifar10", "fashion_mnist": "paper"}
 SINGLE = f"single-{BASE_WIDTH}"
 IMTA = (
