@@ -74,4 +74,4 @@ def test_what_the_losses_mean_under_mixup():
     assert torch.allclose(independent(logits, soft), mixture)
     assert torch.equal(hierarchical_codistillation(logits, soft), hierarchical_codistillation(logits, a))
     expected = 0.5 * mixture + 0.5 * hierarchical_codistillation(logits)
-    assert torch.allclose(Objective()(logits, soft), expected)
+    assert torch.allclose(Objective("independent+hierarchical_codistillation")(logits, soft), expected)
