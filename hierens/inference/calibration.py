@@ -114,9 +114,9 @@ def calibrate(
     """Thresholds for a mean cost per image (budgeted batch classification), or for an accuracy at the lowest cost.
 
     The method is that of MSDNet (Huang et al., ICLR 2018, arXiv 1703.09844): at each depth, the images with the most
-    certain predictions leave. Their shares of all images fall or rise geometrically from depth to depth. The ratio is found by
-    bisection so that the mean cost on the held-out images meets the budget. For an accuracy, it is the first of 803
-    ratios, in the order of cost, with which the held-out images are classified that accurately.
+    certain predictions leave. Their shares of all images fall or rise geometrically from depth to depth. The ratio is
+    found by bisection so that the mean cost on the held-out images meets the budget. For an accuracy, it is the first
+    of 803 ratios, in the order of cost, with which the held-out images are classified that accurately.
 
     Args:
         model: the ensemble.
