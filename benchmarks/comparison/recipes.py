@@ -234,20 +234,20 @@ ROWS: dict[str, Row] = {
     "exits-collaboration": Row("exits, collaboration", {**_EXITS, **_COLLABORATION}),
     "exits-one-for-all": Row("exits, one-for-all", {**_EXITS, **_ONE_FOR_ALL}),
     "exits-imta": Row("exits, all three of IMTA", {**_EXITS, **_EQUILIBRIUM, **_COLLABORATION, **_ONE_FOR_ALL}),
-    "exits-one-for-all-mean": Row("exits, one-for-all, mean over classes", {**_EXITS, **_MEAN_OVER_CLASSES}),
+    "exits-one-for-all-mean": Row("exits, one-for-all (mean)", {**_EXITS, **_MEAN_OVER_CLASSES}),
     "exits-imta-mean": Row(
-        "exits, all three of IMTA, mean over classes",
+        "exits, all three of IMTA (mean)",
         {**_EXITS, **_EQUILIBRIUM, **_COLLABORATION, **_MEAN_OVER_CLASSES},
     ),
     "exits-one-for-all-averaged": Row(
-        "exits, one-for-all, mean over classes, teacher of averaged weights",
+        "exits, one-for-all (mean), averaged teacher",
         {**_EXITS, **_MEAN_OVER_CLASSES, "ema_teacher": True, "ema_decay": 0.998},
     ),
     # as the presets imta-stage1 and imta-stage2: equilibrium first, then new classifiers on the frozen features
     "exits-two-stages": Row("exits, two stages of IMTA", _SECOND_STAGE, start="exits-equilibrium"),
     "msdnet": Row("MSDNet, 5 blocks", _MSDNET),
     "msdnet-imta-mean": Row(
-        "MSDNet, all three of IMTA, mean over classes",
+        "MSDNet, all three of IMTA (mean)",
         {**_MSDNET, **_EQUILIBRIUM, **_COLLABORATION, **_MEAN_OVER_CLASSES},
     ),
     "exits-uniform": Row("ensemble of exits, uniform", _weighted("uniform")),
