@@ -12,10 +12,7 @@ for needed in ("playwright.sync_api", "onnxruntime", "sklearn"):
 import onnxruntime
 from app_picture import find_browser
 from sklearn.datasets import load_digits
-from web_picture import ROOT, copied, opened
-
-from hierens.inference.policies import load_policy
-from hierens.models.loading import from_pretrained
+from web_picture import ROOT, opened, prepared, wait_for_results
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,10 +24,9 @@ MODEL = ROOT / "models" / "digits-tree"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The page with an exported model."""
-    made = copied(tmp_path_factory.mktemp("web") / "page")
+    made = prepared(tmp_path_factory.mktemp("web") / "page", MODEL)
     if made is None:
         pytest.skip("npm cannot install onnxruntime-web")
-    from_pretrained(MODEL).eval().export(made / "exits", policy=load_policy(MODEL))
     return made
 
 
@@ -56,7 +52,7 @@ def in_python(folder, files):
 
 
 def shown(page, count):
-    page.wait_for_function(f"document.querySelectorAll('#results tr td:nth-child(6)').length == {count}")
+    wait_for_results(page, count)
     rows = page.locator("#results tr").all()[::-1]  # the newest is on top
     logits = np.array([json.loads(row.get_attribute("data-logits")) for row in rows])
     return logits, [int(row.get_attribute("data-networks")) for row in rows], [row.inner_text() for row in rows]
