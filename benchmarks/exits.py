@@ -50,6 +50,7 @@ AEP = (
     "exits-hybrid",
 )
 TREES = ("tree-labels", "tree-distilled", "hierarchical-distilled", "tree-with-exits")
+SHOWN = (SINGLE, *IMTA, BOOSTED, *MSDNETS, *TREES)
 DRAWN = (
     *(SINGLE, "exits", "exits-collaboration", "exits-one-for-all-mean", "exits-two-stages", BOOSTED, "exits-wide"),
     *("msdnet", "hierarchical-distilled", "tree-with-exits"),
@@ -92,7 +93,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     if settings.train:
         write_variances(settings.data, settings.data_dir)
-        rows = dict.fromkeys((SINGLE, *IMTA, BOOSTED, *MSDNETS, *AEP, *TREES))
+        rows = dict.fromkeys((*SHOWN, *AEP))
         train_missing(settings.data, settings.data_dir, settings.runs, rows, settings.share)
     if settings.measure:
         print(f"wrote {budgets.measure(settings.data)}")
@@ -108,7 +109,7 @@ def page(data: str, directory: Path) -> str:
         ValueError: no network with exits has a record.
     """
     groups, stem = read_records(data), PAGES[data]
-    shown = {row: groups[row] for row in (SINGLE, *IMTA, BOOSTED, *MSDNETS, *TREES) if row in groups}
+    shown = {row: groups[row] for row in SHOWN if row in groups}
     weighted = {row: groups[row] for row in AEP if row in groups}
     if "exits" not in groups:
         raise ValueError(f"there is no record of exits on {data}: train them first, by --data-dir.")
@@ -119,10 +120,9 @@ def page(data: str, directory: Path) -> str:
     adaptive = {row: group for row, group in (shown | weighted).items() if len(group.macs) > 1}
     curves = {row: budgets.curve(group) for row, group in adaptive.items() if row in (*DRAWN, "exits-ensemble")}
     draw_costs({"mean million MACs per image": curves}, directory / f"{stem}_budgets.png")
-    times = read_times(data).get("milliseconds", {})
     fronts = [
-        front_table([point for of in points(shown | weighted, unit, times).values() for point in of], UNITS[unit])
-        for unit in (("macs", "ms") if times else ("macs",))
+        front_table([point for of_row in rows.values() for point in of_row], label)
+        for label, rows in _panels(shown | weighted, data).items()
     ]
     return f"""# Multi-exit networks on {TITLES[data]}
 

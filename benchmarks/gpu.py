@@ -45,7 +45,7 @@ class Settings:
     """Settings of the benchmark."""
 
     step: tyro.conf.Positional[str]
-    """speed, switching, plan, train-NAME-N, pack, join or report"""
+    """speed, switching, plan, train-NAME-N (NAME: distilled, labels or msdnet), pack, join or report"""
     data_dir: str = ""
     """CIFAR-100 as train/CLASS/ and test/CLASS/; by default the images decoded by `join`"""
     packed: Path | None = None

@@ -16,7 +16,6 @@ from comparison.recipes import BASE_WIDTH, RECIPES, ROWS, configured
 from comparison.records import DEEP_ENSEMBLE, RECORDS, machine
 from hierens.evaluation.profiling import latency
 from hierens.evaluation.reporting import Group
-from hierens.training.config import ModelConfig
 from hierens.training.run import create_ensemble
 
 UNITS = {
@@ -72,24 +71,22 @@ def measure(data: str) -> Path:
         The file with medians over rounds in milliseconds, and the machine.
     """
     torch.set_num_threads(1)
-    models: dict[str, Any] = {}
-    built: dict[str, ModelConfig] = {}
-    same: dict[str, str] = {}  # rows that differ in their training only
+    models: dict[str, Any] = {}  # by configuration, because many rows differ in their training only
+    of_row: dict[str, str] = {}
     for row, entry in ROWS.items():
         run = configured(data, row, 0, "", "")
         if entry.start:  # its model is a changed copy of a trained one
             run = dataclasses.replace(run, model=dataclasses.replace(run.model, start="", new_classifiers=False))
-        same[row] = first = next((other for other in models if built[other] == run.model), row)
-        if first == row:
-            built[row] = run.model
-            models[row] = create_ensemble(run, 100 if data == "cifar100" else 10).eval()
+        of_row[row] = name = repr(run.model)
+        if name not in models:
+            models[name] = create_ensemble(run, 100 if data == "cifar100" else 10).eval()
     image = torch.randn(1, *RECIPES[data].data.input_size)
     rounds = [
-        {row: [latency(model, image, depth, 0.1) for depth in range(model.depths)] for row, model in models.items()}
+        {name: [latency(model, image, depth, 0.1) for depth in range(model.depths)] for name, model in models.items()}
         for _ in range(_ROUNDS)
     ]
-    middle = {row: [statistics.median(of) for of in zip(*(r[row] for r in rounds), strict=True)] for row in models}
-    times = {row: middle[first] for row, first in same.items()}
+    middle = {name: [statistics.median(of) for of in zip(*(r[name] for r in rounds), strict=True)] for name in models}
+    times = {row: middle[name] for row, name in of_row.items()}
     times[DEEP_ENSEMBLE] = [size * times[f"single-{BASE_WIDTH}"][0] for size in (1, 2, 4, 8)]
     file = _times_file(data)
     file.parent.mkdir(parents=True, exist_ok=True)

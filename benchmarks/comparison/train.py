@@ -48,12 +48,11 @@ def train_missing(
         if study(data).rows[row].two_views:
             print(f"{row} reads images from memory: train it with --processes.", flush=True)
         elif not record_file(data, row, seed).is_file():
-            folder = runs / data / row / f"{seed}"
-            print(f"{row}, seed {seed}: {folder}", flush=True)
-            run = configured(data, row, seed, data_dir, str(folder), weights)
-            if (start := study(data).rows[row].start) and not Path(run.model.start).is_dir():
-                train(configured(data, start, seed, data_dir, str(runs / data / start / f"{seed}"), weights))
-            model, _ = train(run)
+            for each in _with_start(data, row, seed, runs):
+                folder = runs / data / each / f"{seed}"
+                print(f"{each}, seed {seed}: {folder}", flush=True)
+                run = configured(data, each, seed, data_dir, str(folder), weights)
+                model, _ = train(run)
             print(f"wrote {write_record(run, model, data, row, test_images(run, data))}", flush=True)
         if row == single:
             _join_singles(data, runs, partial(test_images, configured(data, row, seed, data_dir, ""), data))
@@ -94,12 +93,17 @@ def _train_one(data: str, joined: Path, runs: Path, executor: str, what: tuple[s
     row, seed = what
     try:
         images = _images(joined)
-        if (start := study(data).rows[row].start) and not (runs / data / start / f"{seed}" / "model").is_dir():
-            _fit(data, images, runs, executor, start, seed)
-        run, model = _fit(data, images, runs, executor, row, seed)
+        for each in _with_start(data, row, seed, runs):
+            run, model = _fit(data, images, runs, executor, each, seed)
         return f"wrote {write_record(run, model, data, row, _in_memory(run, images['test']))}"
     except Exception as error:  # the other runs continue
         return f"{row}, seed {seed} failed: {type(error).__name__}: {error}"
+
+
+def _with_start(data: str, row: str, seed: int, runs: Path) -> tuple[str, ...]:
+    """The row, after the row that it starts from if that has no trained model."""
+    start = study(data).rows[row].start
+    return (start, row) if start and not (runs / data / start / f"{seed}" / "model").is_dir() else (row,)
 
 
 def _fit(data: str, images: Mapping[str, Split], runs: Path, executor: str, row: str, seed: int) -> tuple[Run, Any]:

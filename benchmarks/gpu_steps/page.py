@@ -202,14 +202,13 @@ def training(results: Path, name: str) -> str:
     said = f"{measured_on(record)} {record['done']} of {record['epochs']} epochs in {minutes:.0f} minutes"
     if rate := record.get("images_per_s"):
         said += f", {rate:.0f} images/s, waiting for data {record['data_wait']:.0%} of the time"
-    said += f". {record['note']}" if record.get("note") else ""
+    said += f". {record['note']}" if "note" in record else ""  # written by hand: what else used the device
     if record["done"] < record["epochs"]:
         said += ". The training is not finished and its learning rate still high: the accuracies are not the recipe's"
     if not record["history"]:
         return f"{title}{said}.\n"
     last = record["history"][-1]
-    predictions = "exits" if name == "msdnet" else "networks"
-    header = (predictions, "MACs", "parameters", "accuracy (%)")
+    header = ("exits" if TRAININGS[name].of_exits else "networks", "MACs", "parameters", "accuracy (%)")
     costs = zip(*(record.get(key, []) for key in ("leaves", "macs", "parameters")), last["accuracy"], strict=False)
     lines = [(f"{n}", f"{m / 1e6:.1f} M", f"{p / 1e6:.2f} M", f"{a:.2f}") for n, m, p, a in costs]
     return f"{title}{said}. After epoch {last['epoch']}:\n\n{table(header, lines)}\n"

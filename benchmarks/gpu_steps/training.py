@@ -56,9 +56,9 @@ class Training:
     plan: str = PLAN
 
     @property
-    def executors(self) -> tuple[str, ...]:
-        """Ways to run a training step; a multi-exit network has one."""
-        return ("",) if self.tiny.method == "multi_exit" else ("grouped", "looped")
+    def of_exits(self) -> bool:
+        """Whether the network is a multi-exit network, which has no executors."""
+        return preset(self.preset).model.method == "multi_exit"
 
 
 def _of_the_paper(objective: str) -> Training:
@@ -156,7 +156,8 @@ def make_plan(context: Context, data: dict[str, Split], shape: Shape, name: str 
     torch.backends.cudnn.benchmark = True
     training = TRAININGS[name]
     record = Record(context, training.plan)
-    ways = [{"executor": e, "channels_last": last} for e in training.executors for last in (True, False)]
+    executors = ("",) if training.of_exits else ("grouped", "looped")
+    ways = [{"executor": e, "channels_last": last} for e in executors for last in (True, False)]
     base = {"epochs": 1, "precision": shape.precision}
     model = create_ensemble(recipe(context, {**base, **ways[0]}, name, Path()), len(data["train"].classes))
     rates: list[float] = []

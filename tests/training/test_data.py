@@ -266,16 +266,9 @@ def test_images_without_augmentation_are_transformed_once_and_copies_are_given()
 
 
 def test_only_transforms_without_random_numbers_are_kept():
-    train, val = create_datasets(
-        DataConfig(dataset="digits", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), augment="crop_flip")
-    )
+    train, val = create_datasets(DIGITS)
     assert (train.fixed, val.fixed) == (False, True)
-    train, _ = create_datasets(
-        DataConfig(dataset="digits", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), augment="none")
-    )
-    assert train.fixed
-    erased = DataConfig(
-        dataset="digits", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), augment="none", random_erasing=0.5
-    )
-    train, _ = create_datasets(dataclasses.replace(erased, random_erasing=1.0))
+    plain = dataclasses.replace(DIGITS, augment="none")
+    assert create_datasets(plain)[0].fixed
+    train, _ = create_datasets(dataclasses.replace(plain, random_erasing=1.0))
     assert not train.fixed and not torch.equal(train[0][0], train[0][0])
