@@ -225,7 +225,7 @@ def _differences(groups: Mapping[str, Group]) -> str:
     if TREE in groups and SINGLE in groups:
         found.append(("tree minus backbone alone", over_last(groups[TREE], groups[SINGLE])))
     if TREE in groups and LABELS in groups:
-        found.append(("L_I + L_HD minus L_I", difference(groups[TREE], groups[LABELS])))
+        found.append(("L_H + L_HD minus L_H", difference(groups[TREE], groups[LABELS])))
     if TREE in groups and DEEP_ENSEMBLE in groups:
         found.append(
             ("tree minus ensemble of three", over_one(groups[TREE], groups[DEEP_ENSEMBLE].mean("accuracy")[-1]))

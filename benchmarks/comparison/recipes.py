@@ -260,8 +260,8 @@ ROWS: dict[str, Row] = {
 
 
 FINE_TUNED: dict[str, Row] = {
-    "tree": Row("tree, L_I + L_HD", {"objective": DISTILLED}),
-    "tree-labels": Row("tree, L_I", {"objective": LABELS}),
+    "tree": Row("tree, L_H + L_HD", {"objective": HIERARCHICAL_DISTILLED}),
+    "tree-labels": Row("tree, L_H", {"objective": "hierarchical"}),
     "single": Row("backbone alone", {"branching": (1, 1, 1), "objective": LABELS}),
 }
 """rows that start from pretrained weights"""

@@ -72,7 +72,6 @@ PRESETS: dict[str, Run] = {
         ModelConfig(backbone="efficientnet_b0", pretrained=True, drop_path=0.1),
         TrainConfig(
             output_dir="runs/finetune",
-            objective=_PAPERS,
             epochs=20,
             warmup_epochs=1,
             optimizer="adamw",
