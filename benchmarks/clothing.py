@@ -21,7 +21,7 @@ import gallery
 import torch
 import tyro
 from comparison.costs import points, threshold_points
-from comparison.differences import Difference, difference, over_last, over_one
+from comparison.differences import Difference, over_last, over_one
 from comparison.pages import indented, machines, runs
 from comparison.pictures import draw_costs
 from comparison.pretrained import pretrained_weights, read_copies, write_copies
@@ -40,7 +40,7 @@ from hierens.training.presets import dump_run
 
 DATA = "clothing"
 RESULTS = ROOT / "docs" / "results"
-TREE, LABELS, SINGLE = "tree", "tree-labels", "single"
+TREE, SINGLE = "tree", "single"
 CLASSES = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
 MISSING = "Not run yet."
 ENTRY = gallery.Entry(
@@ -180,11 +180,11 @@ python benchmarks/clothing.py page                       # this page
 
 
 def _accuracy(groups: Mapping[str, Group], directory: Path) -> str:
-    shown = {row: groups[row] for row in (TREE, LABELS, SINGLE, DEEP_ENSEMBLE) if row in groups}
+    shown = {row: groups[row] for row in (TREE, SINGLE, DEEP_ENSEMBLE) if row in groups}
     curves = points(shown, "macs", {})
     if DEEP_ENSEMBLE in curves:
         curves[DEEP_ENSEMBLE] = curves[DEEP_ENSEMBLE][-1:]  # one network is the backbone alone
-    curves |= {f"{row}+": threshold_points(shown[row]) for row in (TREE, LABELS) if row in shown}
+    curves |= {f"{row}+": threshold_points(shown[row]) for row in (TREE,) if row in shown}
     picture = ""
     if curves:
         draw_costs({"million MACs per image": curves}, directory / f"{DATA}.png")
@@ -224,8 +224,6 @@ def _differences(groups: Mapping[str, Group]) -> str:
     found: list[tuple[str, list[Difference]]] = []
     if TREE in groups and SINGLE in groups:
         found.append(("tree minus backbone alone", over_last(groups[TREE], groups[SINGLE])))
-    if TREE in groups and LABELS in groups:
-        found.append(("L_H + L_HD minus L_H", difference(groups[TREE], groups[LABELS])))
     if TREE in groups and DEEP_ENSEMBLE in groups:
         found.append(
             ("tree minus ensemble of three", over_one(groups[TREE], groups[DEEP_ENSEMBLE].mean("accuracy")[-1]))
@@ -244,16 +242,12 @@ they do not include its own variation.
 
 
 def _thresholds(groups: Mapping[str, Group]) -> str:
-    rows = []
-    for row in (TREE, LABELS):
-        if row in groups:
-            group = groups[row]
-            full, all_right = group.macs[-1] / 1e6, group.mean("accuracy")[-1]
-            rows += [
-                (group.name, f"{p.cost:.0f} M", f"{100 * p.cost / full:.0f} %", f"{p.accuracy:.2f}", f"{all_right:.2f}")
-                for p in threshold_points(group)
-            ]
-    header = ("", "mean MACs", "of all", "accuracy (%)", "all four networks (%)")
+    group = groups.get(TREE)
+    rows = [
+        (f"{p.cost:.0f} M", f"{100e6 * p.cost / group.macs[-1]:.0f} %", f"{p.accuracy:.2f}")
+        for p in (threshold_points(group) if group else ())
+    ]
+    header = ("mean MACs", "of all", "accuracy (%)")
     return f"""## Confidence thresholds
 
 Each image exits at the first depth whose confidence reaches its threshold. The thresholds were calibrated on the
