@@ -98,13 +98,41 @@ def test_an_accuracy_out_of_reach_is_refused_with_the_best_one():
 
 
 def test_milliseconds_are_a_budget_too():
-    held_out = dataclasses.replace(made_up(), milliseconds=(2.0, 3.0, 5.0, 9.0))
+    held_out = dataclasses.replace(made_up(), times=torch.tensor([[2.0], [3.0], [5.0], [9.0]]))
     policy = calibrate(None, held_out, milliseconds=4)
     assert expectation(held_out, policy).milliseconds.mean == pytest.approx(4, rel=0.01)
     with pytest.raises(ValueError, match=r"from 2 to 9 milliseconds per image, got 1\.$"):
         calibrate(None, held_out, milliseconds=1)
     with pytest.raises(ValueError, match="timed=True"):
         calibrate(None, made_up(100), milliseconds=4)
+
+
+def test_95_of_100_images_are_faster_than_the_95th_percentile():
+    slow = torch.linspace(0, 1, 20)  # the deepest networks are sometimes slower than their median
+    held_out = dataclasses.replace(made_up(), times=torch.tensor([[2.0], [3.0], [5.0], [9.0]]) + slow)
+    policies = {limit: calibrate(None, held_out, p95_milliseconds=limit) for limit in (3.9, 5.5, 9.6)}
+    for limit, policy in policies.items():
+        left = exits(held_out.certainties(policy.measure), policy.thresholds)
+        seen = held_out.times[left].flatten()  # every image as often as times were measured
+        assert (seen <= limit).double().mean() >= 0.95
+        found = expectation(held_out, policy).p95_milliseconds
+        assert found.mean == seen.sort().values[-(-95 * len(seen) // 100) - 1] <= limit
+    shares = [expectation(held_out, policy).leaves.mean for policy in policies.values()]
+    assert shares == sorted(shares) and shares[0] > 1, "as many networks as the limit allows"
+    with pytest.raises(ValueError, match=r"from 2\.95 milliseconds, .* to 9\.95, if none leaves early, got 1\.$"):
+        calibrate(None, held_out, p95_milliseconds=1)
+
+
+def test_the_error_of_a_time_is_that_of_images_and_of_measurements():
+    held_out = made_up(400)
+    policy = calibrate(None, held_out, budget=200)
+    left = exits(held_out.certainties(policy.measure), policy.thresholds)
+    exact = torch.tensor([2.0, 3.0, 5.0, 9.0])[:, None].expand(4, 30)
+    found = expectation(dataclasses.replace(held_out, times=exact), policy)
+    of_images = float(exact[:, 0].double()[left].std()) / 20
+    assert found.milliseconds.error == pytest.approx(of_images, rel=0.1), "the bootstrap gives what the formula gives"
+    noisy = exact + torch.linspace(-1, 1, 30)
+    assert expectation(dataclasses.replace(held_out, times=noisy), policy).milliseconds.error > 1.1 * of_images
 
 
 @pytest.mark.parametrize("targets", [{}, {"budget": 200, "accuracy": 90}])
@@ -123,7 +151,7 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_time_of_a_depth_is_that_of_an_image_that_leaves_there(kind, monkeypatch):
     model = MODELS[kind]()
-    monkeypatch.setattr(calibration, "median_ms", lambda call, device: float(call().leaves))
+    monkeypatch.setattr(calibration, "call_ms", lambda call, device, seconds: float(call().leaves))
     batch = torch.randn(12, 1, 16, 16), torch.arange(12) % 10
     held_out = collect(model, [batch], timed=True)
     assert held_out.milliseconds == model.sizes and collect(model, [batch]).milliseconds == ()

@@ -6,10 +6,10 @@ Both are computed from a `CalibrationSet`, which `collect` makes in one pass ove
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,16 @@ from hierens.core.labels import as_indices, check_classes, out_of_range
 from hierens.core.modes import evaluating
 from hierens.core.protocol import AdaptiveModel
 from hierens.core.tree import nested_sizes
-from hierens.evaluation.profiling import median_ms
+from hierens.evaluation.profiling import call_ms
 from hierens.evaluation.uncertainty import Measure, certainty
 from hierens.inference.confidence import EVERYBODY, NOBODY, Confidence
 
 # Logarithms of the ratio of the shares of two depths, from all images leaving at the first depth to all at the last.
 _LOWEST, _HIGHEST = -30.0, 30.0
 _LOG_RATIOS = (_LOWEST, *(step / 40 for step in range(-400, 401)), _HIGHEST)
+# Timed calls per depth: at least the first number, then until the time is up, at most the second.
+_LEAST_CALLS, _MOST_CALLS, _SECONDS = 20, 200, 0.2
+TAIL = 0.95  # of `p95_milliseconds`
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class CalibrationSet:
         labels: (N,).
         macs: of every depth, per image.
         sizes: networks (or exits) of every depth; by default those of a tree.
-        milliseconds: time of one image that leaves at every depth; empty if it was not measured.
+        times: milliseconds of single images that leave at each depth, (depths, repeats), ascending in both directions;
+            None if not measured.
     """
 
     logits: Tensor
@@ -46,7 +50,12 @@ class CalibrationSet:
     labels: Tensor
     macs: tuple[int, ...]
     sizes: tuple[int, ...] = ()
-    milliseconds: tuple[float, ...] = ()
+    times: Tensor | None = None
+
+    @cached_property
+    def milliseconds(self) -> tuple[float, ...]:
+        """Median time of one image that leaves at each depth; empty if it was not measured."""
+        return () if self.times is None else tuple(self.times.double().quantile(0.5, dim=1).tolist())
 
     def halves(self, seed: int = 0) -> tuple[CalibrationSet, CalibrationSet]:
         """Two sets of different images, drawn at random, with half of the images of every class in each.
@@ -98,8 +107,8 @@ def collect(model: AdaptiveModel, batches: Iterable[tuple[Tensor, Tensor]], *, t
         if not sum(len(labels) for *_, labels in parts):
             raise ValueError("there is nothing to calibrate on: no labelled image was seen.")
         logits, votes, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        milliseconds = _milliseconds(model, size) if timed else ()
-        return CalibrationSet(logits, votes, labels, model.macs(size), model.sizes, milliseconds)
+        times = _times(model, size) if timed else None
+        return CalibrationSet(logits, votes, labels, model.macs(size), model.sizes, times)
 
 
 def calibrate(
@@ -109,9 +118,10 @@ def calibrate(
     measure: Measure = "probability",
     *,
     milliseconds: float | None = None,
+    p95_milliseconds: float | None = None,
     accuracy: float | None = None,
 ) -> Confidence:
-    """Thresholds for a mean cost per image (budgeted batch classification), or for an accuracy at the lowest cost.
+    """Thresholds for a cost per image (budgeted batch classification), or for an accuracy at the lowest cost.
 
     The method is that of MSDNet (Huang et al., ICLR 2018, arXiv 1703.09844): at each depth, the images with the most
     certain predictions leave. Their shares of all images fall or rise geometrically from depth to depth. The ratio is
@@ -125,6 +135,7 @@ def calibrate(
         measure: of certainty.
         milliseconds: instead of a budget of multiply-accumulates, the mean time of single images, which is measured on
             the model's device; from a `CalibrationSet`, it takes the times that `collect(..., timed=True)` measured.
+        p95_milliseconds: instead of a mean, the 95th percentile of the times of single images, measured likewise.
         accuracy: instead of a budget, the accuracy on the held-out images in percent.
 
     Returns:
@@ -135,9 +146,9 @@ def calibrate(
         ValueError: not exactly one target; a budget below the cost of the first depth or above that of the last; an
             accuracy that no ratio reaches; no measured times; or a model of one depth.
     """
-    if sum(target is not None for target in (budget, milliseconds, accuracy)) != 1:
-        raise ValueError(f"give one of {budget=}, {milliseconds=} and {accuracy=}.")
-    timed = milliseconds is not None
+    if sum(target is not None for target in (budget, milliseconds, p95_milliseconds, accuracy)) != 1:
+        raise ValueError(f"give one of {budget=}, {milliseconds=}, {p95_milliseconds=} and {accuracy=}.")
+    timed = milliseconds is not None or p95_milliseconds is not None
     held_out = batches if isinstance(batches, CalibrationSet) else collect(model, batches, timed=timed)
     _check_depths(held_out)
     certainties = held_out.certainties(measure)
@@ -145,9 +156,11 @@ def calibrate(
         return Confidence(_for_accuracy(held_out, certainties, accuracy), measure)
     if budget is not None:
         return Confidence(_for_budget(certainties, held_out.macs, budget, "MACs"), measure)
+    if held_out.times is None:
+        raise ValueError("times were not measured with this calibration set: use collect(..., timed=True).")
+    if p95_milliseconds is not None:
+        return Confidence(_for_tail(certainties, held_out.times, p95_milliseconds), measure)
     assert milliseconds is not None
-    if not held_out.milliseconds:
-        raise ValueError("milliseconds were not measured with this calibration set: use collect(..., timed=True).")
     return Confidence(_for_budget(certainties, held_out.milliseconds, milliseconds, "milliseconds"), measure)
 
 
@@ -183,13 +196,47 @@ def _for_budget(certainties: Tensor, costs: Sequence[float], budget: float, unit
     least, most = costs[0], costs[-1]
     if not least <= budget <= most:
         raise ValueError(f"the budget must be from {least:.3g} to {most:.3g} {unit} per image, got {budget:.3g}.")
+    return _deepest(certainties, lambda thresholds: mean_cost(certainties, thresholds, costs) <= budget)
+
+
+def _for_tail(certainties: Tensor, times: Tensor, limit: float) -> tuple[float, ...]:
+    """The thresholds with the highest mean cost and a 95th percentile of the times that is not above the limit."""
+    least, most = (float(tail(row, torch.ones_like(row))) for row in (times[:1], times[-1:]))
+    if not least <= limit <= most:
+        raise ValueError(
+            f"the 95th percentile must be from {least:.3g} milliseconds, if all images leave at depth 0, to "
+            f"{most:.3g}, if none leaves early, got {limit:.3g}."
+        )
+
+    def holds(thresholds: Sequence[float]) -> bool:
+        left = exits(certainties, thresholds).bincount(minlength=len(times))
+        return float(tail(times, (left / times.shape[1])[:, None].expand_as(times))) <= limit
+
+    return _deepest(certainties, holds)
+
+
+def tail(times: Tensor, weights: Tensor) -> Tensor:
+    """95th percentile of measured times, given their weights.
+
+    Args:
+        times: (depths, repeats).
+        weights: (..., depths, repeats).
+
+    Returns:
+        The smallest of the times up to which 95 % of the weights are, (...).
+    """
+    order = times.flatten().argsort()
+    reached = weights.double().flatten(-2)[..., order].cumsum(-1)
+    first = (reached >= TAIL * reached[..., -1:] - 1e-9).int().argmax(-1)
+    return times.flatten()[order][first]
+
+
+def _deepest(certainties: Tensor, holds: Callable[[tuple[float, ...]], bool]) -> tuple[float, ...]:
+    """The thresholds of the largest ratio of shares that holds, by bisection."""
     low, high = _LOWEST, _HIGHEST
     for _ in range(60):
         middle = (low + high) / 2
-        if mean_cost(certainties, _thresholds(certainties, middle), costs) <= budget:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if holds(_thresholds(certainties, middle)) else (low, middle)
     return _thresholds(certainties, low)
 
 
@@ -211,15 +258,26 @@ def _for_accuracy(held_out: CalibrationSet, certainties: Tensor, accuracy: float
     )
 
 
-def _milliseconds(model: AdaptiveModel, size: tuple[int, ...]) -> tuple[float, ...]:
-    """Median time of an image (C, H, W) that leaves at each depth; made not to fall from one depth to the next."""
+def _times(model: AdaptiveModel, size: tuple[int, ...]) -> Tensor:
+    """Milliseconds of an image (C, H, W) that leaves at each depth, (depths, repeats), each row sorted.
+
+    Depths take turns, so that other work on the machine affects all alike. No time falls from one depth to the next.
+    """
     parameter = next(model.parameters())
     image = torch.randn(1, *size, device=parameter.device, dtype=parameter.dtype)
-    times = []
-    for depth in range(model.depths):
-        leaving = Confidence(((NOBODY,) * depth + (EVERYBODY,))[: max(model.depths - 1, 1)])
-        times.append(median_ms(partial(leaving, model, image), image.device))
-    return tuple(accumulate(times, max))
+    calls = [
+        partial(Confidence(((NOBODY,) * depth + (EVERYBODY,))[: max(model.depths - 1, 1)]), model, image)
+        for depth in range(model.depths)
+    ]
+    for call in calls * 2:
+        call()  # warm-up: the first calls create kernels and caches
+    rounds: list[list[float]] = []
+    start = time.perf_counter()
+    while len(rounds) < _LEAST_CALLS or (
+        len(rounds) < _MOST_CALLS and time.perf_counter() - start < _SECONDS * model.depths
+    ):
+        rounds.append([call_ms(call, image.device, 0.0) for call in calls])
+    return torch.tensor(rounds).T.sort(1).values.cummax(0).values
 
 
 def exits(certainties: Tensor, thresholds: Sequence[float]) -> Tensor:

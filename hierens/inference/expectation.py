@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hierens.core.tree import nested_sizes
-from hierens.inference.calibration import CalibrationSet, exits
+from hierens.inference.calibration import CalibrationSet, exits, tail
 from hierens.inference.confidence import Confidence
+
+_RESAMPLES = 1000  # of the bootstrap
 
 
 class Estimate(NamedTuple):
@@ -42,15 +45,17 @@ class Expectation:
             Coull, 1998), so that it is not 0 if all predictions are right.
         leaves: networks (or exits) evaluated.
         macs: multiply-accumulates.
-        milliseconds: for single images, if the calibration set has measured times; the standard error does not include
-            that of these times.
+        milliseconds: mean for single images, if the calibration set has measured times. The standard error is a
+            bootstrap's (Efron, 1979), over the images and over the measured times.
+        p95_milliseconds: 95th percentile for single images, likewise.
     """
 
     images: int
     accuracy: Estimate
     leaves: Estimate
     macs: Estimate
-    milliseconds: Estimate | None
+    milliseconds: Estimate | None = None
+    p95_milliseconds: Estimate | None = None
 
 
 def expectation(held_out: CalibrationSet, policy: Confidence) -> Expectation:
@@ -78,6 +83,26 @@ def _expectation(held_out: CalibrationSet, left: Tensor) -> Expectation:
     right = held_out.logits[torch.arange(len(left)), left].argmax(-1) == held_out.labels
     share = (int(right.sum()) + 2) / (len(right) + 4)
     accuracy = Estimate(100 * float(right.double().mean()), 100 * (share * (1 - share) / (len(right) + 4)) ** 0.5)
-    milliseconds = of(held_out.milliseconds) if held_out.milliseconds else None
     sizes = held_out.sizes or nested_sizes(held_out.votes.shape[1])
-    return Expectation(len(left), accuracy, of(sizes), of(held_out.macs), milliseconds)
+    times = () if held_out.times is None else _latencies(held_out.times, left)
+    return Expectation(len(left), accuracy, of(sizes), of(held_out.macs), *times)
+
+
+def _latencies(times: Tensor, left: Tensor) -> tuple[Estimate, Estimate]:
+    """Mean and 95th percentile of the time, given times (depths, repeats) and the depths at which the images left.
+
+    The mean is that of the median times of the depths. Each resample draws images, and at every depth times, with
+    replacement. Only their numbers matter.
+    """
+    depths, repeats = times.shape
+    shares = left.bincount(minlength=depths).double() / len(left)
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.multinomial(len(left), shares.numpy(), _RESAMPLES)) / len(left)
+    of_times = torch.from_numpy(rng.multinomial(repeats, [1 / repeats] * repeats, (_RESAMPLES, depths))) / repeats
+    medians = times.double().gather(1, (of_times.cumsum(2) >= 0.5).int().argmax(2).T).T
+    mean = float((shares * times.double().quantile(0.5, dim=1)).sum())
+    whole = float(tail(times, (shares / repeats)[:, None].expand_as(times)))
+    return (
+        Estimate(mean, float((images * medians).sum(1).std())),
+        Estimate(whole, float(tail(times, images[:, :, None] * of_times).double().std())),
+    )
