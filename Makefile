@@ -57,10 +57,11 @@ upgrade: $(VENV)/.installed ## take the newest versions of everything, into cons
 	mv $(VENV)/constraints.txt constraints.txt
 	@touch $(VENV)/.installed
 
-lint: $(VENV)/.installed ## check style, and which way imports run
+lint: $(VENV)/.installed ## check style, which way imports run, and the Dockerfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/hadolint examples/Dockerfile
 
 format: $(VENV)/.installed ## put style right
 	$(BIN)/ruff check --fix

@@ -369,9 +369,7 @@ def test_the_image_copies_what_is_there_and_does_not_run_as_root():
     lines = [line.split() for line in (EXAMPLES / "Dockerfile").read_text().splitlines()]
     copied = [source for word, *rest in filter(None, lines) if word == "COPY" for source in rest[:-1]]
     assert "hierens" in copied and all((EXAMPLES.parent / source).exists() for source in copied)
-    assert ["USER", "server"] in lines
-    if hadolint := shutil.which("hadolint"):
-        subprocess.run([hadolint, EXAMPLES / "Dockerfile"], check=True)
+    assert ["USER", "1000"] in lines
 
 
 # --- the service ----------------------------------------------------------------------------------------------------
