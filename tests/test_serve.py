@@ -6,10 +6,8 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
