@@ -37,7 +37,7 @@ demo: $(VENV)/.installed ## train a small ensemble on photographs of clothes, on
 	$(BIN)/hierens demo
 
 test: $(VENV)/.installed ## run the tests
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 --sample
 
 test-fast: $(VENV)/.installed ## run the tests of the core alone, while you work
 	$(RUN) -m pytest --numprocesses 2 $(FAST_TESTS:%=tests/test_%.py)

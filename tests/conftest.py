@@ -2,7 +2,10 @@
 
 import copy
 import os
+import subprocess
+import zlib
 from functools import cache, cached_property
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,6 +19,25 @@ from support.families import FAMILIES, FAMILIES_OF_A_RUN
 from support.networks import independent_tree, tiny_backbone, with_statistics
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+PARTS = 4
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sample", action="store_true", help="run a quarter of the tests that are marked `sampled`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With `--sample`, select a quarter of the tests that are marked `sampled`: another one for each commit."""
+    if not config.getoption("sample"):
+        return
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    turn = zlib.crc32(head.stdout.encode())
+
+    def is_drawn(item):
+        return item.get_closest_marker("sampled") is None or (zlib.crc32(item.nodeid.encode()) + turn) % PARTS == 0
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_drawn(item)])
+    items[:] = [item for item in items if is_drawn(item)]
 
 
 @pytest.fixture(autouse=True)

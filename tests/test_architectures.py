@@ -29,6 +29,7 @@ def make(name, **kwargs):
     return timm.create_model(name, num_classes=1000 if "mobilenet" in name else 100, seed=0, **kwargs).eval()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", MACS)
 def test_networks_are_those_of_the_tables(name):
     model = make(name)
@@ -51,6 +52,7 @@ def test_costs_are_in_the_ranges_that_the_paper_gives():
     assert MACS["hne_resnet50_cifar"][4] > 250e6, "or all 16 could have been plotted"
 
 
+@pytest.mark.sampled
 def test_branches_are_independent_and_seeded():
     one, same, other = (timm.create_model("hne_resnet50_cifar_small", leaves=4, seed=seed) for seed in (1, 1, 2))
     name = "levels.4.3.layer4.0.conv1.weight"
@@ -61,6 +63,7 @@ def test_branches_are_independent_and_seeded():
     assert not one.symmetric and one.num_classes == 10
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["hne_resnet50_cifar_small", "hne_mobilenetv2_075"])
 def test_arguments_reach_the_backbone_and_models_come_back_from_disk(name, tmp_path):
     model = timm.create_model(name, num_classes=5, in_chans=1, drop_rate=0.1, leaves=3).eval()

@@ -138,6 +138,7 @@ def test_a_finished_part_stays_and_missing_ones_are_made(model_dir, folder, undi
     assert (tmp_path / "part-00001.parquet").stat().st_mtime_ns == kept
 
 
+@pytest.mark.sampled
 def test_other_settings_are_refused(model_dir, folder, undisturbed, tmp_path):
     before = parts(undisturbed)
     other = hierens.from_pretrained(model_dir)
@@ -158,6 +159,7 @@ def test_other_settings_are_refused(model_dir, folder, undisturbed, tmp_path):
     assert parts(undisturbed) == before
 
 
+@pytest.mark.sampled
 def test_bad_settings_are_refused_before_any_work(model_dir, folder, tmp_path):
     policy = tmp_path / "clock.json"
     save_policy(Deadline(10), tmp_path).rename(policy)
@@ -279,6 +281,7 @@ def together(processes, chosen, count):
     return [processes(chosen, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
 
 
+@pytest.mark.sampled
 def test_two_processes_write_what_one_writes(model_dir, folder, undisturbed, tmp_path, processes):
     both = together(processes, settings(model_dir, tmp_path, folder), 2)
     for process in both:
@@ -287,6 +290,7 @@ def test_two_processes_write_what_one_writes(model_dir, folder, undisturbed, tmp
     assert parts(tmp_path) == parts(undisturbed)
 
 
+@pytest.mark.sampled
 def test_killed_and_resumed_by_another_number_of_processes(model_dir, tmp_path, processes):
     (tmp_path / "images").mkdir()
     for number in range(150):

@@ -62,6 +62,7 @@ def test_the_tree_and_the_backbones_come_before_the_rest():
     assert list(recipes.queue("clothing", ["single"], [1])) == [("single", 1)]
 
 
+@pytest.mark.sampled
 def test_the_tree_fits_into_thirty_megabytes_of_half_precision():
     model = recipes.RECIPES["clothing"].model
     backbone = timm.create_model(model.backbone, num_classes=len(clothing.CLASSES))

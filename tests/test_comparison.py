@@ -56,6 +56,7 @@ def test_rows_differ_from_the_recipe_in_what_they_name_alone(row):
     assert changed <= {*recipes.ROWS[row].changes, "seed", "output_dir"} | started
 
 
+@pytest.mark.sampled
 def test_rows_are_trained_and_recorded_once(digits, tmp_path):
     rows = ("tree-distilled", "single-24", "exits-ensemble", "tree-with-exits")
     train_missing("digits", "", tmp_path / "runs", rows)

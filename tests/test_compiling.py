@@ -48,6 +48,7 @@ def test_a_fused_model_in_half_precision_compiles():
     torch.testing.assert_close(compiled(x, depth=1), fused(x, depth=1), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.sampled
 def test_training_compiles_too():
     model, x = shared_tree("resnet10t", 3)
     counter = CompileCounter()
@@ -57,6 +58,7 @@ def test_training_compiles_too():
     assert counter.frame_count == 2
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 def test_code_is_generated_for_a_fused_model():
     """With Inductor, code generation and all; slow, so for one small model."""
@@ -66,6 +68,7 @@ def test_code_is_generated_for_a_fused_model():
     assert close(compiled(x, depth=1), fused(x, depth=1))
 
 
+@pytest.mark.sampled
 def test_trees_with_exits_compile_as_depths_do():
     model = hierens.tree_with_exits(tiny_backbone(), 3).eval()
     counter, x = CompileCounter(), torch.randn(4, 1, 16, 16)

@@ -169,6 +169,7 @@ def test_what_cannot_be_cut_says_why(call, message):
         call()
 
 
+@pytest.mark.sampled
 def test_lists_that_a_backbone_writes_into_are_traced_to_their_makers():
     """HRNet's modules replace the entries of the list that the module before returned."""
     with torch.device("meta"):

@@ -83,6 +83,7 @@ def certainties(model, images, depth, measure):
     return certainty(model(images, depth=depth), leaf_logits.argmax(-1), measure)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "measure"), CASES)
 def test_the_graph_decides_as_the_policy(name, measure, exported):
     model, folder = exported(name, Confidence((0.5,), measure))

@@ -67,6 +67,7 @@ def exported(tmp_path_factory):
     return get
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "format"), CASES)
 def test_every_depth_answers_as_the_model(name, format, exported):
@@ -122,6 +123,7 @@ def test_manifest_and_what_stays_as_it_was(tmp_path):
     assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["tree", "ensemble"])
 def test_batch_norms_of_blocks_are_folded(name, exported):
     model, folder = exported(name, "onnx")
@@ -139,6 +141,7 @@ def test_files_name_nothing_of_this_machine(name, format, exported):
         assert hierens.__path__[0].encode() not in file.read_bytes(), file
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 def test_int8_is_close_and_small(tmp_path):
     needs("onnx")

@@ -261,6 +261,7 @@ def test_rounds_of_loading_and_casting_answer_right_in_constant_memory(small, ro
     assert resident[1] <= 1.01 * resident[0]
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 def test_weights_are_held_at_most_twice():
     """By the fused model itself: it shares nothing with the model that it was made from."""
@@ -309,6 +310,7 @@ def test_sets_of_branches_that_take_turns_do_not_push_each_other_out(monkeypatch
     assert not made and len(layer._kernels) == 8, "a walk leaf by leaf finds room for all"
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 def test_threads_share_a_fused_model(small):
     model, x = small

@@ -70,6 +70,7 @@ def quick(monkeypatch):
     )
 
 
+@pytest.mark.sampled
 def test_speed_is_measured_bit_by_bit(tmp_path, quick):
     options = {"precisions": ("bf16",), "batch_sizes": (2,)}
     assert run("speed", tmp_path, minutes=0.0, **options) == "5 cells: speed again"
@@ -130,6 +131,7 @@ def test_precisions_are_put_back():
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
+@pytest.mark.sampled
 def test_switching_is_measured(tmp_path):
     assert run("switching", tmp_path, batch_sizes=(1,)) == ""
     rows = {row["cell"]: row for row in written(tmp_path, "switching")["rows"]}
@@ -301,6 +303,7 @@ def test_a_batch_is_fetched_whole():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 def test_steps_that_are_stopped_end_in_the_weights_of_one_that_is_not(folders, tmp_path):
     options = {"data_dir": str(folders), "epochs": 3, "train_precision": "no"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -341,6 +344,7 @@ def test_the_learning_rate_falls_over_the_whole_training_however_it_is_cut(folde
     assert rates == pytest.approx((0.05 * (1 + torch.cos(torch.pi * steps))).tolist(), abs=1e-6)
 
 
+@pytest.mark.sampled
 def test_a_step_is_over_before_its_limit(folders, tmp_path, monkeypatch):
     options = {"data_dir": str(folders), "epochs": 50, "train_precision": "no"}
     run("plan", tmp_path, **options)
@@ -425,6 +429,7 @@ def test_the_page_is_made_of_the_results_that_are_there(tmp_path):
     assert made == (gpu.ROOT / "docs" / "results" / "gpu.md").read_text(), "run: python benchmarks/gpu.py report"
 
 
+@pytest.mark.sampled
 def test_steps_are_told_on_the_command_line():
     settings = tyro.cli(gpu.Settings, args=["train-labels-2", "--tiny", "--batch-sizes", "1", "2", "--minutes", "4"])
     assert (settings.step, settings.tiny, settings.batch_sizes, settings.minutes) == ("train-labels-2", True, (1, 2), 4)

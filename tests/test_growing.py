@@ -44,6 +44,7 @@ def check_grown(old, new, x):
     assert upper + lower == old.branch_macs(size)[-1] and min(upper, lower) > 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", FAMILIES)
 def test_growth_is_exact_and_survives_saving(name, tmp_path):
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ def check(kind, count, folder, seed, cpu_seconds):
     assert len(summary(outcomes, folder)) > 3, "the attacks differ"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", SAMPLE)
 def test_untrusted_files_load_or_raise_one_line(kind, tmp_path, cpu_seconds):
     check(kind, SAMPLE[kind], tmp_path, 0, cpu_seconds)

@@ -381,6 +381,7 @@ def answer(model, x):
         return [model(x, depth=depth) for depth in range(model.depths)]
 
 
+@pytest.mark.sampled
 def test_models_go_to_spawned_workers():
     models = [tree("grouped"), tree().at_depth(1), tree().fuse()]
     with multiprocessing.get_context("spawn").Pool(1) as workers:
@@ -390,6 +391,7 @@ def test_models_go_to_spawned_workers():
             assert torch.equal(there[depth], logits)
 
 
+@pytest.mark.sampled
 def test_ray_stores_models():
     """Ray pickles by cloudpickle and hands out buffers that cannot be written."""
     ray = pytest.importorskip("ray")

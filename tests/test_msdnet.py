@@ -77,6 +77,7 @@ def images(count=3, **kwargs):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1), **kwargs)
 
 
+@pytest.mark.sampled
 @torch.no_grad()
 def test_a_multi_exit_network_has_its_own_exits(tmp_path):
     network, x = small(), images()
@@ -98,6 +99,7 @@ def test_a_multi_exit_network_has_its_own_exits(tmp_path):
     assert {f"{name}.weight" for name in model.pretrained_cfg["classifier"]} <= model.state_dict().keys()
 
 
+@pytest.mark.sampled
 def test_collaboration_is_as_wide_as_what_the_next_classifier_reads():
     with torch.device("meta"):
         large = timm.create_model("msdnet_imagenet_4")

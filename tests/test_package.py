@@ -27,6 +27,7 @@ def names(requirements):
     return {line.partition(">")[0].partition("=")[0].partition("[")[0] for line in requirements}
 
 
+@pytest.mark.sampled
 def test_a_plain_install_needs_six_packages_and_imports_no_more():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert names(project["dependencies"]) == {

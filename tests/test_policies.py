@@ -48,6 +48,7 @@ def test_images_can_leave_an_anytime_walk(model, images):
     assert step.leaves == 8
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "args"),
     [

@@ -48,6 +48,7 @@ def survive(folder, kills, seed):
     return loaded, json.loads(writer.stdout.readline())
 
 
+@pytest.mark.sampled
 def test_readers_get_a_model_whole_while_its_writer_is_killed(tmp_path):
     loaded, hit = survive(tmp_path, kills=4, seed=int.from_bytes(os.urandom(2), "big"))
     assert sum(loaded.values()) > 8 and sum(hit.values()) == 4

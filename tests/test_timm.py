@@ -56,6 +56,7 @@ def test_classifiers_of_distilled_backbones_are_named_replaced_and_loaded(distil
             assert {f"{name}.weight" for name in network.pretrained_cfg["classifier"]} <= network.state_dict().keys()
 
 
+@pytest.mark.sampled
 def test_stems_of_several_convolutions_are_adapted_to_grey_images(tmp_path):
     model = hierens.hierensify(made("repvgg_a0"), 2)
     model.save_pretrained(tmp_path)

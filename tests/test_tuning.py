@@ -98,6 +98,7 @@ for size in range(8, 16):
 """
 
 
+@pytest.mark.sampled
 def test_processes_that_tune_at_once_lose_nothing_of_each_other(tmp_path):
     file, pipes = tmp_path / "tuning.json", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([sys.executable, "-c", TUNE, str(n), str(file)], **pipes) for n in range(2)]

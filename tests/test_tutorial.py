@@ -48,6 +48,7 @@ def run_page(run_command):
             assert forms(printed)[-len(shown) :] == shown, f"the page shows\n{block}\nafter what printed\n{printed}"
 
 
+@pytest.mark.sampled
 def test_each_block_prints_what_is_shown(tmp_path, monkeypatch):
     def run_command(command):
         if command.startswith((SERVE, ASK)):

@@ -107,6 +107,7 @@ def test_unknown_tensors_are_named(name):
 # --- real weights in a tree -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @needs_weights
 def test_conversion_of_real_weights_is_exact_at_every_depth(imagenet_weights, photographs):
     backbone = with_weights(imagenet_weights)
@@ -122,6 +123,7 @@ def test_conversion_of_real_weights_is_exact_at_every_depth(imagenet_weights, ph
             assert torch.allclose(model(photographs, depth=depth), expected, atol=1e-4), depth
 
 
+@pytest.mark.sampled
 @needs_weights
 def test_symmetry_of_real_weights_breaks_by_the_seed_alone(imagenet_weights):
     models = [hierens.hierensify(with_weights(imagenet_weights), blocks=3) for _ in range(3)]

@@ -35,11 +35,13 @@ sampled = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sampled
 @sampled
 def test_sampled_families_convert_exactly(name):
     check(zoo.examine(name, thorough=False))
 
 
+@pytest.mark.sampled
 @sampled
 def test_gradients_do_not_depend_on_the_executor(name):
     backbone = timm.create_model(name, num_classes=10)

@@ -45,6 +45,7 @@ assert not {HEAVY}, {HEAVY}
     assert all(f"usage: hierens {name}" in done.stdout for name in cli.COMMANDS)
 
 
+@pytest.mark.sampled
 def test_the_public_names_are_there_in_the_program_too():
     code = """
 import sys, _hierens_cli, hierens

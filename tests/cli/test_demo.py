@@ -46,6 +46,7 @@ def test_it_ends_in_one_table_the_picture_and_the_next_step(done):
     assert ending[-2:] == [f"picture: {directory / 'accuracy.png'}", next_step]
 
 
+@pytest.mark.sampled
 def test_the_differences_are_those_of_the_models_that_it_left(done):
     directory, result = done
     record, images = json.loads(result.out), create_held_out(preset("demo").data)

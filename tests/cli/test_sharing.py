@@ -15,6 +15,7 @@ from support.hub_server import hub_server
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.sampled
 def test_exporting_writes_a_file_per_depth(trained, tmp_path):
     pytest.importorskip("onnxscript")
     directory, *_ = trained
@@ -34,6 +35,7 @@ def test_exporting_with_a_policy_writes_one_graph(trained, tmp_path):
     assert json.loads(done.out)["files"] == [str(out / "export.json"), str(out / "model.onnx")]
 
 
+@pytest.mark.sampled
 def test_pushing_takes_results_and_policy_along(trained, tmp_path):
     """In a process of its own, since the Hub's address is read when huggingface_hub is imported."""
     directory, *_ = trained

@@ -119,6 +119,7 @@ def survive(launcher, undisturbed, directory, kills, cuts, seed):
         assert expected is not None or lost <= 0
 
 
+@pytest.mark.sampled
 def test_killed_and_resumed_ends_in_the_same_bits(launcher, undisturbed, tmp_path):
     survive(launcher, undisturbed, tmp_path, kills=3, cuts=1, seed=time.time_ns() % 1000)
 
@@ -192,6 +193,7 @@ def test_damaged_checkpoints_are_named_and_put_aside(tmp_path, capsys):
     assert newest_checkpoint(tmp_path) is None
 
 
+@pytest.mark.sampled
 def test_the_best_stays_and_is_a_model(tmp_path):
     run = trainer(tmp_path, epochs=4, lr=0.05, keep_checkpoints=1)
     validate = run._validate
@@ -233,6 +235,7 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("resume", "optimizer"), [("auto", "adamw"), ("step-000000007", "adamw"), ("nowhere", "sgd")])
 def test_a_refused_resume_changes_nothing(launcher, tmp_path, resume, optimizer):
     short = {"blocks": 2, "epochs": 1, "batch_size": 64, "checkpoint_steps": 7}

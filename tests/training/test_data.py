@@ -187,6 +187,7 @@ def batches(epochs, workers=0, skip=0, seed=0):
     return found
 
 
+@pytest.mark.sampled
 def test_order_and_augmentation_repeat_with_any_workers_and_after_a_resume():
     reference = batches([0, 1])
     assert len(reference) == 12

@@ -378,6 +378,7 @@ def test_pixels_are_counted_before_anything_is_decoded(monkeypatch):
         assert raised.value.too_large
 
 
+@pytest.mark.sampled
 def test_damaged_exif_and_transparent_palettes_raise_no_warnings(tmp_path):
     for number, (data, _) in enumerate(CASES.values()):
         (tmp_path / f"{number}.png").write_bytes(data)

@@ -12,6 +12,7 @@ SHORT = {"blocks": 2, "epochs": 2, "batch_size": 64, "checkpoint_steps": 5, "log
 REFUSED = "another run is writing to {}: wait until it ends, or choose another output_dir."
 
 
+@pytest.mark.sampled
 def test_a_second_run_is_told_and_a_killed_one_does_not_stop_the_next(launcher, tmp_path):
     first = launcher.start(tmp_path, SHORT | {"workers": 2})
     wait_for_log(tmp_path, 7)
@@ -25,6 +26,7 @@ def test_a_second_run_is_told_and_a_killed_one_does_not_stop_the_next(launcher, 
     assert "resuming from" in third.finish()
 
 
+@pytest.mark.sampled
 def test_several_processes_of_one_run_share_it(launcher, tmp_path):
     for run in launcher.start_several(2, tmp_path, SHORT | {"epochs": 1}):
         run.finish()

@@ -31,6 +31,7 @@ def run(directory, model=None, **settings):
     )
 
 
+@pytest.mark.sampled
 def test_the_recipe_learns_digits_at_every_exit(tmp_path):
     recipe = run(tmp_path, {"backbone_args": {"channels": [8, 16, 32]}, "head": "conv"}, epochs=6)
     model, record = train(recipe)
@@ -43,6 +44,7 @@ def test_the_recipe_learns_digits_at_every_exit(tmp_path):
     assert results["leaves"] == [1, 2, 3] and results["macs"] == list(model.macs())
 
 
+@pytest.mark.sampled
 def test_a_resumed_run_repeats_an_undisturbed_one_bit_for_bit(tmp_path, monkeypatch):
     """With all there is: learned weights, the ensemble's loss, distillation, an average of the weights, mixup."""
     weighing = {"exit_weights": "linear_rising", "learn_weights": True, "exit_average": "probabilities"}
@@ -70,6 +72,7 @@ def test_boosted_exits_are_made_by_flag(tmp_path):
     assert not create_ensemble(run(tmp_path), 10).boosted
 
 
+@pytest.mark.sampled
 def test_a_second_stage_goes_on_from_the_first(tmp_path):
     first, _ = train(run(tmp_path / "first", {"collaborate": False}, objective="independent"))
     assert not first.collaborate
@@ -83,6 +86,7 @@ def test_a_second_stage_goes_on_from_the_first(tmp_path):
         assert torch.allclose(parameter, named[name], atol=1e-5), name
 
 
+@pytest.mark.sampled
 def test_a_tree_with_exits_learns_by_the_same_trainer(tmp_path):
     tree = {**WITH_EXITS, "backbone_args": {"channels": [8, 16, 32]}, "blocks": 3, "head": "conv"}
     objective = {"objective": "independent+hierarchical_codistillation", "alpha": 0.5, "gradient_equilibrium": False}
@@ -107,6 +111,7 @@ def test_flags_alone_train_a_multi_exit_network(tmp_path):
     assert isinstance(model, hierens.MultiExit) and model.leaves == 2
 
 
+@pytest.mark.sampled
 def test_the_second_stage_trains_new_classifiers_with_the_first_as_teacher(tmp_path):
     """With the settings of the preset `imta-stage2`, on digits."""
     stage = PRESETS["imta-stage2"]

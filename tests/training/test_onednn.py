@@ -51,6 +51,7 @@ def test_only_models_with_such_a_layer_pay(small_backbone):
     assert not isinstance(subsampled_convolutions(hierens.hierensify(small_backbone, 2)), SubsampledConvolutions)
 
 
+@pytest.mark.sampled
 def test_training_does_not_reach_the_kernel(tmp_path):
     """With the instruction set whose kernel is at fault; a CPU without it runs what it has."""
     short = {"epochs": 1, "backbone_args": {"channels": [4, 6, 8]}}

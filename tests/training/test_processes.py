@@ -54,6 +54,7 @@ def alone(launcher, tmp_path_factory):
     return curve
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_train_as_one(launcher, alone, tmp_path, processes):
     train(launcher, tmp_path, processes)
@@ -61,6 +62,7 @@ def test_several_processes_train_as_one(launcher, alone, tmp_path, processes):
     check_validation(tmp_path)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_another_number_of_processes_goes_on(launcher, alone, tmp_path, before, after):
     outputs = train(launcher, tmp_path, before, stop_after=3)
@@ -69,6 +71,7 @@ def test_another_number_of_processes_goes_on(launcher, alone, tmp_path, before, 
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.sampled
 def test_shared_out_weights_train_as_whole_ones(launcher, alone, tmp_path):
     """FSDP on two processes: the curve of one, through a stop, and a model that loads without any process group."""
     outputs = train(launcher, tmp_path, 2, stop_after=3, ACCELERATE_USE_FSDP="true")
@@ -93,6 +96,7 @@ def test_what_sharding_cannot_do_is_refused(launcher, tmp_path, settings, messag
     assert run.wait() == 1 and "ValueError: " in run.output and message in run.output
 
 
+@pytest.mark.sampled
 def test_a_run_goes_on_as_it_was_shared_out(launcher, tmp_path):
     train(launcher, tmp_path, 2, stop_after=3)
     runs = launcher.start_several(2, tmp_path, SHORT, ACCELERATE_USE_FSDP="true")
@@ -100,6 +104,7 @@ def test_a_run_goes_on_as_it_was_shared_out(launcher, tmp_path):
     assert "was written without FSDP, this run trains with FSDP" in runs[0].output
 
 
+@pytest.mark.sampled
 def test_processes_train_again_and_again_each_time_as_asked(launcher, alone, tmp_path):
     """Four runs in the same two processes: shared out as they were launched, once more, told not to, and told to."""
     asked = {"sharded": ["", "", "false", "true"]}

@@ -17,6 +17,7 @@ from hierens.training.signals import StopSignals, TrainingInterrupted
 from support.runs import log, made_up_data, trainer, wait_for_log, weights
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
 def test_a_signal_ends_the_run_after_its_step(launcher, short_run, tmp_path, number, workers):
     settings, undisturbed = short_run

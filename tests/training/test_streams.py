@@ -66,6 +66,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.sampled
 def test_a_run_stopped_within_an_epoch_ends_in_the_same_bits(shards, tmp_path):
     def trained(output, stop_at=None):
         reset_accelerator()
@@ -109,6 +110,7 @@ def test_the_order_depends_on_workers_and_says_so(shards):
     assert not same(epochs(config(shards), [0])[0], epochs(config(shards, 2), [0])[0])
 
 
+@pytest.mark.sampled
 def test_two_processes_share_shards_without_waiting_for_each_other(shards, tmp_path):
     """Shards do not divide evenly in validation (3 of them), and batches are counted over both processes."""
     settings = json.dumps(dataclasses.asdict(config(shards)))

@@ -19,6 +19,7 @@ from hierens.training.divergence import TrainingDivergedError
 from support.runs import log, made_up_data, trainer, weights
 
 
+@pytest.mark.sampled
 def test_workers_do_not_change_the_result(launcher, short_run, tmp_path):
     settings, undisturbed = short_run
     launcher.start(tmp_path, settings | {"workers": 2}).finish()
@@ -59,6 +60,7 @@ def test_negative_and_large_seeds_are_seeds_like_others(tmp_path):
     assert not any(torch.equal(found[a], found[b]) for a, b in itertools.combinations(found, 2))
 
 
+@pytest.mark.sampled
 def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(tmp_path):
     full = trainer(tmp_path / "full", ema_decay=0.9)
     history = full.fit()
@@ -170,6 +172,7 @@ def test_layer_decay_slows_the_first_levels(tmp_path):
     assert all(tuple(group["betas"]) == (0.8, 0.9) for group in run.optimizer.param_groups)
 
 
+@pytest.mark.sampled
 def test_everything_together_resumes_in_the_same_bits(tmp_path):
     """Mixup, cutmix, teachers, gradient equilibrium and schedules that move: stopped after an epoch and resumed."""
     settings = {
