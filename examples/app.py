@@ -34,7 +34,7 @@ from hierens.core.install import install_command
 from hierens.training.config import DataConfig
 from hierens.training.data.builtin import CLASSES, fashion_mnist, read_built_in
 from hierens.training.data.decoding import DecodingError, create_decoder, decode
-from hierens.training.data.loaders import create_transform
+from hierens.training.data.transforms import create_transform
 from hierens.training.preprocessing import data_config, label_names
 
 try:

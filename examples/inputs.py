@@ -22,9 +22,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hierens.training.config import DataConfig
 from hierens.training.data.decoding import Source, create_decoder
-from hierens.training.data.loaders import class_names, create_held_out, create_transform
+from hierens.training.data.loaders import class_names, create_held_out
 from hierens.training.data.splits import images_below
 from hierens.training.data.streams import hugging_face_bytes
+from hierens.training.data.transforms import create_transform
 from hierens.training.data.unreadable import UnreadableImageError
 
 

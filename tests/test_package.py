@@ -1,5 +1,6 @@
-"""What a plain install brings: six packages, and nothing of the extras, nor of compilers, is imported with hierens."""
+"""What a plain install brings, six packages and no more imports than those; and how long files and functions are."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -91,3 +92,20 @@ def test_the_versions_that_are_installed_are_those_that_are_allowed():
         for pin in found:
             (version,) = (specifier.version for specifier in pin.specifier)
             assert requirement.specifier.contains(version, prereleases=True), f"{requirement}, but {pin}"
+
+
+def test_files_and_functions_read_in_a_sitting():
+    files = {path: path.read_text() for path in (ROOT / "hierens").rglob("*.py")}
+    assert len(files) > 100 and not [path for path, text in files.items() if text.count("\n") > 350]
+    functions = [
+        (path.name, node)
+        for path, text in files.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert not [(file, node.name) for file, node in functions if _lines_without_docstring(node) > 50]
+
+
+def _lines_without_docstring(node):
+    docstring = ast.get_docstring(node, clean=False)
+    return node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)

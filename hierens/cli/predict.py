@@ -51,8 +51,8 @@ def predict(arguments: Sequence[str]) -> None:
 
     from hierens.core.labels import check_classes
     from hierens.training.data.decoding import create_decoder
-    from hierens.training.data.loaders import create_transform
     from hierens.training.data.splits import images_below
+    from hierens.training.data.transforms import create_transform
     from hierens.training.preprocessing import data_config, label_names
 
     files = [file for name in settings.images for file in (images_below(name) if Path(name).is_dir() else [name])]

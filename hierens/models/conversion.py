@@ -182,11 +182,7 @@ def multi_exit(
     if boosted and (weights is not None or learn_weights):
         raise ValueError("boosted exits are sums already, and have no weights: omit boosted, or the weights.")
     backbone = copy.deepcopy(_one_answer(described(backbone, classifier, input_size)))
-    if num_classes is not None and num_classes != timm_info.num_classes(backbone):
-        if timm_info.description(backbone):
-            raise CutError("num_classes is for timm models: call reset_classifier of the result instead.")
-        reset: Callable[[int], None] = backbone.reset_classifier  # type: ignore[assignment]
-        reset(num_classes)
+    _reset_classifier(backbone, num_classes)
     check_classes(backbone, "a multi-exit network")
     at, early = _own_exits(backbone, exits, at, head)
     cutting = cut(backbone, 4 if exits is None else exits, at, single=True, counted="exits")
@@ -216,6 +212,16 @@ def multi_exit(
     )
     _copy_buffers(backbone, model)
     return model.train(backbone.training)
+
+
+def _reset_classifier(backbone: nn.Module, num_classes: int | None) -> None:
+    """Give a timm model new classifiers, if it is to have another number of classes."""
+    if num_classes in (None, timm_info.num_classes(backbone)):
+        return
+    if timm_info.description(backbone):
+        raise CutError("num_classes is for timm models: call reset_classifier of the result instead.")
+    reset: Callable[[int | None], None] = backbone.reset_classifier  # type: ignore[assignment]
+    reset(num_classes)
 
 
 def _own_exits(

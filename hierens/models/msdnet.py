@@ -7,7 +7,6 @@ on, so that also early exits see coarse features. Fine scales end when no later 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from hierens.models.msdnet_layers import Classifier, Layer, Maps, Stem, Transition, Widths
+from hierens.models.msdnet_layers import Classifier, Maps, Stem, Widths, dense_blocks
 from hierens.models.small_resnets import CIFAR
 
 __all__ = [
@@ -121,22 +120,10 @@ class MSDNet(nn.Module):
         depths = [base, *(step if growth == "even" else step * i + 1 for i in range(1, blocks))]
         self.blocks, self.exits = nn.ModuleList(), nn.ModuleList()
         self.feature_info: list[dict[str, Any]] = []
-        interval = math.ceil(sum(depths) / len(widths.scales))
-        scales_in, layer = len(widths.scales), 0
-        for index, depth in enumerate(depths):
-            parts: list[nn.Module] = []
-            for _ in range(depth):
-                scales_out = len(widths.scales) - layer // interval
-                parts.append(Layer(widths, channels, scales_in, scales_out))
-                channels, layer = channels + growth_rate, layer + 1
-                if scales_out < scales_in:
-                    reduced = math.floor(reduction * channels)
-                    parts.append(Transition(widths.scales[-scales_out:], channels, reduced))
-                    channels, scales_in = reduced, scales_out
-            coarsest = channels * widths.scales[-1]
-            self.blocks.append(nn.Sequential(*parts))
+        scale = (4 if large_images else 1) * 2 ** (len(widths.scales) - 1)
+        for index, (block, coarsest) in enumerate(dense_blocks(widths, channels, depths, reduction)):
+            self.blocks.append(block)
             self.exits.append(Classifier(coarsest, exit_width or coarsest, num_classes, drop_rate))
-            scale = (4 if large_images else 1) * 2 ** (len(widths.scales) - 1)
             self.feature_info.append({"num_chs": coarsest, "reduction": scale, "module": f"blocks.{index}"})
         self.num_features, self.head_hidden_size = coarsest, self.exits[-1].width
         for module in self.modules():

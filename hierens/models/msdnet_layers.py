@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -130,3 +131,30 @@ class Classifier(nn.Module):
         """Logits (N, classes), or pooled features, from the map of the coarsest scale."""
         x = self.drop(self.pool(self.convs(x)))
         return x if pre_logits else self.fc(x)
+
+
+def dense_blocks(
+    widths: Widths, channels: int, depths: Sequence[int], reduction: float
+) -> Iterator[tuple[nn.Sequential, int]]:
+    """The blocks of an MSDNet, each with the number of channels of its coarsest map.
+
+    Args:
+        widths: of layers and bottlenecks.
+        channels: of the stem at the finest scale.
+        depths: layers of each block.
+        reduction: share of the channels that is kept where a scale ends: after every third of the layers, if there are
+            three scales.
+    """
+    interval = math.ceil(sum(depths) / len(widths.scales))
+    scales_in, layer = len(widths.scales), 0
+    for depth in depths:
+        parts: list[nn.Module] = []
+        for _ in range(depth):
+            scales_out = len(widths.scales) - layer // interval
+            parts.append(Layer(widths, channels, scales_in, scales_out))
+            channels, layer = channels + widths.growth, layer + 1
+            if scales_out < scales_in:
+                reduced = math.floor(reduction * channels)
+                parts.append(Transition(widths.scales[-scales_out:], channels, reduced))
+                channels, scales_in = reduced, scales_out
+        yield nn.Sequential(*parts), channels * widths.scales[-1]

@@ -10,7 +10,7 @@ from PIL import Image
 
 import hierens
 from hierens.training.config import to_json
-from hierens.training.data.loaders import create_transform
+from hierens.training.data.transforms import create_transform
 from hierens.training.preprocessing import data_config, label_names
 from hierens.training.presets import PRESETS
 

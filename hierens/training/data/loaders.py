@@ -6,7 +6,7 @@ resumed, nor, except for streams, on the number of workers or processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,7 @@ import timm.data
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
-from PIL import Image
-from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader
-from torchvision import transforms as T
 
 from hierens.core.install import install_command
 from hierens.training.config import DataConfig
@@ -35,6 +32,7 @@ from hierens.training.data.splits import (
     split_folder,
 )
 from hierens.training.data.streams import Stream, TrainStream
+from hierens.training.data.transforms import create_transform
 from hierens.training.data.unreadable import Unreadable
 
 BUILT_IN = tuple(CLASSES)
@@ -139,33 +137,6 @@ def check_division(batch_size: int, val_batch_size: int, processes: int) -> None
             raise ValueError(f"{name}: {size} images per micro-batch cannot be divided over {processes} processes.")
 
 
-def create_transform(config: DataConfig, training: bool) -> Callable[[Image.Image], torch.Tensor]:
-    """A PIL image -> a normalised tensor (C, H, W)."""
-    channels, height, width = config.input_size
-    mean, std = (_per_channel(values, channels) for values in (config.mean, config.std))
-    if config.augment == "imagenet":
-        return timm.data.create_transform(
-            config.input_size,
-            is_training=training,
-            hflip=config.hflip,
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
-            re_prob=config.random_erasing,
-            interpolation=config.interpolation,
-            crop_pct=config.crop_pct,
-            mean=mean,
-            std=std,
-        )
-    steps: list[Any] = [_Fit((height, width), config.pad, T.InterpolationMode(config.interpolation))]
-    if training and config.augment == "crop_flip":
-        steps.append(T.RandomCrop((height, width), padding=config.pad))
-        steps.append(T.RandomHorizontalFlip(config.hflip))
-    steps += [T.ToTensor(), T.Normalize(mean, std)]
-    if training and config.random_erasing:
-        steps.append(RandomErasing(config.random_erasing, mode="const", device="cpu"))
-    return T.Compose(steps)
-
-
 def class_names(dataset: Any) -> list[str] | None:
     """The class names of a data set of `create_datasets` or of a loader's `dataset`, if it has any."""
     if isinstance(dataset, SeededDataset | HeldOutDataset):
@@ -193,24 +164,6 @@ def count_classes(dataset: Any) -> int:
     if isinstance(dataset, ArrayImages):
         return int(dataset.labels.max()) + 1
     raise ValueError("the data set's number of classes is unknown: give num_classes.")
-
-
-class _Fit:
-    """Bring an image to a size: by zero padding if it is slightly smaller, otherwise by resizing.
-
-    28x28 Fashion-MNIST is thus padded to 32x32, as is common.
-    """
-
-    def __init__(self, size: tuple[int, int], margin: int, interpolation: T.InterpolationMode) -> None:
-        self.size, self.margin = size, margin
-        self.resize = T.Resize(size, interpolation=interpolation)
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        short = [wanted - own for wanted, own in zip(self.size, (image.height, image.width), strict=True)]
-        if all(0 <= missing <= 2 * self.margin for missing in short):
-            top, left = short[0] // 2, short[1] // 2
-            return T.functional.pad(image, [left, top, short[1] - left, short[0] - top]) if any(short) else image
-        return self.resize(image)
 
 
 def _stream_loaders(
@@ -345,9 +298,3 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str, fol
             f"the data directory {root} holds no images in its {split} split: it must hold a folder per class."
         )
     return dataset
-
-
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    if len(values) not in (1, channels):
-        raise ValueError(f"mean and std need 1 or {channels} values for images of {channels} channels, got {values}.")
-    return tuple(values) * channels if len(values) == 1 else tuple(values)
