@@ -15,6 +15,7 @@ import timm.data
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from hierens.core.install import install_command
