@@ -126,7 +126,7 @@ def page(parts: list[str], settings: Settings) -> str:
     sections = "\n\n".join(parts)
     return f"""# One ONNX graph with early exits
 
-[One graph](../how-to/export.md#one-file-that-stops-by-itself) in which an image leaves by confidence, compared with a
+[One graph](../how-to/export.md#one-onnx-graph-with-early-exits) in which an image leaves by confidence, compared with a
 graph per depth: *called from outside* runs depth 0, 1, ... until the prediction is certain enough, and computes
 everything anew each time; *the depth alone* is the graph of the depth at which the image leaves, which nobody could
 choose in advance. Milliseconds for one image, medians of {settings.rounds} rounds in which each way is run once, one

@@ -38,7 +38,7 @@ def model(request, backbone):
 
 @pytest.mark.parametrize("executor", ["auto", "looped", "grouped"])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_no_images_get_no_answers_at_every_depth(model, executor, gradients):
+def test_empty_batches_give_empty_outputs_at_every_depth(model, executor, gradients):
     if hasattr(model, "set_executor"):
         model.set_executor(executor)
     with torch.set_grad_enabled(gradients):
@@ -59,18 +59,18 @@ def test_no_images_get_no_answers_at_every_depth(model, executor, gradients):
     "policy",
     [FixedDepth(0), Deadline(1000), Deadline(0.001), Load(1), *(Confidence((0.5,), measure) for measure in MEASURES)],
 )
-def test_nor_do_they_of_policies(model, policy):
+def test_policies_give_empty_outputs_for_empty_batches(model, policy):
     found = policy(model, NONE)
     assert found.logits.shape == (0, 10) and found.leaves.shape == found.macs.shape == (0,)
 
 
-def test_a_model_without_classifier_has_features_of_none(small_copies):
+def test_a_model_without_classifier_gives_empty_features_for_empty_batches(small_copies):
     tree = small_copies
     tree.reset_classifier(0)
     assert tree(torch.zeros(0, 1, 32, 32)).shape == (0, tree(torch.zeros(1, 1, 32, 32)).shape[1])
 
 
-def test_branches_side_by_side_take_what_the_backbone_takes(small_copies):
+def test_features_and_head_accept_empty_batches_with_either_executor(small_copies):
     tree = small_copies
     for executor in ("looped", "grouped"):
         tree.set_executor(executor)
@@ -78,7 +78,7 @@ def test_branches_side_by_side_take_what_the_backbone_takes(small_copies):
         assert features.shape[:2] == (0, 4) and tree.forward_head(features).shape == (0, 10)
 
 
-def test_metrics_pass_over_them_and_losses_refuse_them(small_copies, small_images):
+def test_metrics_skip_empty_batches_and_losses_refuse_them(small_copies, small_images):
     tree, targets, none = small_copies, torch.tensor([0, 1, 2, 3]), torch.zeros(0).long()
     batches = [(small_images, targets), (small_images[:0], none)]
     assert evaluate_model(tree, batches) == evaluate_model(tree, batches[:1])

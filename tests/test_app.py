@@ -62,7 +62,7 @@ def test_answers_are_the_models(demo, model_dir, image):
     assert [NAMES[demo.at_depth(image, depth).best] for depth in range(3)] == ["cat", "dog & co", "owl"]
 
 
-def test_the_tree_is_lit_as_far_as_it_was_run():
+def test_the_drawing_highlights_the_evaluated_branches():
     answer = Answer([0.2, 0.7, 0.1], [1, 0, 1], 30, 40, 1.5, walking=True)
     drawn = drawing(Tree.binary(3), answer, NAMES)
     assert drawn.count('<path class="off"') == 1 and drawn.count('<path class="on new"') == 3

@@ -76,7 +76,7 @@ def test_a_class_token_speaks_for_the_image_where_the_backbone_has_it_so():
     assert by_token.pooled(tokens).tolist() == [[0.0, 1.0]] and layout.pooled(tokens).tolist() == [[5.0, 6.0]]
 
 
-def test_as_many_channels_as_positions_are_told_apart():
+def test_the_layout_is_found_with_as_many_channels_as_positions():
     backbone = timm.create_model("resnet8_cifar", channels=(16, 16, 8), in_chans=1)  # 16 channels of 16x16 positions
     model = hierens.multi_exit(backbone, at=["layer3"])
     assert model.exits[0].layout.kind == "NCHW" and model.exits[0].layout.channels == 16
@@ -128,7 +128,7 @@ def test_nothing_behind_an_exit_is_run(model, small_images):
 
 
 @torch.no_grad()
-def test_an_exit_sees_what_the_one_before_said(small_backbone, small_images):
+def test_a_collaborating_exit_adds_the_embedded_logits_of_the_previous_exit(small_backbone, small_images):
     without = hierens.multi_exit(small_backbone, 3).eval()
     torch.manual_seed(3)
     model = without.with_collaboration()

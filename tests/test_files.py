@@ -139,7 +139,7 @@ def test_files_have_the_usual_permissions(tmp_path):
     assert (tmp_path / "saved.json").stat().st_mode == (tmp_path / "usual.json").stat().st_mode
 
 
-def test_what_lies_there_of_others_stays(tmp_path):
+def test_saving_keeps_the_files_of_other_programs(tmp_path):
     """Also what the Hub's own programs keep in the same hidden folder."""
     own = tmp_path / ".cache" / "huggingface" / "download" / "config.json.metadata"
     own.parent.mkdir(parents=True)

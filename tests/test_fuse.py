@@ -58,7 +58,7 @@ def test_fused_equals_plain_at_every_depth(family):
 
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_what_is_not_a_number_stays_so(family, value):
+def test_fused_models_propagate_nan_and_infinity_in_images(family, value):
     """oneDNN's attached ReLU, ReLU6 and hard sigmoid make 0 of it."""
     model, fused, x = family
     x = torch.cat([x, x])
@@ -82,7 +82,7 @@ def check_alike(found, expected):
 
 
 @torch.no_grad()
-def test_nor_is_it_lost_in_weights():
+def test_fused_models_propagate_nan_in_weights():
     model, x = shared_tree("resnet10t", 2)
     next(model.parameters()).data[0] = float("nan")
     assert model(x).isnan().all() and model.fuse()(x).isnan().all()

@@ -69,7 +69,7 @@ def test_half_precision_is_summed_in_full():
     assert half.nll == pytest.approx(evaluation(logits.bfloat16().float(), labels).nll, rel=1e-6)
 
 
-def test_nothing_seen_is_said():
+def test_metrics_without_labelled_images_raise_an_error():
     with pytest.raises(ValueError, match="no image has a label"):
         LeafMetrics().compute()
 
@@ -122,7 +122,7 @@ def test_correct_predictions_are_those_that_accuracy_counts():
     assert (100 * correct.double().mean(0)).tolist() == pytest.approx(evaluate_model(Model(), batches).accuracy)
 
 
-def test_strangers_are_told_apart_by_rank_alone():
+def test_ood_auroc_depends_on_ranks_alone():
     known, strangers = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([2.0, 50.0, 9.0])
     pairs = [(s > k) + 0.5 * (s == k) for s in strangers.tolist() for k in known.tolist()]
     assert ood_auroc(known, strangers) == pytest.approx(sum(pairs) / len(pairs))

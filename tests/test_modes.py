@@ -54,7 +54,7 @@ def test_models_made_in_inference_mode_can_be_trained(small_backbone, small_imag
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_so_can_models_changed_there(small_backbone, small_images, change):
+def test_models_changed_in_inference_mode_can_be_trained(small_backbone, small_images, change):
     with torch.inference_mode():
         model = CHANGES[change](small_backbone)
     check_ordinary(model, small_images)

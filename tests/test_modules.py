@@ -226,7 +226,7 @@ INFERENCE = (quantized_weights, quantized_dynamically, synchronised_batch_norm) 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_what_is_done_to_modules_holds(executor, change):
+def test_changes_to_modules_have_the_same_effect_in_both_executors(executor, change):
     for training in (False, True):
         if training and change in INFERENCE:
             continue

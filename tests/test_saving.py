@@ -61,7 +61,7 @@ def test_readers_get_a_model_whole_through_fifty_kills(tmp_path):
     assert set(loaded) == {0, 1, 2} and sum(loaded.values()) > 100 and hit["before"] and hit["while moving"]
 
 
-def test_what_belonged_to_an_earlier_model_goes(made, tmp_path):
+def test_saving_removes_the_policy_and_picture_of_an_earlier_model(made, tmp_path):
     save(made, 0, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     assert {"accuracy.png", "policy.json"} < set(names(tmp_path))

@@ -500,7 +500,7 @@ def test_memory_stays_bounded_under_hostile_uploads(service):
     assert used() < before + 150e6
 
 
-def test_what_is_too_much_is_told_to_come_back(service):
+def test_a_full_upload_buffer_answers_503_with_retry_after(service):
     held = [socket.create_connection(("127.0.0.1", PORT), timeout=10) for _ in range(4)]
     try:
         for connection in held:

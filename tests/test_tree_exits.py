@@ -116,7 +116,7 @@ def test_policies_calibration_and_metrics_take_it(model):
 
 
 @torch.no_grad()
-def test_what_is_said_of_its_images_holds_for_all_its_parts(model, small_images, tmp_path):
+def test_sub_models_inherit_the_image_description(model, small_images, tmp_path):
     model.pretrained_cfg.update(input_size=(1, 28, 28), mean=(0.25,), label_names=list("abcdefghij"))
     assert model.macs() == model.macs((1, 28, 28)) != model.macs((1, 32, 32))
     assert model.macs()[-1] == model.networks.macs()[-1] + sum(model.exit_macs())

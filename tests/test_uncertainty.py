@@ -70,6 +70,6 @@ def test_equally_sure_answers_are_given_together_whatever_their_order():
     assert curves[0].area == curves[1].area == pytest.approx(0.25 * 3 / 4)
 
 
-def test_nothing_to_answer_is_said():
+def test_risk_coverage_of_no_images_raises_an_error():
     with pytest.raises(ValueError, match="no image"):
         risk_coverage(torch.zeros(0), torch.zeros(0))

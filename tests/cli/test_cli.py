@@ -146,7 +146,7 @@ def test_values_that_a_flag_does_not_take_are_wrong_usage(value, message):
     assert done.code == 2 and message in done.err and not done.out
 
 
-def test_a_reader_that_leaves_is_no_fault():
+def test_a_closed_pipe_prints_no_error():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", PROGRAM, "--help"], stdout=write, stderr=subprocess.PIPE, cwd=ROOT)

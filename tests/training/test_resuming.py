@@ -180,7 +180,7 @@ def test_junk_for_weights(forge, name):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_what_is_as_it_was_goes_on(forge, optimizer):
+def test_an_unchanged_checkpoint_is_resumed(forge, optimizer):
     assert forge(lambda checkpoint: None, optimizer) == ""
 
 

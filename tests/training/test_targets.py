@@ -68,7 +68,7 @@ def test_probabilities_pass(tmp_path):
     assert trainer(tmp_path, data=data, epochs=1).fit()
 
 
-def test_where_looking_would_wait_wrong_labels_do_no_harm_and_are_named_later(tmp_path):
+def test_with_deferred_checks_wrong_labels_are_clamped_and_reported_later(tmp_path):
     check = TargetCheck(10, at_once=False)
     assert check(torch.tensor([0, 9]), "a").tolist() == [0, 9]
     assert check(torch.tensor([4, 10, -7]), "b").tolist() == [4, 9, 0]

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from hierens.training import throughput
 
 
-def test_waiting_is_told_from_working(monkeypatch):
+def test_data_wait_counts_only_the_time_spent_waiting_for_data(monkeypatch):
     now = 0.0
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
 

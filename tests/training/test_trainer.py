@@ -109,7 +109,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert choose_checkpoint(tmp_path, "auto") == good
 
 
-def test_copies_are_told_apart_before_training(tmp_path):
+def test_the_trainer_breaks_the_symmetry_of_copies(tmp_path):
     copied = trainer(tmp_path / "a", init="copy")
     assert not copied.ensemble.symmetric
     assert trainer(tmp_path / "b", init="copy", symmetry_noise=0.0).ensemble.symmetric
@@ -262,7 +262,7 @@ def test_statistics_that_overflow_are_not_checkpointed(tmp_path, averaged):
     assert newest_checkpoint(tmp_path) is None
 
 
-def test_the_last_good_checkpoint_is_one(tmp_path):
+def test_the_last_good_checkpoint_has_finite_values_and_a_finite_validation(tmp_path):
     """Not one whose validation was not finite, nor one with statistics that are not, as older versions wrote."""
     run = trainer(tmp_path, epochs=5, keep_checkpoints=9)
     validate = run._validate
