@@ -38,7 +38,7 @@ CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 
 ORDER = ("clothing-tree", "digits-tree", "fashion-mnist-tree")  # of the sections of the page, by model folder
-SECTION = re.compile(r"^## .*?`models/(.+?)`\n.*?(?=^## |^```bash)", re.MULTILINE | re.DOTALL)
+SECTION = re.compile(r"^## .*?`models/(.+?)`\n.*?(?=^## |^These commands)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ def page(sections: Mapping[str, str]) -> str:
     return f"""# Trained models
 
 The repository contains these small trained models, each with its model card and a policy, in the format of
-[the Hub](how-to/hub.md). All are trained with the paper's objective. Accuracies are those on the test images after the
-last epoch.
+[the Hub](how-to/hub.md). The clothes are trained with L_H + L_HD, the others with the paper's objective, L_I + L_HD.
+Accuracies are those on the test images after the last epoch.
 
 ```python
 import hierens
