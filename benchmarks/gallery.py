@@ -244,9 +244,8 @@ model.pretrained_cfg["label_names"]
 ```
 
 {chr(10).join(sections[name] for name in shown)}
-These commands train and publish the models:
-
 ```bash
+# Train and publish the models:
 python benchmarks/clothing.py train --data-dir DIR --only tree
 python benchmarks/clothing.py publish --data-dir DIR
 hierens train --preset digits
