@@ -171,13 +171,14 @@ def echo(connection, settings):
     connection.send("inputs")
     with contextlib.suppress(EOFError):
         while True:
-            requests, observed = connection.recv()
+            requests, observed, _ = connection.recv()
             if "end" in requests:
                 os._exit(3)
             if "stop" in requests:
                 time.sleep(60)
             batch = len(requests), os.getpid(), observed
-            connection.send([RuntimeError("no") if request == "fail" else (request, *batch) for request in requests])
+            found = [RuntimeError("no") if request == "fail" else (request, *batch) for request in requests]
+            connection.send((found, (1 if "narrow" in requests else None, {"rate": 5.0})))
 
 
 def test_requests_that_arrive_together_are_one_batch(monkeypatch):
@@ -189,6 +190,9 @@ def test_requests_that_arrive_together_are_one_batch(monkeypatch):
         assert after == 1 and latency > 0 and now == (0, None)
         failed, fine = await asyncio.gather(replicas.answer("fail"), replicas.answer(7), return_exceptions=True)
         assert isinstance(failed, RuntimeError) and fine[0] == 7
+        await replicas.answer("narrow")
+        assert [size for _, size, *_ in await asyncio.gather(*map(replicas.answer, range(2)))] == [1, 1], "advised"
+        assert replicas.running[0].metrics == {"rate": 5.0}
 
     Pool(monkeypatch, echo, use, max_batch=4, batch_wait_ms=20)
 
@@ -256,6 +260,7 @@ class Model:
 
     def __init__(self):
         data = {"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.4,)}
+        self.running = {0: SimpleNamespace(metrics={"agreement": 0.5})}
         self.alive, self.inputs, self.asked, self.may = 1, Inputs(data, ("a", "b")), 0, threading.Event()
         self.may.set()
 
