@@ -5,7 +5,6 @@ import json
 import logging
 import pickle
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -45,12 +44,12 @@ class Model:
 
 
 def images(count, wrong=0.0, seed=0):
-    """Images with random certainties; a share is of another class at all depths but the last, however certain."""
+    """Images with random certainties, of class 1; the first network is wrong for a share of them, and certain too."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(count, 4, 2, generator=generator) * torch.tensor([0.0, 4.0])
     flipped = torch.rand(count, generator=generator) < wrong
-    x[flipped, :2, 0] += 2 * x[flipped, :2, 1] + 1
-    x[flipped, 2:, 1] += 4 * x[flipped, :2, 0].sum(1, keepdim=True)
+    x[flipped, 0, 0] = 2 * x[flipped, 0, 1] + 0.1
+    x[flipped, 1:, 1] += 8
     return x
 
 
@@ -76,9 +75,9 @@ def test_times_are_measured_for_every_depth_and_batch_size(model):
 
 
 def test_without_load_the_target_decides_how_deep_it_is(model):
-    """At full depth, one image takes 12 ms, and the next may have to wait for it: with reserves, 60 ms are enough."""
+    """At full depth, one image takes 12 ms, and the next may have to wait for it: with reserves, 62 ms are enough."""
     expected = []
-    for target_ms in (200, 60, 20, 8):
+    for target_ms in (200, 62, 32, 8):
         policy = controller(model, target_ms)
         policy.batch_size(1)
         expected.append(policy.metrics()["expected_agreement"])
@@ -95,6 +94,7 @@ def test_a_queue_makes_it_faster_and_overload_fastest(model, caplog):
     assert shallow == sorted(shallow, reverse=True) and shallow[0] == 4 and shallow[-1] == 1
     assert batches[0] < batches[-1] == 32 and policy.metrics()["overloaded"] == 1
     assert "expected agreement" in caplog.text and "200 images wait" not in caplog.text, "at most one line per second"
+    model.clock.wait(10)
     policy.batch_size(1)
     assert policy(model, images(8)).leaves.tolist() == [4] * 8, "and back"
 
@@ -149,7 +149,7 @@ def serve(policy, model, count, wrong, seed):
     agreed = 0
     for start in range(0, count, 16):
         batch = images(16, wrong, seed + start)
-        policy.batch_size(60)
+        policy.batch_size(16)
         found = policy(model, batch)
         agreed += int((found.logits.argmax(1) == batch.mean(1).argmax(1)).sum())
         model.clock.wait(0.05)
@@ -160,20 +160,18 @@ def serve(policy, model, count, wrong, seed):
 
 def test_drift_is_noticed_and_points_are_fitted_anew_until_the_agreement_holds(model, caplog):
     caplog.set_level(logging.INFO, "hierens")
-    policy = controller(model, target_ms=150, agreement=0.95, shadow_share=0.2, window=200)
+    policy = controller(model, agreement=0.9, shadow_share=0.2, window=200)
     assert serve(policy, model, 1600, 0.02, 0) > 0.95
     before = policy.metrics()
     assert before["drifts"] == 0 and before["agreement_low"] > 0.9 and before["shadowed"] == pytest.approx(320, abs=16)
-    assert serve(policy, model, 320, 0.4, 10_000) < 0.95, "images that are certain and wrong"
-    serve(policy, model, 640, 0.4, 20_000)
-    assert serve(policy, model, 1600, 0.4, 30_000) > 0.95
+    assert serve(policy, model, 320, 0.4, 10_000) < 0.9, "images of which the first network is certain and wrong"
+    assert serve(policy, model, 1600, 0.4, 20_000) > 0.95
     after = policy.metrics()
     assert after["drifts"] >= 1 and after["agreement_low"] > 0.9 and after["refits"] > before["refits"]
     assert "drift: agreement" in caplog.text and "re-fit on" in caplog.text
+    assert policy(model, images(320)).leaves.double().mean() > 1.8
     serve(policy, model, 1600, 0.02, 40_000)
-    policy.batch_size(60)
-    relaxed = policy(model, images(320, 0.02, 50_000))
-    assert relaxed.leaves.double().mean() < 3.5, "when images are as before, they leave early again"
+    assert policy(model, images(320)).leaves.double().mean() < 1.2, "when images are as before, they leave as early"
 
 
 def test_the_shadow_waits_until_there_is_time_and_keeps_few_images(model):
@@ -301,7 +299,3 @@ def test_an_interval_holds_the_share_and_drift_is_a_significant_difference():
     for _ in range(100):
         better.add(True, 0.8)
     assert better.drifted(0.5), "better than expected: there is time to save"
-
-
-def test_the_clock_is_the_tests(model):
-    assert time.perf_counter() == model.clock.now

@@ -27,7 +27,7 @@ def test_points_are_a_front_and_what_is_expected_of_them_is_so():
         assert better.agreement > cheaper.agreement and better.times_ms[-1] > cheaper.times_ms[-1]
     for point in points:
         left = exits(certainties, point.thresholds)
-        agrees = (classes.gather(1, left[:, None])[:, 0] == classes[:, 2]).double().mean()
+        agrees = float((classes.gather(1, left[:, None])[:, 0] == classes[:, 2]).double().mean())
         assert point.agreement <= agrees and point.agreement == pytest.approx(agrees, abs=0.005)
         assert point.reached == pytest.approx([float((left >= depth).double().mean()) for depth in range(3)])
 

@@ -57,7 +57,7 @@ class Planner:
     _logged: float = field(default=-math.inf, init=False)
 
     def __post_init__(self) -> None:
-        self.aim = self.agreement
+        self.aim = (1 + self.agreement) / 2
 
     @property
     def slowdown(self) -> float:
@@ -92,8 +92,8 @@ class Planner:
     def fits(self, extra_ms: float, waiting: int, oldest_ms: float) -> bool:
         """Whether the target still holds if the next batch is delayed."""
         assert self.point is not None
-        later = self._latency_ms(self.point, self._sizes.index(self.batch), waiting, oldest_ms + extra_ms)
-        return extra_ms + later <= self.target_ms * self.margin
+        latency_ms = self._latency_ms(self.point, self._sizes.index(self.batch), waiting, oldest_ms)
+        return latency_ms + extra_ms <= self.target_ms * self.margin
 
     def completed(self, point: OperatingPoint, images: int, milliseconds: float) -> None:
         """Record the time of a batch."""
@@ -112,12 +112,13 @@ class Planner:
             self.margin = min(max(self.margin - _STEP * excess, 0.3), 1.0)
 
     def compare(self, agreed: bool, expected: float) -> None:
-        """Aim higher where more images disagree with the full ensemble than the bound allows, and lower where fewer do.
+        """Aim higher where more images disagree than half of what the bound allows, and lower where fewer do.
 
-        Images for which less was expected, because of the load, are not counted.
+        Half, so that the bound holds also while images change. Images for which less than the bound was expected,
+        because of the load, are not counted.
         """
         if expected >= self.agreement:
-            step = (1 - self.agreement) / 4 * (self.agreement - agreed)
+            step = (1 - self.agreement) / 4 * ((1 + self.agreement) / 2 - agreed)
             self.aim = min(max(self.aim + step, self.agreement), 1.0)
 
     def _choose(self, waiting: int, oldest_ms: float) -> tuple[OperatingPoint, int, bool]:
