@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from drift_stream import EVERY_S, PHASES, Outcome, arrivals, corrupted, serve
 from torch.utils.data import DataLoader, Subset
 
 import hierens
-from hierens.evaluation.uncertainty import certainty
 from hierens.inference.calibration import CalibrationSet, budgeted_batch, collect
 from hierens.inference.expectation import expectation
 from hierens.inference.policies import LatencyObjective, Policy
@@ -45,7 +42,7 @@ class Settings:
     run: bool = True
     """measure, or write the page from the record alone"""
     only: str = ""
-    """measure one run of the record again: LOAD/POLICY"""
+    """measure one run of the record again, with the same arrivals: LOAD/POLICY"""
     seconds: float = 22
     """length of each of the five phases"""
     target_ms: float = 150
@@ -62,10 +59,10 @@ class Bench:
     """The model, the images and the policies.
 
     Attributes:
-        capacity: images per second at full depth, in the best batch size.
+        capacity: images per second at full depth, in the best batch size; measured unless it is given.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, capacity: float | None) -> None:
         self.settings = settings
         self.model = hierens.from_pretrained(MODEL).eval().fuse()
         size, mean, std = (self.model.pretrained_cfg[name] for name in ("input_size", "mean", "std"))
@@ -81,7 +78,7 @@ class Bench:
             for phase, those in self.images.items()
         }
         times = self.controller()._planner.times_ms
-        self.capacity = 1e3 * max(2**k / row[-1] for k, row in enumerate(times))
+        self.capacity = capacity or 1e3 * max(2**k / row[-1] for k, row in enumerate(times))
 
     def controller(self) -> LatencyObjective:
         """A controller that has measured the times of the model."""
@@ -170,16 +167,19 @@ def main(settings: Settings) -> None:
     if settings.run:
         torch.set_num_threads(1)
         record = json.loads(RECORD.read_text()) if settings.only and RECORD.is_file() else {"runs": {}}
-        bench = Bench(settings)
+        bench = Bench(settings, record.get("capacity"))
         names = ("target_ms", "agreement", "seconds", "batch", "loads")
-        record |= {"machine": machine(), **{name: getattr(settings, name) for name in names}}
+        record |= {
+            "machine": machine(),
+            "capacity": bench.capacity,
+            **{name: getattr(settings, name) for name in names},
+        }
         for load in settings.loads:
             for name, policy in bench.policies().items():
                 key = f"{load:g}/{name}"
                 if settings.only in ("", key):
                     print(f"{key}: capacity {bench.capacity:.0f} images per second", flush=True)
                     run = bench.measure(load, policy)
-                    run["capacity"] = bench.capacity
                     run["thresholds"] = list(getattr(policy, "thresholds", ()))
                     record["runs"][key] = run
                     write_json(RECORD, record)

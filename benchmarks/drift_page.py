@@ -60,7 +60,7 @@ def costs(record: dict[str, Any]) -> list[tuple[str, ...]]:
         load, name = key.split("/")
         images = sum(phase["images"] for phase in run["phases"])
         macs = sum(phase["images"] * phase["macs"] for phase in run["phases"]) / images
-        rate = f"{run['rate']:.0f} of {run['capacity']:.0f} per s"
+        rate = f"{run['rate']:.0f} of {record['capacity']:.0f} per s"
         shadow = f"{100 * run['shadow']:.1f}% of the time" if name == "controller" else ""
         rows.append((load, NAMES[name], rate, f"{macs:.2f}", shadow, f"{run['lost']}", f"{run['twice']}"))
     return rows
@@ -103,8 +103,8 @@ TEXT = """# Drift under load
 
 Images of Fashion-MNIST's test set are answered one batch after the other while they turn noisy, blurred and dark, each
 for {seconds:g} s, under a bursty load. [The controller](../how-to/serve.md#hold-a-latency-and-the-agreement)
-(`LatencyObjective`) has two bounds: 99 % of all latencies within {target:g} ms, and {bound:g} % of the predicted classes
-equal to those of all eight networks (*agreement*). It is compared with thresholds that were fitted once, by
+(`LatencyObjective`) has two bounds: 99 % of all latencies within {target:g} ms, and {bound:g} % of the predicted
+classes equal to those of all eight networks (*agreement*). It is compared with thresholds that were fitted once, by
 `budgeted_batch` on clean held-out images, with batches of up to {batch} images: the cheapest that exceed the bound by
 half a point on these images, and cautious ones, which agree for 99.95 % of them.
 

@@ -164,7 +164,7 @@ def test_drift_is_noticed_and_points_are_fitted_anew_until_the_agreement_holds(m
     assert serve(policy, model, 1600, 0.02, 0) > 0.95
     before = policy.metrics()
     assert before["drifts"] == 0 and before["agreement_low"] > 0.9 and before["shadowed"] == pytest.approx(320, abs=16)
-    assert serve(policy, model, 320, 0.4, 10_000) < 0.9, "images of which the first network is certain and wrong"
+    assert serve(policy, model, 64, 0.4, 10_000) < 0.9, "images of which the first network is certain and wrong"
     assert serve(policy, model, 1600, 0.4, 20_000) > 0.95
     after = policy.metrics()
     assert after["drifts"] >= 1 and after["agreement_low"] > 0.9 and after["refits"] > before["refits"]

@@ -1,5 +1,7 @@
 """Operating points: which thresholds are considered, and what is expected of them."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_points_are_a_front_and_what_is_expected_of_them_is_so():
     points = operating_points(certainties, classes, TIMES)
     assert len(points) >= 4 and points[0].agreement == 1 and points[0].depth == 2
     assert points[-1].reached == (1, 0, 0) and points[-1].times_ms == pytest.approx((1.0, 1.5, 2.5))
-    for better, cheaper in zip(points, points[1:], strict=False):
+    for better, cheaper in itertools.pairwise(points):
         assert better.agreement > cheaper.agreement and better.times_ms[-1] > cheaper.times_ms[-1]
     for point in points:
         left = exits(certainties, point.thresholds)

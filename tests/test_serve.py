@@ -37,6 +37,8 @@ from service.settings import Settings
 from service.uploads import RefusedError, read_image
 
 import hierens
+from hierens.inference.calibration import collect
+from hierens.inference.policies import LatencyObjective, save_policy
 from support import hostile_uploads
 from support.networks import tiny_tree
 
@@ -460,6 +462,26 @@ def test_answers_are_the_models_own(service, saved):
 def metrics(url=URL):
     lines = httpx.get(f"{url}/metrics", timeout=10).raise_for_status().text.splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def test_the_numbers_of_a_policy_are_metrics():
+    with front() as server:
+        assert metrics(server.url)['hierens_policy{name="agreement",replica="0"}'] == 0.5
+
+
+def test_a_latency_objective_decides_the_next_batch_and_compares_images_between_batches(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "model")
+    images = torch.rand(60, 1, 16, 16)
+    held_out = collect(saved[1], [(images, torch.zeros(60, dtype=torch.long))])
+    save_policy(LatencyObjective.from_calibration(held_out, 1e5, 0.9, shadow_share=1.0), tmp_path / "model")
+    network = Network(Settings(str(tmp_path / "model"), policy="saved"))
+    request = (255 * images[:4]).byte().numpy()
+    answers = network.answer([request, request], [(0, None)], 1.0)
+    assert [len(of_request) for of_request in answers] == [4, 4] and network.advice()[0] >= 1
+    assert network.shadow() and not network.shadow(), "all eight images"
+    assert network.advice()[1]["agreement"] == 1, "without load, all networks were evaluated"
+    network.answer([request], [(10_000_000, None)], 1e6)
+    assert network.advice()[1]["overloaded"] == 1
 
 
 def test_metrics_count_what_happened(service):

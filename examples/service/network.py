@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,8 @@ class Network:
             model(torch.zeros(1, *self.inputs.data["input_size"]), leaves=leaves)
         self.images_per_request, self.waiting = 1.0, 0
         if isinstance(self.policy, LatencyObjective):
+            logging.basicConfig(format="%(asctime)s %(message)s")
+            logging.getLogger("hierens.inference").setLevel(logging.INFO)
             self.policy.learn(model, torch.zeros(1, *self.inputs.data["input_size"]))
 
     def answer(

@@ -83,7 +83,11 @@ class LatencyObjective(Policy):
         for name in ("certainties", "classes", "times_ms"):
             object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
         rows = deque(zip(self.certainties, self.classes, strict=True), maxlen=self.window)
-        state = {"planner": Planner(self.target_ms, self.percentile, self.agreement, self.times_ms), "rows": rows, "fresh": 0}
+        state = {
+            "planner": Planner(self.target_ms, self.percentile, self.agreement, self.times_ms),
+            "rows": rows,
+            "fresh": 0,
+        }
         state |= {"running": RunningAgreement(), "pending": deque(maxlen=_MOST_PENDING)}
         counts = dict.fromkeys(("images", "shadowed", "refits", "drifts", "busy_s", "shadow_s"), 0)
         self._state.values.update(state, **counts)
