@@ -44,7 +44,8 @@ class LatencyObjective(Policy):
 
     Every so many images, one is kept, and evaluated by all networks when `shadow` is called and there is time. So the
     agreement is known while serving. Operating points are fitted anew on the recent of these images. If the agreement
-    is significantly below its bound and below what was expected, or above that (drift), older images are forgotten.
+    is significantly below what was expected and half-way from all to the bound, or above what was expected (drift),
+    older images are forgotten.
 
     Make it with `from_calibration`, call `learn` on the machine that serves, and save it like any policy: the learned
     times and the recent images' predictions are saved as well.
@@ -240,7 +241,7 @@ class LatencyObjective(Policy):
             self._planner.compare(predicted == row[1][-1], expected)
         state["shadowed"] += len(rows)
         state["fresh"] += len(rows)
-        if state["running"].drifted(self.agreement):
+        if state["running"].drifted((1 + self.agreement) / 2):  # half of what the bound allows, as the planner aims at
             _LOG.info(
                 "drift: agreement from %.4f over %.4f to %.4f, expected %.4f, bound %.4f",
                 *(*state["running"].interval(), state["running"].expected / state["running"].weight, self.agreement),

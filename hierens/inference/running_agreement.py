@@ -43,7 +43,7 @@ class RunningAgreement:
         return (centre - width) / scale, mean, (centre + width) / scale
 
     def drifted(self, bound: float) -> bool:
-        """Whether it is below the bound and below what was expected, or above what was expected, significantly."""
+        """Whether it is significantly below a bound and what was expected, or above what was expected."""
         if self.weight < _FEWEST:
             return False
         low, _, high = self.interval()
