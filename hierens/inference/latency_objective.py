@@ -117,8 +117,8 @@ class LatencyObjective(Policy):
         rows = torch.randperm(len(held_out.labels), generator=torch.Generator().manual_seed(0))
         rows = rows[: settings.get("window", cls.window)]
         certainties, classes = _rows(held_out, measure)
-        of = (tuple(table[row] for row in rows.tolist()) for table in (certainties, classes))
-        return cls(target_ms, agreement, *of, measure=measure, **settings)
+        chosen = [tuple(table[row] for row in rows.tolist()) for table in (certainties, classes)]
+        return cls(target_ms, agreement, chosen[0], chosen[1], measure=measure, **settings)
 
     @torch.no_grad()
     def learn(self, model: AdaptiveModel, example: Tensor, repeats: int = 5) -> None:

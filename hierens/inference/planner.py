@@ -106,8 +106,8 @@ class Planner:
 
         Latencies under overload are not counted: they would exceed it whatever is planned.
         """
-        excess = sum(value > self.target_ms for value in latencies_ms)
-        excess -= (1 - self.percentile / 100) * len(latencies_ms)
+        late = sum(value > self.target_ms for value in latencies_ms)
+        excess = late - (1 - self.percentile / 100) * len(latencies_ms)
         if not self.overloaded:
             self.margin = min(max(self.margin - _STEP * excess, 0.3), 1.0)
 
