@@ -3,6 +3,8 @@
 import json
 import math
 
+import drift_page
+import drift_stream
 import exits
 import exits_tried
 import paper
@@ -14,7 +16,8 @@ from comparison.differences import Claim, Difference, Point, difference, front, 
 
 import hierens
 from hierens.evaluation.reporting import Group
-from support.networks import tiny_backbone
+from hierens.inference.policies import FixedDepth
+from support.networks import tiny_backbone, tiny_tree
 
 FIELDS = ("nll", "ece", "std", "agreement")
 
@@ -179,6 +182,37 @@ def test_the_page_on_what_was_tried_is_made_of_records_alone():
     text = exits_tried.page({"exits": plain, "boosted": other})
     assert "16 channels, 6 epochs" in text and "24 channels" not in text
     assert text.count("+0.50") == 1 + 7 and "exits_tried.py --data-dir DIR" in text
+
+
+def test_the_page_on_drift_is_made_of_its_record_alone(tmp_path):
+    part = {"images": 100, "agreement": 0.9871, "p50": 20.0, "p99": 140.4, "late": 0.002, "macs": 0.4}
+    phases = [{**part, "delay": delay} for delay in (0.0, 3.5, None, 0.0, 0.0)]
+    run = {"rate": 300.0, "lost": 0, "twice": 0, "phases": phases, "lines": [part] * 10}
+    runs = {f"{load}/{name}": {**run, "shadow": 0.05} for load in (0.7, 1.4) for name in drift_page.NAMES}
+    about = {"cores": 1, "processor": "some", "torch": "2"}
+    record = {
+        "runs": runs,
+        "capacity": 400.0,
+        "machine": about,
+        "target_ms": 150,
+        "agreement": 0.98,
+        "seconds": 4,
+        "batch": 16,
+    }
+    text = drift_page.page({**record, "loads": [0.7, 1.4]}, tmp_path)
+    assert (tmp_path / "drift.png").is_file() and text.count("98.71") == 30 and "5.0% of the time" in text
+    assert text.count("| never") == 6 and "3.5 s" in text
+
+
+def test_requests_of_the_drift_benchmark_arrive_in_bursts_and_are_answered_once():
+    due = drift_stream.arrivals(1000, 10)
+    counts = [((due >= at) & (due < at + 1)).sum() for at in range(10)]
+    assert all(850 < count < 1150 for at, count in enumerate(counts) if at % 5 < 4)
+    assert counts[4] > 1750 and counts[9] > 1750 and (drift_stream.arrivals(1000, 10) == due).all()
+    model, images = tiny_tree(), torch.rand(40, 1, 16, 16)
+    found = drift_stream.serve(model, FixedDepth(1), 8, due[:40], images)
+    assert found.answers.tolist() == [1] * 40 and (found.latency_ms > 0).all()
+    assert found.predicted.tolist() == model(images, depth=1).argmax(1).tolist()
 
 
 def test_images_that_would_leave_at_an_exit_weigh_most_in_its_loss():

@@ -35,6 +35,8 @@ from service.settings import Settings
 from service.uploads import RefusedError, read_image
 
 import hierens
+from hierens.inference.calibration import collect
+from hierens.inference.policies import LatencyObjective, save_policy
 from support import hostile_uploads
 from support.networks import tiny_tree
 
@@ -169,13 +171,14 @@ def echo(connection, settings):
     connection.send("inputs")
     with contextlib.suppress(EOFError):
         while True:
-            requests, observed = connection.recv()
+            requests, observed, _ = connection.recv()
             if "end" in requests:
                 os._exit(3)
             if "stop" in requests:
                 time.sleep(60)
             batch = len(requests), os.getpid(), observed
-            connection.send([RuntimeError("no") if request == "fail" else (request, *batch) for request in requests])
+            found = [RuntimeError("no") if request == "fail" else (request, *batch) for request in requests]
+            connection.send((found, (1 if "narrow" in requests else None, {"rate": 5.0})))
 
 
 def test_requests_that_arrive_together_are_one_batch(monkeypatch):
@@ -187,6 +190,9 @@ def test_requests_that_arrive_together_are_one_batch(monkeypatch):
         assert after == 1 and latency > 0 and now == (0, None)
         failed, fine = await asyncio.gather(replicas.answer("fail"), replicas.answer(7), return_exceptions=True)
         assert isinstance(failed, RuntimeError) and fine[0] == 7
+        await replicas.answer("narrow")
+        assert [size for _, size, *_ in await asyncio.gather(*map(replicas.answer, range(2)))] == [1, 1], "advised"
+        assert replicas.running[0].metrics == {"rate": 5.0}
 
     Pool(monkeypatch, echo, use, max_batch=4, batch_wait_ms=20)
 
@@ -254,6 +260,7 @@ class Model:
 
     def __init__(self):
         data = {"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.4,)}
+        self.running = {0: SimpleNamespace(metrics={"agreement": 0.5})}
         self.alive, self.inputs, self.asked, self.may = 1, Inputs(data, ("a", "b")), 0, threading.Event()
         self.may.set()
 
@@ -451,6 +458,26 @@ def test_answers_are_the_models_own(service, saved):
 def metrics(url=URL):
     lines = httpx.get(f"{url}/metrics", timeout=10).raise_for_status().text.splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def test_the_numbers_of_a_policy_are_metrics():
+    with front() as server:
+        assert metrics(server.url)['hierens_policy{name="agreement",replica="0"}'] == 0.5
+
+
+def test_a_latency_objective_decides_the_next_batch_and_compares_images_between_batches(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "model")
+    images = torch.rand(60, 1, 16, 16)
+    held_out = collect(saved[1], [(images, torch.zeros(60, dtype=torch.long))])
+    save_policy(LatencyObjective.from_calibration(held_out, 1e5, 0.9, shadow_share=1.0), tmp_path / "model")
+    network = Network(Settings(str(tmp_path / "model"), policy="saved"))
+    request = (255 * images[:4]).byte().numpy()
+    answers = network.answer([request, request], [(0, None)], 1.0)
+    assert [len(of_request) for of_request in answers] == [4, 4] and network.advice()[0] >= 1
+    assert network.shadow() and not network.shadow(), "all eight images"
+    assert network.advice()[1]["agreement"] == 1, "without load, all networks were evaluated"
+    network.answer([request], [(10_000_000, None)], 1e6)
+    assert network.advice()[1]["overloaded"] == 1
 
 
 def test_metrics_count_what_happened(service):

@@ -41,6 +41,7 @@ class Metrics:
         self.queue = Gauge("hierens_queue", "requests in the service now", **kept)
         self.replicas = Gauge("hierens_replicas", "replicas that have loaded the model", **kept)
         self.bytes = Gauge("hierens_body_bytes", "bytes of request bodies in memory now", **kept)
+        self.policy = Gauge("hierens_policy", "numbers of a replica's policy, by name", ["name", "replica"], **kept)
 
     def answered(self, answers: list[dict[str, Any]], seconds: float) -> None:
         """Record the predictions of a request."""
@@ -148,6 +149,9 @@ class Gateway:
         self.metrics.queue.set(self.queue)
         self.metrics.bytes.set(self.held)
         self.metrics.replicas.set(self.replicas.alive)
+        for number, replica in self.replicas.running.items():
+            for name, value in replica.metrics.items():
+                self.metrics.policy.labels(name, number).set(value)
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def alive(self, request: Request) -> JSONResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 
 import hierens
 from hierens.evaluation.uncertainty import mutual_information
-from hierens.inference.policies import FixedDepth, Load, Policy, load_policy
+from hierens.inference.policies import FixedDepth, LatencyObjective, Load, Policy, load_policy
 from hierens.models.loading import load_with_policy
 from hierens.training.preprocessing import label_names
 from service.settings import Settings
@@ -73,25 +74,47 @@ class Network:
         self.model = model
         for leaves in model.sizes:
             model(torch.zeros(1, *self.inputs.data["input_size"]), leaves=leaves)
+        self.images_per_request, self.waiting = 1.0, 0
+        if isinstance(self.policy, LatencyObjective):
+            logging.basicConfig(format="%(asctime)s %(message)s")
+            logging.getLogger("hierens.inference").setLevel(logging.INFO)
+            self.policy.learn(model, torch.zeros(1, *self.inputs.data["input_size"]))
 
     def answer(
-        self, requests: list[np.ndarray], observed: list[tuple[int, float | None]]
+        self, requests: list[np.ndarray], observed: list[tuple[int, float | None]], oldest_ms: float
     ) -> list[list[dict[str, Any]]] | list[Exception]:
         """Predict the images (N, C, H, W) of each request in one batch.
 
         Args:
             requests: images in bytes.
             observed: lengths of the queue, and latencies in milliseconds, since the previous batch.
+            oldest_ms: time since the arrival of the oldest request.
         """
+        self.images_per_request = sum(map(len, requests)) / len(requests)
+        self.waiting = round(observed[-1][0] * self.images_per_request)
         if isinstance(self.policy, Load):
             for queue, latency_ms in observed:
                 self.policy.observe(queue, latency_ms)
+        elif isinstance(self.policy, LatencyObjective):
+            self.policy.observe([latency_ms for _, latency_ms in observed if latency_ms is not None])
+            self.policy.batch_size(self.waiting + sum(map(len, requests)), oldest_ms)
         try:
             found = iter(self.run(np.concatenate(requests)))
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return [RuntimeError("the model failed")] * len(requests)
         return [list(itertools.islice(found, len(images))) for images in requests]
+
+    def advice(self) -> tuple[int | None, dict[str, float]]:
+        """How many requests the next batch should have at most, if the policy chooses it, and the policy's metrics."""
+        if not isinstance(self.policy, LatencyObjective):
+            return None, {}
+        numbers = self.policy.metrics()
+        return max(1, int(numbers["batch"] / self.images_per_request)), numbers
+
+    def shadow(self) -> bool:
+        """Compare some earlier images with full depth, if the policy does so and there is time; whether it did."""
+        return isinstance(self.policy, LatencyObjective) and self.policy.shadow(self.model, self.waiting) > 0
 
     @torch.inference_mode()
     def run(self, images: np.ndarray) -> list[dict[str, Any]]:

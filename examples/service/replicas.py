@@ -44,13 +44,20 @@ class Replica:
     """A process with the model, and the other end of its pipe.
 
     If either of the two processes ends, the other one reads the end of the pipe.
+
+    Attributes:
+        max_batch: maximum requests of its next batch.
+        metrics: numbers of its policy, by name.
     """
+
+    metrics: dict[str, float]
 
     def __init__(self, settings: Settings) -> None:
         self.connection, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=work, args=(theirs, settings), daemon=True)
         self.process.start()
         theirs.close()
+        self.max_batch, self.metrics = settings.max_batch, {}
 
     async def receive(self) -> Any:
         """The next message.
@@ -160,12 +167,14 @@ class Replicas:
     async def _send_batches(self, replica: Replica) -> None:
         observed: list[tuple[int, float | None]] = []  # queue and latency, for the replica's policy
         while True:
-            async with self._batch() as batch:
+            async with self._batch(replica) as batch:
                 observed.append((self._waiting(), None))
                 async with asyncio.timeout(self.settings.timeout_s):
-                    message = [request.images for request in batch], observed
+                    age_ms = 1e3 * (time.perf_counter() - min(request.arrived for request in batch))
+                    message = [request.images for request in batch], observed, age_ms
                     await asyncio.to_thread(replica.connection.send, message)
-                    found = await replica.receive()
+                    found, (advised, replica.metrics) = await replica.receive()
+                    replica.max_batch = min(advised or self.settings.max_batch, self.settings.max_batch)
                 for request, answers in zip(batch, found, strict=True):
                     if isinstance(answers, Exception):
                         request.fail(answers)
@@ -190,7 +199,7 @@ class Replicas:
                 self.queue.get_nowait().fail(ReplicaError())
 
     @asynccontextmanager
-    async def _batch(self) -> AsyncIterator[list[Request]]:
+    async def _batch(self, replica: Replica) -> AsyncIterator[list[Request]]:
         """The next requests: as many as have arrived within `batch_wait_ms` after the first one."""
         batch: list[Request] = []
         try:
@@ -198,7 +207,7 @@ class Replicas:
                 await self._add(batch)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.settings.batch_wait_ms / 1e3):
-                    while len(batch) < self.settings.max_batch:
+                    while len(batch) < replica.max_batch:
                         await self._add(batch)
             yield batch
         finally:
@@ -235,4 +244,6 @@ def work(connection: Connection, settings: Settings) -> None:
             connection.recv()  # until the gateway has read it and closes the pipe
         connection.send(network.inputs)
         while True:
-            connection.send(network.answer(*connection.recv()))
+            connection.send((network.answer(*connection.recv()), network.advice()))
+            while not connection.poll() and network.shadow():
+                pass

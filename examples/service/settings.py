@@ -21,7 +21,7 @@ class Settings:
     token_file: str | None = None
     """file with the bearer token that /predict and /metrics require"""
     policy: Literal["load", "fixed", "saved"] = "load"
-    """reduce the depth under load; always use `depth`; or use the model's policy.json"""
+    """reduce the depth under load; always use `depth`; or use the model's policy.json, whatever it chooses"""
     depth: int | None = None
     """depth of `fixed`, and maximum depth of `load`; full depth by default"""
     target_ms: float = 250

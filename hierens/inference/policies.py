@@ -2,13 +2,14 @@
 
 A policy is called with a model and images, and returns a `Prediction`. Its fields are plain values, which are saved as
 JSON beside a model (`save_policy`, `load_policy`). What a policy measures during use (the speed of this machine, the
-recent load) is not saved. Threads may share a policy.
+recent load) is not saved, except by `LatencyObjective`. Threads may share a policy.
 
 - `FixedDepth`: always the same networks.
 - `Deadline`: as many networks as fit into a time.
 - `Load`: a depth that falls while requests queue up, and rises again.
 - `Confidence`: each image leaves as soon as its prediction is certain enough;
   `hierens.inference.calibration.calibrate` chooses the thresholds for a budget.
+- `LatencyObjective`: batch size, maximal depth and thresholds for a percentile of latencies; follows load and images.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hierens.core.fetching import LoadError, MissingFileError, read_files
 from hierens.core.json_files import read_json, short
 from hierens.inference.confidence import EVERYBODY, NOBODY, Confidence
 from hierens.inference.controllers import Deadline, Load
+from hierens.inference.latency_objective import LatencyObjective
 from hierens.inference.policy import FixedDepth, Policy, Prediction
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Confidence",
     "Deadline",
     "FixedDepth",
+    "LatencyObjective",
     "Load",
     "Policy",
     "Prediction",
@@ -43,7 +46,9 @@ __all__ = [
 ]
 
 POLICY = "policy.json"
-POLICIES: dict[str, type[Policy]] = {kind.kind: kind for kind in (FixedDepth, Deadline, Load, Confidence)}
+POLICIES: dict[str, type[Policy]] = {
+    kind.kind: kind for kind in (FixedDepth, Deadline, Load, Confidence, LatencyObjective)
+}
 
 
 def from_dict(values: dict[str, Any]) -> Policy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -111,3 +112,12 @@ def check_positive(policy: Policy, *names: str) -> None:
         value = getattr(policy, name)
         if value is not None and not (is_finite(value) and value > 0):
             raise ValueError(f"{name} must be positive, got {short(value)}: a finite number above 0.")
+
+
+def check_table(policy: Policy, name: str, valid: Callable[[Any], bool]) -> int:
+    """Refuse a field that is not rows of equal length of valid numbers; returns this length, 0 without rows."""
+    table = getattr(policy, name)
+    listed = isinstance(table, list | tuple) and all(isinstance(row, list | tuple) for row in table)
+    if not listed or len({len(row) for row in table}) > 1 or not all(valid(value) for row in table for value in row):
+        raise ValueError(f"{name} must be rows of equal length of numbers in their range, got {short(table)}.")
+    return len(table[0]) if table else 0
