@@ -69,6 +69,10 @@ class AnyLevel(nn.Module):
     def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, BranchSlice], Value] | None:
         """A function that runs branches `start` to `stop` in one call; None if only a loop gives their results."""
 
+    def parameters_of(self, branches: int) -> int:
+        """Number of parameters of a level with only so many of the branches."""
+        return branches * sum(parameter.numel() for parameter in self.parameters()) // self.branches
+
     @property
     def grouped(self) -> bool:
         """Whether the block has a grouped form."""

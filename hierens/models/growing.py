@@ -6,23 +6,33 @@ A tree can be trained small and grown, and a converted network can get more leve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, fx, nn
 
 from hierens.branches.check import reasons_to_loop
-from hierens.branches.level import Level
+from hierens.branches.level import Level, sharing_tensors
+from hierens.branches.light import LIGHT_IS_LOOPED, called_layers, fresh_factors, lighten
 from hierens.branches.taps import parted, tapped_block
 from hierens.branches.tensors import state_of
+from hierens.core.members import Kind
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
 from hierens.cutting.cut import CutError, cut, next_cut
 from hierens.models.level_tree import LevelTree
 
 Grown = TypeVar("Grown", bound=LevelTree)
+
+
+class _Members(NamedTuple):
+    """The kind of the branches of new levels, its rank, and the layers that may be light."""
+
+    kind: Kind
+    rank: int | None
+    layers: Collection[str]
 
 
 @ordinary_tensors
@@ -45,8 +55,12 @@ def grow(model: Grown) -> Grown:
     leaves = model.tree.leaves
     branches = [*(1 for _ in levels), last.branches, 2 * last.branches, 1, 1]  # only the two new levels are checked
     reasons = reasons_to_loop(cutting, network, branches)
+    members = _Members(model.member_kinds[-1], model._model_args.get("rank"), last.light)
+    if members.kind != "full" and last.branches == 1:  # an ordinary level, whose copies become light
+        parts, size = (*cutting.blocks, cutting.head, cutting.classifier), model.pretrained_cfg["input_size"]
+        members = members._replace(layers=set().union(*called_layers(parts, size)))
     upper, lower = (
-        _level_of(block, last, copies, reasons.get(str(index), ""))
+        _level_of(block, last, copies, reasons.get(str(index), ""), members)
         for index, block, copies in (
             (len(levels), cutting.blocks[-2], 1),
             (len(levels) + 1, cutting.blocks[-1], 2),
@@ -55,9 +69,11 @@ def grow(model: Grown) -> Grown:
     grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
         [*(level.first_branches(level.branches) for level in levels), upper, lower],
-        _level_of(head.first(), head, 2, head.fallback_reason),
-        _level_of(classifier.first(), classifier, 2, classifier.fallback_reason),
+        _level_of(head.first(), head, 2, head.fallback_reason, members),
+        _level_of(classifier.first(), classifier, 2, classifier.fallback_reason, members),
     )
+    if isinstance(kinds := model._model_args.get("members"), list):
+        grown._model_args["members"] = [*kinds, kinds[-1]]
     grown._model_args["at"] = list(cutting.at)
     grown._stages = tuple(
         replace(new, normed=old.normed) for new, old in zip(cutting.stages, model._stages, strict=False)
@@ -65,7 +81,7 @@ def grow(model: Grown) -> Grown:
     return grown
 
 
-def _level_of(block: nn.Module, source: Level, copies: int, reason: str) -> Level:
+def _level_of(block: nn.Module, source: Level, copies: int, reason: str, members: _Members) -> Level:
     """A level of a block, or of a part of it, with `copies` branches for every branch of its source.
 
     Args:
@@ -73,9 +89,12 @@ def _level_of(block: nn.Module, source: Level, copies: int, reason: str) -> Leve
         source: the level whose weights and executor the new one gets.
         copies: new branches with the weights of each branch.
         reason: why the level must be looped, or an empty string.
+        members: the kind of its branches.
     """
     own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
-    level = Level.of_copies(block, len(own), lambda branch: own[branch])
+    if members.kind != "full" and len(own) > 1:
+        block, reason = lighten(sharing_tensors(block), *members), LIGHT_IS_LOOPED
+    level = Level.of_copies(block, len(own), lambda branch: fresh_factors(block) | own[branch])
     level.executor, level.fallback_reason = source.executor, reason
     return level.train(source.training)
 
