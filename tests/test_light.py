@@ -10,12 +10,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import hierens
+from hierens.branches.activations import Activations
 from hierens.branches.light import LightConv2d, LightLayer, lighten, merge
 from hierens.core.fetching import LoadError
-from support.networks import close, randomize, tiny_backbone, with_statistics
+from support.networks import close, few_pixels, randomize, tiny_backbone, with_statistics
 
 KINDS = {"rank1": None, "lora": 2}
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -371,3 +373,144 @@ def test_values_of_a_config_that_are_refused(members, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": config["model_args"] | other}))
     with pytest.raises(LoadError, match="do not fit the config"):
         hierens.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_all_ways_to_run_a_tree_agree(name):
+    """Looped, grouped, fused, leaf by leaf, and each of them with fewer leaves."""
+    model = light_tree(name).float()
+    x, expected = images().float(), model(images().float(), reduce=False)
+    assert not model.looped, model.looped
+    models = {"plain": model, "fused": model.fuse(), "part of fused": model.fuse()}
+    models["part of fused"] = models["part of fused"].at_depth(2)
+    for executor in ("looped", "grouped"):
+        for kind, one in models.items():
+            one.set_executor(executor)
+            with torch.no_grad():
+                assert close(one(x, reduce=False), expected, 1e-4), (kind, executor)
+                assert close(one(x, leaves=3, reduce=False), expected[:, :3], 1e-4), (kind, executor)
+                assert close(one(x, depth=0), expected[:, 0], 1e-4), (kind, executor)
+    steps = list(models["fused"].anytime(x))
+    assert all(close(step.logits, expected[:, : step.leaves].mean(1), 1e-4) for step in steps)
+    with torch.no_grad():
+        assert close(model.fuse().at_depth(0)(x), expected[:, 0], 1e-4)
+
+
+def test_a_fused_tree_holds_shared_weights_once():
+    model = light_tree("test_resnet").float()
+    fused = model.fuse()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(tensor.numel() for tensor in fused.state_dict().values()) < count
+    assert fused.parameter_counts()[-1] == sum(parameter.numel() for parameter in fused.parameters())
+    lora = light_tree("test_resnet", "lora").float()
+    x = images().float()
+    assert fused.levels[2]._branches_per_call(Activations([x] * 2), 4) == 4  # one call is faster, also on CPUs
+    assert model.levels[2]._branches_per_call(Activations([x] * 2), 4) == 1
+    with torch.no_grad():
+        assert close(lora.fuse()(x), lora(x), 1e-4)
+
+
+def test_training_grouped_equals_looped():
+    results = []
+    for executor in ("looped", "grouped"):
+        model = light_tree().train()
+        model.set_executor(executor)
+        logits = model(images(), reduce=False)
+        logits.square().sum().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    assert all(torch.allclose(a.double(), b.double(), atol=1e-9) for a, b in zip(*results, strict=True))
+
+
+def test_reordering_moves_factors():
+    model = light_tree().float()
+    x, before = images().float(), model(images().float(), reduce=False)
+    model.reorder([(images(count=20).float(), torch.arange(20) % 10)])
+    after = model(x, reduce=False)
+    assert close(after.mean(1), before.mean(1)) and shared(model)
+    for leaf in range(4):
+        assert min(float((after[:, leaf] - before[:, other]).abs().max()) for other in range(4)) < 1e-4
+
+
+def test_an_average_of_weights_counts_shared_ones_once():
+    model, other = light_tree().float(), light_tree(seed=1).float()
+    average = ModelEmaV3(model, decay=0.75)
+    average.update(other)
+    for name, value in average.module.named_parameters():
+        wanted = 0.75 * model.get_parameter(name) + 0.25 * other.get_parameter(name)
+        assert torch.allclose(value, wanted, atol=1e-6), name
+
+
+def test_policies_and_anytime_run_light_trees():
+    model = light_tree().float().eval()
+    policy = hierens.calibrate(model, [(images(count=16).float(), torch.arange(16) % 10)], budget=model.macs()[1])
+    result = policy(model, images().float())
+    assert result.logits.shape == (3, 10)
+
+
+def test_torch_export_stores_shared_weights_once(tmp_path):
+    model = light_tree().float()
+    model.export(tmp_path, format="torch-export", depths=[2], check=False)
+    program = torch.export.load(tmp_path / "depth_2.pt2")
+    assert close(program.module()(images().float()), model(images().float()))
+    stored = sum(tensor.numel() for tensor in program.state_dict.values())
+    assert stored <= sum(parameter.numel() for parameter in model.parameters())
+
+
+ZOO = {
+    "resnet10t": {},
+    "resnext50_32x4d": {},
+    "seresnet18": {},
+    "mobilenetv3_small_050": {},
+    "tf_efficientnet_lite0": {},
+    "regnety_002": {},
+    "convnext_atto": {},
+    "ghostnet_050": {},
+    "repvgg_a0": {},
+    "densenet121": {},
+    "nf_regnet_b0": {},
+    "deit_tiny_patch16_224": {"img_size": 64, "depth": 4},
+    "beit_base_patch16_224": {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 2},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 112,
+        "embed_dim": 24,
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 2, 4),
+    },
+    "mixer_s32_224": {"img_size": 64, "num_blocks": 4, "embed_dim": 48},
+    "poolformer_s12": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ZOO)
+def test_families_of_the_zoo(name, kind):
+    """A copy is exact; random factors give the outputs of merged branches, looped, grouped and fused."""
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=5, **ZOO[name]).eval()
+    x = few_pixels(backbone)
+    model = hierens.hierensify(backbone, 3, members=kind, rank=KINDS[kind])
+    with torch.no_grad():
+        assert close(model(x), backbone(x), 1e-4)
+        randomize(model.eval())
+        merged = copy.deepcopy(model)
+        for level in merged.all_levels():
+            for branch in level:
+                merge(branch)
+        merged.set_executor("looped")
+        expected = merged(x, reduce=False)
+        assert expected.std(1).min() > 0
+        for one in (model, model.fuse()):
+            for executor in ("looped", "grouped"):
+                one.set_executor(executor)
+                assert close(one(x, reduce=False), expected, 1e-3), executor
+    full = hierens.hierensify(backbone, 3, looped={}).parameter_counts()[-1]
+    print(
+        name,
+        kind,
+        {k: len(level.light) for k, level in enumerate(model.levels)},
+        model.parameter_counts(),
+        full,
+        model.looped,
+    )
+    assert model.parameter_counts()[-1] < full

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
+from hierens.branches.light import light_layers
 from hierens.branches.tensors import BranchSlice
 from hierens.core.values import Value
 
@@ -71,7 +72,8 @@ class AnyLevel(nn.Module):
 
     def parameters_of(self, branches: int) -> int:
         """Number of parameters of a level with only so many of the branches."""
-        return branches * sum(parameter.numel() for parameter in self.parameters()) // self.branches
+        shared = sum({layer.weight: layer.weight.numel() for _, layer in light_layers(self)}.values())
+        return shared + branches * (sum(map(Tensor.numel, self.parameters())) - shared) // self.branches
 
     @property
     def grouped(self) -> bool:

@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from hierens.branches.any_level import AnyLevel
 from hierens.branches.first_layout import rename_packed
 from hierens.branches.grouped_form import GroupedForm, class_of
-from hierens.branches.light import FACTORS, factor_names, light_layers, merge, tie
+from hierens.branches.light import FACTORS, factor_names, light_layers, merge, shared_names, tie
 from hierens.branches.tensors import BranchSlice, make_contiguous, state_of
 from hierens.core.values import Value
 
@@ -66,7 +66,7 @@ class Level(AnyLevel, nn.ModuleList):
         for index, branch in enumerate(branches):
             values, own = state(index), dict(state_of(branch))
             contiguous = {id(own[name]) for name in flat}  # also under the other names of a tied tensor
-            shared = {f"{name}.weight".lstrip(".") for name, _ in light_layers(branch)} if index else set()
+            shared = shared_names(branch) if index else set()
             for name, tensor in own.items():
                 if name in shared:
                     continue
@@ -152,17 +152,13 @@ class Level(AnyLevel, nn.ModuleList):
     @property
     def full(self) -> list[str]:
         """The names of the parameters with two or more dimensions of which every branch has its own."""
-        shared = {f"{name}.weight".lstrip(".") for name in self.light} | factor_names(self[0])
+        shared = shared_names(self[0]) | factor_names(self[0])
         return [name for name, value in self[0].named_parameters() if value.ndim > 1 and name not in shared]
 
     def parameters_of(self, branches: int) -> int:
         """See `AnyLevel.parameters_of`."""
-        own = sum(parameter.numel() for parameter in self[0].parameters())
-        layers = [layer for _, layer in light_layers(self[0])]
-        shared = sum(layer.weight.numel() for layer in layers)
-        if branches == 1:
-            return own - sum(parameter.numel() for layer in layers for parameter in layer.factors().values())
-        return shared + branches * (own - shared)
+        factors = sum(factor.numel() for _, layer in light_layers(self[0]) for factor in layer.factors().values())
+        return super().parameters_of(branches) - (factors if branches == 1 else 0)
 
     def make_contiguous(self) -> None:
         """Store the branches' tensors of each layer one after another in memory, where possible."""
@@ -226,8 +222,7 @@ class Level(AnyLevel, nn.ModuleList):
 
     def _repeated(self) -> Iterator[tuple[str, int]]:
         """The names of shared weights, with each branch but the first."""
-        names = [f"{name}.weight".lstrip(".") for name in self.light]
-        return ((name, branch) for name in names for branch in range(1, len(self)))
+        return ((name, branch) for name in sorted(shared_names(self[0])) for branch in range(1, len(self)))
 
     def _load_from_state_dict(
         self,

@@ -33,7 +33,6 @@ from hierens.core.macs import count_macs
 from hierens.core.members import Kind
 
 FACTORS = ("r", "s", "lora_a", "lora_b")
-LIGHT_IS_LOOPED = "its branches share weights"
 SCALES = ("r", "s")  # without weight decay: it would pull them to zero, not to one
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
 
@@ -183,9 +182,8 @@ class LightConv2dSame(_LightConvolution, tl.Conv2dSame):
         return F.conv2d(x, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
 
 
-_LIGHT: dict[type[nn.Module], type[LightLayer]] = {
-    light.base: light for light in (LightLinear, LightTimmLinear, LightConv1d, LightConv2d, LightConv2dSame)
-}
+LIGHT_LAYERS = (LightLinear, LightTimmLinear, LightConv1d, LightConv2d, LightConv2dSame)
+_LIGHT: dict[type[nn.Module], type[LightLayer]] = {light.base: light for light in LIGHT_LAYERS}
 
 
 def factor_sizes(shape: Sequence[int], groups: int, kind: Kind, rank: int | None) -> dict[str, tuple[int, ...]]:
@@ -264,6 +262,11 @@ def merge(block: nn.Module) -> None:
 def light_layers(block: nn.Module) -> Iterator[tuple[str, LightLayer]]:
     """The light layers of a branch, by name."""
     return ((name, module) for name, module in block.named_modules() if isinstance(module, LightLayer))
+
+
+def shared_names(block: nn.Module) -> set[str]:
+    """The names of the weights that the branches of a level share."""
+    return {f"{name}.weight".lstrip(".") for name, _ in light_layers(block)}
 
 
 def tie(branches: Sequence[nn.Module]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level, sharing_tensors
-from hierens.branches.light import LIGHT_IS_LOOPED, called_layers, fresh_factors, light_layers, lighten
+from hierens.branches.light import called_layers, fresh_factors, lighten
 from hierens.core.members import Kind, member_kinds
 from hierens.core.model_info import ModelInfo
 from hierens.core.tree import Tree
@@ -88,10 +88,7 @@ def build_ensemble(
     info.stages = cutting.stages
     info.model_args.update(sharing.arguments)
     parts = _light_parts(cutting, branches, sharing, info.pretrained_cfg["input_size"])
-    light = [any(light_layers(part)) for part in parts]
-    own = [1 if shared else count for count, shared in zip(branches, light, strict=True)]  # light ones are not checked
-    reasons = reasons_to_loop(cutting, backbone, own) if looped is None else looped
-    reasons = {**reasons, **{str(index): LIGHT_IS_LOOPED for index, shared in enumerate(light) if shared}}
+    reasons = reasons_to_loop(parts, backbone, branches) if looped is None else looped
     spans = (*(tree.span(level) for level in range(tree.levels)), 1, 1)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -117,7 +114,7 @@ def _light_parts(cutting: Cutting, branches: Sequence[int], sharing: Sharing, si
         sharing: their kinds.
         size: of an image, (C, H, W).
     """
-    parts: list[nn.Module] = [*cutting.blocks, cutting.head, cutting.classifier]
+    parts = list[nn.Module](cutting.parts)
     chosen = [index for index, kind in enumerate(sharing.kinds) if kind != "full" and branches[index] > 1]
     called = called_layers(parts, size) if chosen else []
     for index in chosen:

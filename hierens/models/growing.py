@@ -6,33 +6,24 @@ A tree can be trained small and grown, and a converted network can get more leve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
 from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level, sharing_tensors
-from hierens.branches.light import LIGHT_IS_LOOPED, called_layers, fresh_factors, lighten
+from hierens.branches.light import called_layers, fresh_factors, lighten
 from hierens.branches.taps import parted, tapped_block
 from hierens.branches.tensors import state_of
-from hierens.core.members import Kind
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree
 from hierens.cutting.cut import CutError, cut, next_cut
 from hierens.models.level_tree import LevelTree
 
 Grown = TypeVar("Grown", bound=LevelTree)
-
-
-class _Members(NamedTuple):
-    """The kind of the branches of new levels, its rank, and the layers that may be light."""
-
-    kind: Kind
-    rank: int | None
-    layers: Collection[str]
 
 
 @ordinary_tensors
@@ -54,23 +45,23 @@ def grow(model: Grown) -> Grown:
     *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
     leaves = model.tree.leaves
     branches = [*(1 for _ in levels), last.branches, 2 * last.branches, 1, 1]  # only the two new levels are checked
-    reasons = reasons_to_loop(cutting, network, branches)
-    members = _Members(model.member_kinds[-1], model._model_args.get("rank"), last.light)
-    if members.kind != "full" and last.branches == 1:  # an ordinary level, whose copies become light
-        parts, size = (*cutting.blocks, cutting.head, cutting.classifier), model.pretrained_cfg["input_size"]
-        members = members._replace(layers=set().union(*called_layers(parts, size)))
+    parts = list[nn.Module](cutting.parts)
+    if (kind := model.member_kinds[-1]) != "full":
+        called = [set(last.light)] * len(parts)
+        if last.branches == 1:  # an ordinary level, whose copies become light
+            called = called_layers(parts, model.pretrained_cfg["input_size"])
+        for index in (i for i, count in enumerate((*branches[:-2], 2, 2)) if i >= len(levels) and count > 1):
+            parts[index] = lighten(sharing_tensors(parts[index]), kind, model._model_args.get("rank"), called[index])
+    reasons = reasons_to_loop(parts, network, branches)
     upper, lower = (
-        _level_of(block, last, copies, reasons.get(str(index), ""), members)
-        for index, block, copies in (
-            (len(levels), cutting.blocks[-2], 1),
-            (len(levels) + 1, cutting.blocks[-1], 2),
-        )
+        _level_of(parts[index], last, copies, reasons.get(str(index), ""))
+        for index, copies in ((len(levels), 1), (len(levels) + 1, 2))
     )
     grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
         [*(level.first_branches(level.branches) for level in levels), upper, lower],
-        _level_of(head.first(), head, 2, head.fallback_reason, members),
-        _level_of(classifier.first(), classifier, 2, classifier.fallback_reason, members),
+        _level_of(head.first() if head.branches > 1 else parts[-2], head, 2, head.fallback_reason),
+        _level_of(classifier.first() if head.branches > 1 else parts[-1], classifier, 2, classifier.fallback_reason),
     )
     if isinstance(kinds := model._model_args.get("members"), list):
         grown._model_args["members"] = [*kinds, kinds[-1]]
@@ -81,7 +72,7 @@ def grow(model: Grown) -> Grown:
     return grown
 
 
-def _level_of(block: nn.Module, source: Level, copies: int, reason: str, members: _Members) -> Level:
+def _level_of(block: nn.Module, source: Level, copies: int, reason: str) -> Level:
     """A level of a block, or of a part of it, with `copies` branches for every branch of its source.
 
     Args:
@@ -89,11 +80,8 @@ def _level_of(block: nn.Module, source: Level, copies: int, reason: str, members
         source: the level whose weights and executor the new one gets.
         copies: new branches with the weights of each branch.
         reason: why the level must be looped, or an empty string.
-        members: the kind of its branches.
     """
     own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
-    if members.kind != "full" and len(own) > 1:
-        block, reason = lighten(sharing_tensors(block), *members), LIGHT_IS_LOOPED
     level = Level.of_copies(block, len(own), lambda branch: fresh_factors(block) | own[branch])
     level.executor, level.fallback_reason = source.executor, reason
     return level.train(source.training)
