@@ -26,7 +26,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], int]] = {  # arguments, and pixels
     "vit_tiny_patch16_224": ({"img_size": 64}, 64),
 }
 BATCH_SIZES, ROUNDS, SECONDS = (1, 8, 32), 3, 0.1
-WAYS = ("full, fused", "light, fused, looped", "light, fused, grouped", "light, looped")
+WAYS = ("full, fused", "light, fused, looped", "light, fused, grouped", "light, fused, auto", "light, looped")
 
 
 def models(name: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def models(name: str) -> dict[str, Any]:
     full, light = (hierens.hierensify(backbone, 4, members=members, looped={}) for members in ("full", "rank1"))
     made: dict[str, Any] = {"full, fused": full.fuse(), "light, looped": light}
     light.set_executor("looped")
-    for executor in ("looped", "grouped"):
+    for executor in ("looped", "grouped", "auto"):
         made[f"light, fused, {executor}"] = light.fuse()
         made[f"light, fused, {executor}"].set_executor(executor)
     return made

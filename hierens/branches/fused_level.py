@@ -47,7 +47,8 @@ class FusedLevel(AnyLevel):
     def _pack(self) -> None:
         looped = {name: f"{type(layer[0]).__name__} has no packed form" for name, layer in unpacked_layers(self.block)}
         self._packed = Packed(_PackedLayers(self), looped) if self.count > 1 else None
-        self._light = any(layer_form(layer) for _, layer in light_layers(self.block))
+        packed = (layer for _, layer in light_layers(self.block) if layer_form(layer))
+        self._shared_weights = sum(layer.weight.numel() for layer in packed)
 
     @property
     def branches(self) -> int:
@@ -55,8 +56,10 @@ class FusedLevel(AnyLevel):
         return self.count
 
     def _grouping_is_faster(self, x: Tensor, branches: int) -> bool:
-        """As for every level; one call with the shared weight of light layers is (docs/results/light.md)."""
-        return self._light or super()._grouping_is_faster(x, branches)
+        """As for every level; with shared weights if there are fewer images than these (docs/results/light.md)."""
+        if self._shared_weights:
+            return x.numel() // branches <= self._shared_weights
+        return super()._grouping_is_faster(x, branches)
 
     def without_gradients(self) -> bool:
         """Always: see `AnyLevel.without_gradients`."""

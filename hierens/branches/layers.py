@@ -181,6 +181,9 @@ def linear(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
 def light(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """A light layer of w branches, with scales only: one call with the shared weight on all images, (w*N, ...)."""
     module = layer.module
+    if width.active == 1 and module.scales_weight(x):
+        weight = module.scaled(module.weight, layer.rows("s", width), layer.rows("r", width))
+        return module.product(x, weight, layer.rows("bias", width))
 
     def per_branch(name: str) -> Tensor:
         stacked = layer.stacked(name, width)  # (w, channels)

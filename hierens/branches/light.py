@@ -67,12 +67,14 @@ class LightLayer(nn.Module):
         if "lora_a" in own:
             a = own["lora_a"].flatten(1).unflatten(0, (groups, -1))  # (groups, rank, inputs * kernel)
             weight = weight + (own["lora_b"].unflatten(0, (groups, -1)) @ a).view(weight.shape)
-        if "s" in own:
-            s, r = own["s"].view(groups, -1, 1), own.get("r")
-            scale = s if r is None else s * r.view(groups, 1, -1)
-            weight = weight * scale.flatten(0, 1).view(len(weight), -1, *(1,) * (weight.ndim - 2))
-        found: Tensor = weight
+        found: Tensor = self.scaled(weight, own["s"], own.get("r")) if "s" in own else weight
         return found
+
+    def scaled(self, weight: Tensor, s: Tensor, r: Tensor | None) -> Tensor:
+        """W * outer(s, r)."""
+        scale = s.view(self.groups, -1, 1)
+        scale = scale if r is None else scale * r.view(self.groups, 1, -1)
+        return weight * scale.flatten(0, 1).view(len(weight), -1, *(1,) * (weight.ndim - 2))
 
     def factors(self) -> dict[str, Tensor]:
         """The factors by name."""
@@ -89,14 +91,15 @@ class LightLayer(nn.Module):
         return fresh
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of this branch, (N, C, ...) for convolutions, (..., C) for linear layers.
+        """The output of this branch, (N, C, ...) for convolutions, (..., C) for linear layers."""
+        if self.scales_weight(x):
+            return self.product(x, self.effective_weight(), self.bias)
+        return self.with_factors(x)
 
-        Multiplying whichever is smaller, the weight or the images, is faster. Graphs hold the shared weight.
-        """
+    def scales_weight(self, x: Tensor) -> bool:
+        """Whether to multiply the weight, not the images: whichever is smaller. Graphs hold the shared weight."""
         graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if graph or x.is_meta or x.numel() <= self.weight.numel():
-            return self.with_factors(x)
-        return self.product(x, self.effective_weight(), self.bias)
+        return not graph and not x.is_meta and x.numel() > self.weight.numel()
 
     def with_factors(self, x: Tensor) -> Tensor:
         """The output, computed from the shared weight."""
