@@ -116,7 +116,7 @@ def examine(name: str, thorough: bool = True) -> dict[str, Any]:
     start = time.perf_counter()
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
     branching = (1, 1, 1, 2) if millions > HUGE else (1, 1, 2, 2) if millions > LARGE else (1, 2, 2, 2)
-    reasons = reasons_to_loop(cut(backbone, BLOCKS), backbone)  # of every block, also where a tree has one branch
+    reasons = reasons_to_loop(cut(backbone, BLOCKS).parts, backbone)  # of every block, also where a tree has one branch
     model = hierens.hierensify(backbone, branching=branching, looped=reasons).eval()
     found: dict[str, Any] = {
         "seconds": time.perf_counter() - start,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
+from hierens.branches.light import light_layers
 from hierens.branches.tensors import BranchSlice
 from hierens.core.values import Value
 
@@ -68,6 +69,11 @@ class AnyLevel(nn.Module):
     @abstractmethod
     def grouped_form(self, start: int = 0, stop: int | None = None) -> Callable[[Value, BranchSlice], Value] | None:
         """A function that runs branches `start` to `stop` in one call; None if only a loop gives their results."""
+
+    def parameters_of(self, branches: int) -> int:
+        """Number of parameters of a level with only so many of the branches."""
+        shared = sum({layer.weight: layer.weight.numel() for _, layer in light_layers(self)}.values())
+        return shared + branches * (sum(map(Tensor.numel, self.parameters())) - shared) // self.branches
 
     @property
     def grouped(self) -> bool:

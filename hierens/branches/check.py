@@ -24,7 +24,6 @@ from hierens.core.modes import evaluating, quiet_dropout
 from hierens.core.progress import with_progress
 from hierens.core.timm_info import example_input
 from hierens.core.values import Value
-from hierens.cutting.cut import Cutting
 
 _FLOAT32_FIRST_WEIGHTS = 2_000_000  # in a block with more, float64 is tried only if the executors differ in float32
 _FLOAT32_WEIGHTS = 50_000_000  # in a block with more, float64 is not tried: it would need many GB
@@ -200,15 +199,16 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def reasons_to_loop(cutting: Cutting, backbone: nn.Module, branches: Sequence[int] | None = None) -> dict[str, str]:
+def reasons_to_loop(
+    pieces: Sequence[Any], backbone: nn.Module, branches: Sequence[int] | None = None
+) -> dict[str, str]:
     """The pieces whose grouped form may not be used, by index, with the reasons.
 
     Args:
-        cutting: the blocks, the head and the classifier.
+        pieces: the blocks, the head and the classifier.
         backbone: the network that was cut.
         branches: number for each piece; pieces with one branch are not checked. By default all pieces are checked.
     """
-    pieces = (*cutting.blocks, cutting.head, cutting.classifier)
     value: Any = _small_example(backbone)
     found = {}
     for index, piece in with_progress(enumerate(pieces), len(pieces), "checking the executors"):

@@ -25,7 +25,7 @@ def first_layout(model: nn.Module) -> dict[str, Tensor]:
     for prefix, level in model.named_modules():
         if isinstance(level, AnyLevel) and isinstance(level, nn.ModuleList):  # not of a fused model
             for name, _ in state_of(level[0]):
-                own = [state.pop(f"{prefix}.{branch}.{name}") for branch in range(len(level))]
+                own = [state.pop(key) for b in range(len(level)) if (key := f"{prefix}.{b}.{name}") in state]
                 state[f"{prefix}.block.{name}"] = own[0] if len(own) == 1 else concatenate(own)
     return state
 

@@ -24,6 +24,7 @@ from hierens.branches.fused_level import FusedLevel, UnpackedLayer, packed_state
 from hierens.branches.grouped_block import Packed, traced
 from hierens.branches.layers import SAME, STANDARDISED, standardised
 from hierens.branches.level import Level
+from hierens.branches.light import LightLayer
 from hierens.branches.rules import PackError
 from hierens.branches.tensors import concatenate, replace, state_of
 from hierens.core.protocol import Step
@@ -158,8 +159,11 @@ def fold(block: fx.GraphModule) -> fx.GraphModule:
             graph.erase_node(node)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
-        if node.op == "call_module" and calls[node.target] == 1 and _is_plain(modules[node.target]):
-            _replace(block, graph, modules, node)
+        if node.op == "call_module" and calls[node.target] == 1:
+            if _is_plain(modules[node.target]):
+                _replace(block, graph, modules, node)
+            elif isinstance(modules[node.target], LightLayer):
+                _fold_into_factors(block, graph, modules, node)
     folded = Block(block, graph, class_name="FusedBlock")
     kept = {name for name, _ in block.named_buffers()} & block.state_dict().keys()
     for name in dict(folded.named_buffers()).keys() - kept:
@@ -199,6 +203,23 @@ def _replace(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], n
     fused = FusedConvolution(convolution, weight, bias, activation, same_pad)
     owner, _, key = str(node.target).rpartition(".")
     setattr(block.get_submodule(owner), key, fused)
+
+
+def _fold_into_factors(block: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node) -> None:
+    """Fold the batch norm that follows a light layer into its output scale and bias; an activation of it remains."""
+    layer: Any = modules[str(node.target)]
+    norm, followed = _follower(node, modules)
+    if followed is None or not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return
+    assert norm.running_var is not None
+    scale = layer.factors().get("s", torch.ones_like(norm.running_mean))
+    args = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    scale, layer.bias = fuse_conv_bn_weights(scale.unsqueeze(1), layer.bias, *args)  # rows, as those of a weight
+    layer.s = nn.Parameter(scale.flatten())
+    block.set_submodule(str(followed.target), norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
+    if not isinstance(norm, BatchNormAct2d):
+        followed.replace_all_uses_with(node)
+        graph.erase_node(followed)
 
 
 def _follower(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[nn.Module | None, fx.Node | None]:

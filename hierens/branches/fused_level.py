@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 
 from hierens.branches.any_level import FUSED_GROUPED_WEIGHTS, AnyLevel
 from hierens.branches.grouped_block import Packed
+from hierens.branches.light import light_layers, shared_names
+from hierens.branches.rules import layer_form
 from hierens.branches.tensors import BranchSlice, PackedLayer, replace, state_of
 from hierens.core.values import Value
 
@@ -45,11 +47,19 @@ class FusedLevel(AnyLevel):
     def _pack(self) -> None:
         looped = {name: f"{type(layer[0]).__name__} has no packed form" for name, layer in unpacked_layers(self.block)}
         self._packed = Packed(_PackedLayers(self), looped) if self.count > 1 else None
+        packed = (layer for _, layer in light_layers(self.block) if layer_form(layer))
+        self._shared_weights = sum(layer.weight.numel() for layer in packed)
 
     @property
     def branches(self) -> int:
         """Number of branches."""
         return self.count
+
+    def _grouping_is_faster(self, x: Tensor, branches: int) -> bool:
+        """As for every level; with shared weights if there are fewer images than these (docs/results/light.md)."""
+        if self._shared_weights:
+            return x.numel() // branches <= self._shared_weights
+        return super()._grouping_is_faster(x, branches)
 
     def without_gradients(self) -> bool:
         """Always: see `AnyLevel.without_gradients`."""
@@ -136,6 +146,6 @@ def unpacked_layers(block: nn.Module) -> list[tuple[str, UnpackedLayer]]:
 
 
 def packed_state(block: nn.Module) -> list[tuple[str, Tensor]]:
-    """The packed tensors of a block by name."""
-    unpacked = tuple(f"{name}." for name, _ in unpacked_layers(block))
-    return [(name, tensor) for name, tensor in state_of(block) if not name.startswith(unpacked)]
+    """The packed tensors of a block by name; not those that all branches share."""
+    unpacked, shared = tuple(f"{name}." for name, _ in unpacked_layers(block)), shared_names(block)
+    return [(n, tensor) for n, tensor in state_of(block) if not n.startswith(unpacked) and n not in shared]

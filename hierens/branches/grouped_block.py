@@ -16,6 +16,7 @@ from typing import Any
 from timm.models import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 
+from hierens.branches.light import LightLayer
 from hierens.branches.rewrite import Rewriter
 from hierens.branches.rules import TRACED, PackError, layer_form, per_channel
 from hierens.branches.tensors import BranchSlice, Layers, caches_of, clear_caches
@@ -78,7 +79,8 @@ class _FineTracer(fx.Tracer):
         self.closed, self.failed, self.thread = closed, "", threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if layer_form(m) is not None or per_channel(m) or module_qualified_name in self.closed:
+        packed = layer_form(m) is not None or per_channel(m)
+        if packed or isinstance(m, LightLayer) or module_qualified_name in self.closed:
             return True
         if isinstance(m, (nn.Sequential, fx.GraphModule)):
             return False

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hierens.branches.grouped_block import Packed
+from hierens.branches.light import shared_names
 from hierens.branches.rules import PackError, layer_form, per_channel
 from hierens.branches.tensors import BranchLayer, are_contiguous, state_of
 
@@ -75,8 +76,9 @@ class GroupedForm:
         self._all = 0, len(branches)
         self._snapshots = {self._all: _Snapshot(list(chain.from_iterable(self._modules)))}
         own = [{n: tensor for n, tensor in state_of(branch) if not _is_within(n, closed)} for branch in branches]
+        shared = shared_names(branches[0])
         self.contiguous = not self.reason and all(
-            are_contiguous([state[name] for state in own], flat.get(name)) for name in own[0]
+            are_contiguous([state[name] for state in own], flat.get(name)) for name in own[0] if name not in shared
         )
         self.updates_statistics = any(
             module.training and module.track_running_stats

@@ -178,6 +178,22 @@ def linear(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
+def light(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
+    """A light layer of w branches, with scales only: one call with the shared weight on all images, (w*N, ...)."""
+    module = layer.module
+    if width.active == 1 and module.scales_weight(x):
+        weight = module.scaled(module.weight, layer.rows("s", width), layer.rows("r", width))
+        return module.product(x, weight, layer.rows("bias", width))
+
+    def per_branch(name: str) -> Tensor:
+        stacked = layer.stacked(name, width)  # (w, channels)
+        return stacked.view(*stacked.shape, *module.along_channels(stacked[0]).shape[1:])
+
+    y = module.product(with_weights("mul", x, per_branch("r"), width), module.weight)
+    y = with_weights("mul", y, per_branch("s"), width)
+    return y if module.bias is None else with_weights("add", y, per_branch("bias"), width)
+
+
 def layer_norm(layer: Layer, x: Tensor, width: BranchSlice) -> Tensor:
     """Layer norm over the last dimensions, with a scale and shift per branch."""
     module = layer.module

@@ -1,4 +1,4 @@
-"""`Level`: one block in several independent copies, each an ordinary module.
+"""`Level`: one block in several copies, each an ordinary module.
 
 At conversion, `hierens.branches.check.self_check` compares the grouped executor with the loop. If they differ, the
 block is looped. The grouped form is derived from the current modules of the branches, and is not used if it would not
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from hierens.branches.any_level import AnyLevel
 from hierens.branches.first_layout import rename_packed
 from hierens.branches.grouped_form import GroupedForm, class_of
+from hierens.branches.light import FACTORS, factor_names, light_layers, merge, shared_names, tie
 from hierens.branches.tensors import BranchSlice, make_contiguous, state_of
 from hierens.core.values import Value
 
@@ -27,10 +28,11 @@ _FORM_LOCK = threading.RLock()
 
 
 class Level(AnyLevel, nn.ModuleList):
-    """One block in several independent copies, each an ordinary module: `level[branch]`.
+    """One block in several copies, each an ordinary module: `level[branch]`.
 
     The branches' tensors of each layer are adjacent in memory where possible, so that a grouped call need not copy
-    them. Each is an ordinary tensor nevertheless.
+    them. Each is an ordinary tensor nevertheless. Branches with light layers (`hierens.branches.light`) hold the same
+    weights, which `state_dict`, like `parameters`, lists once: in the first branch.
     """
 
     def __init__(self, branches: Iterable[nn.Module], flat: Mapping[str, Tensor] | None = None) -> None:
@@ -54,16 +56,20 @@ class Level(AnyLevel, nn.ModuleList):
         """A level of copies of a block, allocated contiguously: no second copy of the weights is needed meanwhile.
 
         Args:
-            block: the block; it is not changed.
+            block: the block; it is not changed. Weights of its light layers are shared, with the first branch's values.
             count: number of branches.
             state: returns the weights of a branch, by the block's own names.
         """
-        branches = [_sharing_tensors(block) for _ in range(count)]
+        branches = [sharing_tensors(block) for _ in range(count)]
+        tie(branches)
         flat = make_contiguous(branches, {})
         for index, branch in enumerate(branches):
             values, own = state(index), dict(state_of(branch))
             contiguous = {id(own[name]) for name in flat}  # also under the other names of a tied tensor
+            shared = shared_names(branch) if index else set()
             for name, tensor in own.items():
+                if name in shared:
+                    continue
                 if id(tensor) not in contiguous:
                     tensor.data = tensor.clone()
                 tensor.copy_(values[name])
@@ -128,9 +134,31 @@ class Level(AnyLevel, nn.ModuleList):
 
     def first_branches(self, branches: int) -> Level:
         """See `AnyLevel.first_branches`."""
-        level = Level(copy.deepcopy(self[branch]) for branch in range(branches))
-        level.executor, level.fallback_reason, level.known = self.executor, self.fallback_reason, self.known
+        copies = copy.deepcopy([self[branch] for branch in range(branches)])
+        if branches == 1 and self.light:
+            merge(copies[0])
+            level = Level(copies)
+        else:
+            level = Level(copies)
+            level.fallback_reason, level.known = self.fallback_reason, self.known
+        level.executor, level.training = self.executor, self.training
         return level
+
+    @property
+    def light(self) -> list[str]:
+        """The names of the layers whose weights all branches share."""
+        return [name for name, _ in light_layers(self[0])]
+
+    @property
+    def full(self) -> list[str]:
+        """The names of the parameters with two or more dimensions of which every branch has its own."""
+        shared = shared_names(self[0]) | factor_names(self[0])
+        return [name for name, value in self[0].named_parameters() if value.ndim > 1 and name not in shared]
+
+    def parameters_of(self, branches: int) -> int:
+        """See `AnyLevel.parameters_of`."""
+        factors = sum(factor.numel() for _, layer in light_layers(self[0]) for factor in layer.factors().values())
+        return super().parameters_of(branches) - (factors if branches == 1 else 0)
 
     def make_contiguous(self) -> None:
         """Store the branches' tensors of each layer one after another in memory, where possible."""
@@ -141,6 +169,7 @@ class Level(AnyLevel, nn.ModuleList):
         owner, _, key = name.rpartition(".")
         for branch, module in zip(self, modules, strict=True):
             setattr(branch.get_submodule(owner), key, module)
+        tie(list(self))
         self.make_contiguous()
 
     def reorder(self, sources: Sequence[int]) -> None:
@@ -166,6 +195,7 @@ class Level(AnyLevel, nn.ModuleList):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Level:
         super()._apply(fn, recurse)
+        tie(list(self))  # tensors that leave the meta device are new ones in every branch
         self.make_contiguous()
         return self
 
@@ -183,13 +213,48 @@ class Level(AnyLevel, nn.ModuleList):
         other.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
         return other
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As for every module; a weight that branches share is listed once, in the first branch."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name, branch in self._repeated():
+            state.pop(f"{prefix}{branch}.{name}", None)
+        return state
+
+    def _repeated(self) -> Iterator[tuple[str, int]]:
+        """The names of shared weights, with each branch but the first."""
+        return ((name, branch) for name in sorted(shared_names(self[0])) for branch in range(1, len(self)))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         rename_packed(list(self), state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, branch in self._repeated():
+            first, own = f"{prefix}0.{name}", f"{prefix}{branch}.{name}"
+            weight, other = state_dict.get(first), state_dict.get(own)
+            if weight is None:  # left out on purpose, for example of another number of classes: factors belong to it
+                owner = name.removesuffix("weight")
+                for key in (f"{prefix}{b}.{owner}{factor}" for b in range(len(self)) for factor in FACTORS):
+                    state_dict.pop(key, None)
+                continue
+            if other is not None and other is not weight and not torch.equal(other, weight):
+                error_msgs.append(f"{own} differs from {first}, and these branches share one weight.")
+            if local_metadata.get("assign_to_params_buffers") and not isinstance(weight, nn.Parameter):
+                weight = state_dict[first] = nn.Parameter(weight)
+            state_dict[own] = weight
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 @torch.no_grad()
-def _sharing_tensors(block: nn.Module) -> nn.Module:
+def sharing_tensors(block: nn.Module) -> nn.Module:
     """A copy of a block whose parameters and persistent buffers share the block's memory."""
     memo: dict[int, Any] = {}
     for _, tensor in state_of(block):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hierens.branches import layers
 from hierens.branches.fused_layers import FusedConvolution, fused_convolution
+from hierens.branches.light import LIGHT_LAYERS, LightLayer
 
 
 class PackError(ValueError):
@@ -51,6 +52,7 @@ LAYERS: dict[type[nn.Module], tuple[Form, Callable[..., Tensor]]] = {
     tl.BlurPool2d: (Form.CHANNELS, layers.blur_pool),
     tl.DropPath: (Form.CHANNELS, layers.stochastic_depth),
     **dict.fromkeys((nn.Linear, tl.Linear), (Form.BATCH, layers.linear)),
+    **dict.fromkeys(LIGHT_LAYERS, (Form.BATCH, layers.light)),
     **dict.fromkeys((nn.LayerNorm, tl.LayerNorm, tl.LayerNormAct), (Form.BATCH, layers.layer_norm)),
 }
 
@@ -111,6 +113,8 @@ def layer_form(module: nn.Module) -> tuple[Form, Callable[..., Tensor]] | None:
     found = LAYERS.get(type(module))
     if isinstance(module, FusedConvolution):
         return found
+    if isinstance(module, LightLayer) and "lora_a" in module.factors():
+        return None  # every branch has matrices of its own
     inner = [part for part in (getattr(module, "drop", None), getattr(module, "act", None)) if part is not None]
     if found is None or not layers.settings_allow_packing(module) or not all(per_channel(part) for part in inner):
         return None

@@ -12,8 +12,8 @@ _OTHERS = {  # by method: a flag that it does not have, its result, and the flag
     "multi_exit": ("blocks", "one network with exits", "exits"),
 }
 _OF_NEW_NETWORKS = (
-    *("backbone", "backbone_args", "pretrained", "weights", "blocks", "branching", "exits", "head", "exit_weights"),
-    *("learn_weights", "exit_average", "drop_path", "dropout", "init"),
+    *("backbone", "backbone_args", "pretrained", "weights", "blocks", "branching", "members", "rank"),
+    *("exits", "head", "exit_weights", "learn_weights", "exit_average", "drop_path", "dropout", "init"),
 )
 
 

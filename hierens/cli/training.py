@@ -57,7 +57,7 @@ def _check_model_flags(config: ModelConfig, given: set[str]) -> None:
         check_made(given, config.start)
     check_method(given, config.method)
     if config.backbone.startswith("hne_"):  # already an ensemble
-        check_made(given, config.backbone, ("blocks", "branching", "exits"))
+        check_made(given, config.backbone, ("blocks", "branching", "members", "rank", "exits"))
     if config.branching and "blocks" in given:
         branching = " ".join(map(str, config.branching))
         raise UsageError(f"--branching {branching} sets the number of blocks: leave out --blocks.")

@@ -185,7 +185,7 @@ class AdaptiveBase(nn.Module, ABC):
             return checkpoint(level, *inputs, use_reentrant=False, context_fn=_statistics_once(level))
         return level(*inputs)
 
-    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0, signs: bool = False) -> None:
         """Make leaves with equal weights different, if there are any."""
 
     def _count_classes(self, num_classes: int) -> None:

@@ -62,6 +62,11 @@ class Cutting:
     classifier_names: tuple[str, ...]
     stages: tuple[Stage, ...] = ()
 
+    @property
+    def parts(self) -> tuple[fx.GraphModule, ...]:
+        """The blocks, the head and the classifier."""
+        return (*self.blocks, self.head, self.classifier)
+
 
 class CoarseTrace:
     """A coarse trace of a backbone.

@@ -74,8 +74,8 @@ APPLIES: dict[str, Callable[[_Flat], bool]] = {
     "train.unfreeze_epoch": _any_on("train.freeze_levels"),
     "train.decay_epochs": _contains("train.schedule", "multistep", "cyclic_step"),
     "train.cycle_epochs": _contains("train.schedule", "cyclic_step"),
-    "train.symmetry_noise": _TREE,
-    **dict.fromkeys(("model.blocks", "model.branching", "model.init"), _TREE),
+    **dict.fromkeys(("train.symmetry_noise", "train.symmetry_signs"), _TREE),
+    **dict.fromkeys(("model.blocks", "model.branching", "model.members", "model.rank", "model.init"), _TREE),
     **dict.fromkeys(
         ("model.exits", "model.exit_weights", "model.learn_weights", "model.collaborate", "model.boosted"), _EXITS
     ),

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel
 from hierens.branches.fused_level import FusedLevel
+from hierens.branches.light import tie
 from hierens.core.adaptive import AdaptiveBase
 from hierens.export.formats import INPUT
 
@@ -24,7 +25,9 @@ class _SeparateBranches(nn.Module):
 
     def __init__(self, level: FusedLevel) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(level.part(branch, branch + 1) for branch in range(level.branches))
+        parts = [level.part(branch, branch + 1) for branch in range(level.branches)]
+        tie(parts)
+        self.branches = nn.ModuleList(parts)
 
     def forward(self, x: Activations, parents: Any = None) -> Activations:
         values = x.some(range(x.count) if parents is None else parents).listed()

@@ -83,6 +83,7 @@ def model_card(
     ]
     header = ("depth", model.unit, "MACs", "parameters", *columns)
     title, summary = _KINDS[model.architecture]
+    megabytes = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
     height_width = "x".join(map(str, size[1:]))
     data = _metadata(model, columns.get(ACCURACY), name, about)
     curve = f"\n![Accuracy against multiply-accumulates, a point per depth]({PICTURE})\n" if picture else ""
@@ -100,7 +101,7 @@ def model_card(
 {summary.format(leaves=model.leaves)}
 made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` selects how many
 {model.unit} are evaluated. {outputs}; costs are for images of {channels} and
-{height_width} pixels.
+{height_width} pixels. The weights take {megabytes:.1f} MB.
 
 {table(header, rows)}
 {curve}{classes}

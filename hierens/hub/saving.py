@@ -21,6 +21,7 @@ from huggingface_hub import HfApi
 from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 
+from hierens.branches.light import factor_names
 from hierens.core.adaptive import AdaptiveBase
 from hierens.core.atomic_files import saving
 from hierens.core.fetching import LoadError, explain
@@ -190,7 +191,10 @@ def _check_rebuildable(model: AdaptiveBase) -> None:
     except Exception as error:
         raise SaveError(f"the backbone {args['backbone']} cannot be rebuilt from its arguments: {error}") from error
     for part in model.backbone_parts():
+        factors = factor_names(part)
         for name, tensor in part.state_dict().items():
+            if name in factors:
+                continue
             if name not in fresh or fresh[name].shape != tensor.shape:
                 raise SaveError(
                     f"{name} differs from that of timm.create_model({args['backbone']!r}): the backbone was changed "

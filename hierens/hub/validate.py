@@ -26,13 +26,15 @@ from hierens.core.adaptive import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
 from hierens.core.json_files import is_finite, is_whole, read_json, short
+from hierens.core.members import member_kinds
 from hierens.core.predictions import Average
 from hierens.hub.validate_config import check_labels, description
 
 _SHARED = {"backbone", "backbone_args", "at", "num_classes", "in_chans"}
+_OF_TREES = {"branching", "leaves", "looped", "members", "rank"}
 ARGUMENTS = {
-    "hne": _SHARED | {"branching", "leaves", "looped"},
-    "hne_exits": _SHARED | {"branching", "leaves", "looped", "head"},
+    "hne": _SHARED | _OF_TREES,
+    "hne_exits": _SHARED | _OF_TREES | {"head"},
     "multi_exit": _SHARED | {"head", "collaborate", "weights", "learn_weights", "average", "boosted", "kept"},
 }
 """the arguments of each entry point that a saved config may contain"""
@@ -236,6 +238,10 @@ def _check_tree(args: dict[str, Any], file: Path) -> None:
         raise LoadError(f"{file} has no usable branching and leaves (got {short(branching)} and {short(leaves)}).")
     if not isinstance(looped, dict) or not all(isinstance(reason, str) for reason in looped.values()):
         raise LoadError(f"{file} has no usable reasons to loop levels, `looped` (got {short(looped)}).")
+    try:
+        member_kinds(args.get("members", "full"), args.get("rank"), len(branching or []))
+    except ValueError as error:
+        raise LoadError(f"{file} has no usable members and rank: {first_line(error)}") from error
 
 
 def _check_exits(args: dict[str, Any], file: Path) -> None:

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hierens.branches.any_level import AnyLevel
+from hierens.branches.level import Level
 from hierens.evaluation.profiling import Profile, profile, summary
 from hierens.export.export import export
 from hierens.hub.saving import push_to_hub, save_pretrained
 from hierens.models.feature_maps import FeatureMaps
+
+
+def _sharing(level: AnyLevel) -> str:
+    """What the branches of a light level share; empty for other levels."""
+    if not isinstance(level, Level) or not level.light:
+        return ""
+    full = ", ".join([*level.full[:3], *(["..."] if level.full[3:] else [])])
+    return f"shares the weights of {len(level.light)} layers; {len(level.full)} stayed full{full and f' ({full})'}"
 
 
 class Adaptive(FeatureMaps):
@@ -30,6 +39,7 @@ class Adaptive(FeatureMaps):
             run += [
                 f"level {i} is looped: {level.fallback_reason}" for i, level in enumerate(levels) if not level.grouped
             ]
+            run += [f"level {i} {text}" for i, level in enumerate(levels) if (text := _sharing(level))]
             return "\n".join([summary(self), *run])
         return ""
 

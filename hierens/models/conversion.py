@@ -6,22 +6,18 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import timm
 import torch
-from timm.models import get_model_args
-from torch import Tensor, nn
+from torch import nn
 
-from hierens.branches.check import reasons_to_loop
-from hierens.branches.level import Level
 from hierens.core import timm_info
 from hierens.core.labels import check_classes
+from hierens.core.members import Kind
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import Average
-from hierens.core.tree import Tree
 from hierens.cutting.backbones import described
-from hierens.cutting.cut import CutError, Cutting, cut
-from hierens.models.adaptive import Adaptive
+from hierens.cutting.cut import CutError, cut
+from hierens.models.building import Sharing, build_ensemble, build_tree, copy_buffers
 from hierens.models.collaboration import new_embeddings
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.exit_weights import ExitWeights, prior
@@ -43,6 +39,8 @@ def hierensify(
     at: Sequence[str] | None = None,
     branching: Sequence[int] | None = None,
     leaves: int | None = None,
+    members: Kind | Sequence[Kind] = "full",
+    rank: int | None = None,
     seed: int | None = None,
     looped: Mapping[str, str] | None = None,
 ) -> HierarchicalEnsemble:
@@ -62,7 +60,11 @@ def hierensify(
             cost.
         branching: children per branch and level, `(1, 2, 2, ...)` by default; sets `blocks`.
         leaves: keep only this many leaves, from the first.
-        seed: for `init="reinit"`; drawn from torch's generator by default.
+        members: what the branches of a level share. `full`: nothing. `rank1` and `lora`: the weights of dense layers;
+            each branch has its own factors, biases and norms (`hierens.branches.light`). One kind, or one per level;
+            the head and the classifier have the last level's. A level with one branch is always `full`.
+        rank: of the factors of `lora`.
+        seed: for `init="reinit"`, and the factors of `lora`; drawn from torch's generator by default.
         looped: the reason for each level that must not be run grouped, by index as a string: `model.looped` of the same
             tree. By default it is determined by a self-check: a block is looped if its grouped outputs differ.
 
@@ -77,7 +79,8 @@ def hierensify(
     """
     backbone = described(backbone, classifier, input_size)
     tree = build_tree(blocks, at, branching, leaves, init)
-    return build_ensemble(backbone, cut(backbone, tree.levels, at), tree, init, seed, looped)
+    sharing = Sharing.checked(members, rank, tree)
+    return build_ensemble(backbone, cut(backbone, tree.levels, at), tree, sharing, init, seed, looped)
 
 
 @ordinary_tensors
@@ -92,6 +95,8 @@ def tree_with_exits(
     branching: Sequence[int] | None = None,
     init: Literal["copy", "reinit"] = "copy",
     leaves: int | None = None,
+    members: Kind | Sequence[Kind] = "full",
+    rank: int | None = None,
     seed: int | None = None,
     looped: Mapping[str, str] | None = None,
 ) -> TreeWithExits:
@@ -107,7 +112,9 @@ def tree_with_exits(
         branching: likewise.
         init: likewise.
         leaves: likewise.
-        seed: for the exits and for `init="reinit"`; drawn from torch's generator by default.
+        members: likewise.
+        rank: likewise.
+        seed: for the exits, for `init="reinit"`, and the factors of `lora`; drawn from torch's generator by default.
         looped: as for `hierens.hierensify`.
 
     Raises:
@@ -125,12 +132,13 @@ def tree_with_exits(
     if tree.levels < 2:
         raise ValueError("exits are placed between blocks: a tree with exits needs blocks=2 at least.")
     check_classes(backbone, "a tree with exits")
+    sharing = Sharing.checked(members, rank, tree)
     cutting = cut(backbone, tree.levels, at, single=True)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         exits = new_exits(head, backbone, cutting.blocks)
-    return TreeWithExits(build_ensemble(backbone, cutting, tree, init, seed, looped), exits, head)
+    return TreeWithExits(build_ensemble(backbone, cutting, tree, sharing, init, seed, looped), exits, head)
 
 
 @ordinary_tensors
@@ -210,7 +218,7 @@ def multi_exit(
         weighting=None if own_weights is None else ExitWeights(own_weights, learn_weights, average).to(like),
         boosted=boosted,
     )
-    _copy_buffers(backbone, model)
+    copy_buffers(backbone, model)
     return model.train(backbone.training)
 
 
@@ -245,88 +253,3 @@ def _one_answer(backbone: nn.Module) -> nn.Module:
     if (own := timm_info.description(backbone)) and own.dense:
         raise CutError(f"exits classify whole images, and this {type(backbone).__name__} does not: use hierensify.")
     return backbone
-
-
-def build_tree(
-    blocks: int, at: Sequence[str] | None, branching: Sequence[int] | None, leaves: int | None, init: str
-) -> Tree:
-    """The tree for the arguments of `hierensify`.
-
-    Raises:
-        ValueError: arguments out of range, or that contradict each other.
-    """
-    if init not in ("copy", "reinit"):
-        raise ValueError(f"init must be 'copy' or 'reinit', got {init!r}.")
-    if at is not None:
-        blocks = len(at) + 1
-    elif branching is not None:
-        blocks = len(branching)
-    tree = Tree.binary(blocks) if branching is None else Tree(tuple(branching))
-    if tree.levels != blocks:
-        raise ValueError(f"branching has {tree.levels} levels, but `at` gives {blocks} blocks.")
-    return tree if leaves is None else tree.prefix(leaves)
-
-
-def build_ensemble(
-    backbone: nn.Module, cutting: Cutting, tree: Tree, init: str, seed: int | None, looped: Mapping[str, str] | None
-) -> HierarchicalEnsemble:
-    """The ensemble of a backbone that was cut. It reuses the blocks. Other arguments are as for `hierensify`."""
-    networks = _fresh_networks(backbone, tree, seed) if init == "reinit" else []
-    branches = [*tree.widths(), tree.leaves, tree.leaves]
-    reasons = reasons_to_loop(cutting, backbone, branches) if looped is None else looped
-    *levels, head, classifier = (
-        _level(block, range(0, tree.leaves, span), networks)
-        for block, span in (
-            *((block, tree.span(level)) for level, block in enumerate(cutting.blocks)),
-            (cutting.head, 1),
-            (cutting.classifier, 1),
-        )
-    )
-    info = ModelInfo.of_backbone(backbone, cutting.at, cutting.classifier_names, "levels.0.0.")
-    info.stages = cutting.stages
-    ensemble = HierarchicalEnsemble(tree, levels, head, classifier, info)
-    _copy_buffers(backbone, ensemble)
-    for index, level in enumerate(ensemble.all_levels()):
-        if reason := reasons.get(str(index)):
-            level.loop(reason)
-    ensemble.train(backbone.training)  # also prepares the grouped forms
-    return ensemble
-
-
-def _level(block: nn.Module, leaves: Sequence[int], networks: Sequence[nn.Module]) -> Level:
-    """A branch for the first leaf below each."""
-    return Level.of_copies(block, len(leaves), lambda branch: _weights(block, leaves[branch], networks))
-
-
-def _weights(block: nn.Module, leaf: int, networks: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Initial weights of the branch on the path to a leaf: from the network of that leaf, or from the backbone."""
-    own = block.state_dict()
-    if networks:
-        fresh = networks[leaf].state_dict()
-        own = {name: fresh.get(name, tensor) for name, tensor in own.items()}
-    return own
-
-
-def _copy_buffers(backbone: nn.Module, model: Adaptive) -> None:
-    """Copy buffers with values to a model on the meta device: accelerate's `init_empty_weights` leaves them to it."""
-    if not any(parameter.is_meta for parameter in backbone.parameters()):
-        return
-    values = {name: buffer for name, buffer in backbone.named_buffers() if not buffer.is_meta}
-    for part in model.backbone_parts():
-        for name in [name for name, _ in part.named_buffers() if name in values]:
-            owner, _, key = name.rpartition(".")
-            setattr(part.get_submodule(owner), key, values[name].clone())
-
-
-def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[nn.Module]:
-    """A newly initialised backbone for every leaf."""
-    architecture = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
-    if not architecture:
-        raise ValueError("init='reinit' needs a backbone made by timm.create_model, and this one was not: use 'copy'.")
-    args = {**get_model_args(backbone), "num_classes": backbone.num_classes}
-    networks: list[nn.Module] = []
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        networks = [timm.create_model(architecture, **args) for _ in range(tree.leaves)]
-    return networks

@@ -107,18 +107,24 @@ class HierarchicalEnsemble(LevelTree):
         """Permute siblings in place for the best accuracy at small depths: see `hierens.models.ordering.reorder`."""
         return reorder(self, loader)
 
-    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0, signs: bool = False) -> None:
         """Make copied siblings differ. Without this, they would get the same gradients in every step of training.
 
         Gaussian noise is added to every branch that equals an earlier one of its level: `noise` times the standard
         deviation of each of its weights. Biases, norms and buffers are not changed. After `init="copy"`, depth 0 thus
         remains exactly the network that was copied, and after `grow`, every first child equals its parent.
+
+        The scales of `rank1` members are multiplied by 1 + noise * n, with normal n; with `signs` by -1 or 1, as
+        BatchEnsemble does, which is for training from scratch: pretrained weights would become useless.
         """
-        break_symmetry(self._plain_levels(), noise, seed)
+        break_symmetry(self._plain_levels(), noise, seed, signs)
 
     @property
     def symmetric(self) -> bool:
-        """Whether any two leaves have equal weights in all levels, as after `init="copy"` or `grow`."""
+        """Whether any two leaves have equal weights in all levels, as after `init="copy"` or `grow`.
+
+        Light members have them also if branches of one level have equal factors, as after `init="reinit"`.
+        """
         return symmetric(self.tree, self._plain_levels())
 
     def _plain_levels(self) -> list[Level]:
@@ -223,6 +229,6 @@ class FusedEnsemble(HierarchicalEnsemble):
         """Raise a ValueError."""
         refuse("given another classifier")
 
-    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> NoReturn:
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0, signs: bool = False) -> NoReturn:
         """Raise a ValueError."""
         refuse("changed")

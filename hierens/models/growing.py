@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor, fx, nn
 
 from hierens.branches.check import reasons_to_loop
-from hierens.branches.level import Level
+from hierens.branches.level import Level, sharing_tensors
+from hierens.branches.light import called_layers, fresh_factors, lighten
 from hierens.branches.taps import parted, tapped_block
 from hierens.branches.tensors import state_of
 from hierens.core.modes import ordinary_tensors
@@ -44,20 +45,26 @@ def grow(model: Grown) -> Grown:
     *levels, last, head, classifier = (level for level in model.all_levels() if isinstance(level, Level))
     leaves = model.tree.leaves
     branches = [*(1 for _ in levels), last.branches, 2 * last.branches, 1, 1]  # only the two new levels are checked
-    reasons = reasons_to_loop(cutting, network, branches)
+    parts = list[nn.Module](cutting.parts)
+    if (kind := model.member_kinds[-1]) != "full":
+        called = [set(last.light)] * len(parts)
+        if last.branches == 1:  # an ordinary level, whose copies become light
+            called = called_layers(parts, model.pretrained_cfg["input_size"])
+        for index in (i for i, count in enumerate((*branches[:-2], 2, 2)) if i >= len(levels) and count > 1):
+            parts[index] = lighten(sharing_tensors(parts[index]), kind, model._model_args.get("rank"), called[index])
+    reasons = reasons_to_loop(parts, network, branches)
     upper, lower = (
-        _level_of(block, last, copies, reasons.get(str(index), ""))
-        for index, block, copies in (
-            (len(levels), cutting.blocks[-2], 1),
-            (len(levels) + 1, cutting.blocks[-1], 2),
-        )
+        _level_of(parts[index], last, copies, reasons.get(str(index), ""))
+        for index, copies in ((len(levels), 1), (len(levels) + 1, 2))
     )
     grown: Grown = model.with_levels(
         Tree((*model.tree.branching, 2), 2 * leaves),
         [*(level.first_branches(level.branches) for level in levels), upper, lower],
-        _level_of(head.first(), head, 2, head.fallback_reason),
-        _level_of(classifier.first(), classifier, 2, classifier.fallback_reason),
+        _level_of(head.first() if head.branches > 1 else parts[-2], head, 2, head.fallback_reason),
+        _level_of(classifier.first() if head.branches > 1 else parts[-1], classifier, 2, classifier.fallback_reason),
     )
+    if isinstance(kinds := model._model_args.get("members"), list):
+        grown._model_args["members"] = [*kinds, kinds[-1]]
     grown._model_args["at"] = list(cutting.at)
     grown._stages = tuple(
         replace(new, normed=old.normed) for new, old in zip(cutting.stages, model._stages, strict=False)
@@ -75,7 +82,7 @@ def _level_of(block: nn.Module, source: Level, copies: int, reason: str) -> Leve
         reason: why the level must be looped, or an empty string.
     """
     own = [dict(state_of(branch)) for branch in source for _ in range(copies)]
-    level = Level.of_copies(block, len(own), lambda branch: own[branch])
+    level = Level.of_copies(block, len(own), lambda branch: fresh_factors(block) | own[branch])
     level.executor, level.fallback_reason = source.executor, reason
     return level.train(source.training)
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from hierens.branches.activations import Activations
 from hierens.branches.any_level import AnyLevel, Executor
 from hierens.branches.level import Level
+from hierens.branches.light import SCALES, factor_names, lighten
 from hierens.branches.taps import Nodes, tapped
 from hierens.core.adaptive import classifier_maker, linear_names, mean_of_heads
 from hierens.core.equilibrium import scale_gradient, scaled
+from hierens.core.members import Kind, member_kinds
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import PredictionWeights
@@ -268,10 +270,9 @@ class LevelTree(Adaptive):
 
     def parameter_counts(self) -> tuple[int, ...]:
         """Number of parameters in the sub-tree of each depth."""
-        own = [sum(p.numel() for p in level.parameters()) // level.branches for level in self.all_levels()]
-        *levels, head, classifier = own
-        sizes = nested_sizes(self.tree.leaves)
-        return tuple(int(self.tree.cost(levels, n)) + n * (head + classifier) for n in sizes)
+        levels = self.all_levels()
+        widths = ((*self.tree.prefix(n).widths(), n, n) for n in nested_sizes(self.tree.leaves))
+        return tuple(sum(level.parameters_of(w) for level, w in zip(levels, own, strict=True)) for own in widths)
 
     # --- timm's interface -------------------------------------------------------------------------------------------
 
@@ -320,6 +321,8 @@ class LevelTree(Adaptive):
                 like = next(self.parameters())
                 make = classifier_maker(old, self.head_hidden_size)
                 fresh = [make(num_classes).to(like.device, like.dtype) for _ in range(self.tree.leaves)]
+                for layer in fresh if self.tree.leaves > 1 else ():
+                    lighten(layer, self.member_kinds[-1], self._model_args.get("rank"))
             self.classifier.replace(name, fresh)
         self._name_classifiers()
         self._count_classes(num_classes)
@@ -329,8 +332,14 @@ class LevelTree(Adaptive):
         self.classifier_names = ()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters to which the backbone applies no weight decay."""
-        return {name for name, _ in self.named_parameters() if BRANCH_PREFIX.sub("", name) in self._no_weight_decay}
+        """Names of the parameters to which the backbone applies no weight decay, and of the scales of light layers."""
+        names = {name for name, _ in self.named_parameters() if BRANCH_PREFIX.sub("", name) in self._no_weight_decay}
+        return names | factor_names(self, SCALES)
+
+    @property
+    def member_kinds(self) -> tuple[Kind, ...]:
+        """The kind of the branches of each level, of the head and of the classifier: see `hierens.core.members`."""
+        return member_kinds(self._model_args.get("members", "full"), self._model_args.get("rank"), self.tree.levels)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Timm's layer groups, for layer-wise learning rates: a group per level, the classifier last."""

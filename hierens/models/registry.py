@@ -5,7 +5,7 @@ Saved models are rebuilt with them. Importing this module registers them with ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import timm
@@ -24,7 +24,7 @@ __all__ = ["hne", "hne_exits", "multi_exit"]
 _DEFAULT = {"num_classes": 1000, "input_size": (3, 224, 224)}
 default_cfgs = generate_default_cfgs(dict.fromkeys(__all__, _DEFAULT))
 
-_OF_TREES = ("blocks", "head", "at", "branching", "leaves", "init", "seed", "looped")
+_OF_TREES = ("blocks", "at", "branching", "leaves", "members", "rank", "init", "seed", "looped")
 _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # for timm's builder, not for a backbone
 
 Model = TypeVar("Model", bound=Adaptive)
@@ -55,30 +55,18 @@ def hne(pretrained: bool = False, **kwargs: Any) -> HierarchicalEnsemble:
 
     Args:
         pretrained: load the weights that `pretrained_cfg` names, which timm sets for `local-dir:` and `hf-hub:`.
-        kwargs: `backbone` (a timm name), `backbone_args`, `blocks` or `at` and `branching`, `leaves`, `init`, `seed`,
-            and arguments of the backbone: `num_classes`, `in_chans`, ...; `features_only=True`, with `out_indices`,
-            gives timm's `FeatureGetterNet` of the model.
+        kwargs: `backbone` (a timm name), `backbone_args`, `blocks` or `at` and `branching`, `leaves`, `members`,
+            `rank`, `init`, `seed`, and arguments of the backbone: `num_classes`, `in_chans`, ...; `features_only=True`,
+            with `out_indices`, gives timm's `FeatureGetterNet` of the model.
     """
     kwargs.setdefault("init", "copy" if pretrained else "reinit")
     return _built(_ensemble, "hne", pretrained, kwargs)
 
 
-def _ensemble(
-    backbone: str,
-    backbone_args: dict[str, Any] | None = None,
-    blocks: int = 4,
-    at: Sequence[str] | None = None,
-    branching: Sequence[int] | None = None,
-    leaves: int | None = None,
-    init: Literal["copy", "reinit"] = "copy",
-    seed: int | None = None,
-    looped: Mapping[str, str] | None = None,
-    **kwargs: Any,
-) -> HierarchicalEnsemble:
+def _ensemble(backbone: str, backbone_args: dict[str, Any] | None = None, **kwargs: Any) -> HierarchicalEnsemble:
+    of_tree = {key: kwargs.pop(key) for key in _OF_TREES if key in kwargs}
     network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
-    return conversion.hierensify(
-        network, blocks, init=init, at=at, branching=branching, leaves=leaves, seed=seed, looped=looped
-    )
+    return conversion.hierensify(network, **of_tree)
 
 
 @register_model
@@ -94,7 +82,7 @@ def hne_exits(pretrained: bool = False, **kwargs: Any) -> TreeWithExits:
 
 
 def _tree_with_exits(backbone: str, backbone_args: dict[str, Any] | None = None, **kwargs: Any) -> TreeWithExits:
-    of_tree = {key: kwargs.pop(key) for key in _OF_TREES if key in kwargs}
+    of_tree = {key: kwargs.pop(key) for key in (*_OF_TREES, "head") if key in kwargs}
     network = timm.create_model(backbone, **{**(backbone_args or {}), **kwargs})
     return conversion.tree_with_exits(network, **of_tree)
 

@@ -107,9 +107,9 @@ class TreeWithExits(Adaptive):
         """Whether any two networks have equal weights."""
         return self._tree.symmetric
 
-    def break_symmetry(self, noise: float = 0.01, seed: int = 0) -> None:
+    def break_symmetry(self, noise: float = 0.01, seed: int = 0, signs: bool = False) -> None:
         """Make networks with equal weights differ: see `HierarchicalEnsemble.break_symmetry`."""
-        self._tree.break_symmetry(noise, seed)
+        self._tree.break_symmetry(noise, seed, signs)
 
     def set_executor(self, executor: Executor) -> None:
         """Set how levels are run: see `LevelTree.set_executor`."""
@@ -250,7 +250,7 @@ class TreeWithExits(Adaptive):
         """Number of parameters of each depth."""
         of_exits = [sum(p.numel() for p in exit.parameters()) for exit in self.exits]
         levels = [self._tree.level(index) for index in range(len(self.exits))]
-        of_levels = [sum(p.numel() for p in level.parameters()) // level.branches for level in levels]
+        of_levels = [level.parameters_of(1) for level in levels]
         exits_run = [sum(of_levels[:count]) + sum(of_exits[:count]) for count in range(1, len(of_exits) + 1)]
         return (*exits_run, *(count + sum(of_exits) for count in self._tree.parameter_counts()))
 

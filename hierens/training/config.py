@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hierens.core.members import Kind, member_kinds
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -162,6 +164,8 @@ class TrainConfig:
     """use the batch statistics of all processes, so that their number does not change the result"""
     symmetry_noise: float = 0.01
     """relative noise on the weights of branches that are copies of each other when training starts; 0: none"""
+    symmetry_signs: bool = False
+    """random signs for the scales of such branches of `rank1` instead, as in BatchEnsemble; to train from scratch"""
     seed: int = 0
     """seed of all random numbers: data order, augmentation, dropout"""
     checkpoint_steps: int = 500
@@ -246,6 +250,10 @@ class ModelConfig:
     """blocks of the tree: 2^(blocks-1) networks"""
     branching: tuple[int, ...] = ()
     """children per branch and level instead of a binary tree, such as `1 1 1 8`; sets `blocks`"""
+    members: tuple[Kind, ...] = ()
+    """what branches share: `full` nothing, `rank1` and `lora` the dense layers' weights; one kind, or one per level"""
+    rank: int | None = None
+    """rank of `lora`"""
     exits: int | None = None
     """exits of a multi-exit network: 4, or those of the backbone itself"""
     head: Literal["pool", "conv"] = "pool"
@@ -278,16 +286,22 @@ class ModelConfig:
         if self.weights and not Path(self.weights).is_file():
             raise ValueError(f"weights: there is no file {self.weights}.")
         of_exits = ("collaborate", "boosted", "exit_weights", "learn_weights")
-        only = ("branching", "init") if self.method == "multi_exit" else of_exits
+        only = ("branching", "members", "rank", "init") if self.method == "multi_exit" else of_exits
         given = [name for name in only if getattr(self, name)]
         given += ["exit_average"] if self.method != "multi_exit" and self.exit_average != "logits" else []
         given += ["head"] if self.method == "hne" and self.head != "pool" else []
         if given:
             raise ValueError(f"method {self.method!r} has no {' and no '.join(given)}: leave it out, or change method.")
+        member_kinds(self.sharing, self.rank, len(self.branching) or self.blocks)
         if self.new_classifiers and not self.start:
             raise ValueError("new_classifiers replaces those of a saved model: give start, or omit it.")
         if self.warm and self.init == "reinit":
             raise ValueError("init='reinit' would discard the pretrained weights: leave it out, or use 'copy'.")
+
+    @property
+    def sharing(self) -> Kind | tuple[Kind, ...]:
+        """The argument `members` of `hierens.hierensify`."""
+        return self.members if len(self.members) > 1 else (*self.members, "full")[0]
 
     @property
     def warm(self) -> bool:

@@ -41,8 +41,8 @@ def prepare_model(model: Adaptive, config: TrainConfig, sharded: bool, device: t
     Raises:
         ValueError: the tree has fewer levels than `freeze_levels`, or FSDP is requested for one process.
     """
-    if config.symmetry_noise and model.symmetric:
-        model.break_symmetry(config.symmetry_noise, config.seed)
+    if (config.symmetry_noise or config.symmetry_signs) and model.symmetric:
+        model.break_symmetry(config.symmetry_noise, config.seed, config.symmetry_signs)
     if config.channels_last and not sharded:  # FSDP needs contiguous weights
         model.to(memory_format=torch.channels_last)
     model.gradient_equilibrium = config.gradient_equilibrium

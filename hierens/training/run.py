@@ -146,6 +146,8 @@ def _create(run: Run, num_classes: int) -> Adaptive:
         )
     tree: dict[str, Any] = {
         "branching": config.branching or None,
+        "members": config.sharing,
+        "rank": config.rank,
         "init": config.init or ("copy" if config.warm else "reinit"),
         "seed": run.train.seed,
     }

@@ -21,12 +21,13 @@ def _models():
         "tree": hierens.hierensify(small, 3),
         "exits": hierens.multi_exit(small, 3, weights="linear_rising"),
         "tree with exits": hierens.tree_with_exits(small, 2),
+        "light tree": hierens.hierensify(small, 3, members=("full", "rank1", "lora"), rank=1),
         "transformer": hierens.hierensify(timm.create_model("test_vit", num_classes=3), 2),
     }
 
 
 def saved_models(folder):
-    """Folders of saved models: a tree, a multi-exit network, a tree with exits, a transformer."""
+    """Folders of saved models: a tree, a multi-exit network, a tree with exits, a light tree, a transformer."""
     for name, model in _models().items():
         model.save_pretrained(folder / name)
     return [folder / name for name in _models()]

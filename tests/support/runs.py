@@ -25,15 +25,17 @@ def made_up_data(images=96, seed=0):
 
 
 @cache
-def _tree(blocks, init):
-    return hierens.hierensify(tiny_backbone((8, 8, 8), num_classes=2), blocks, init=init, seed=0, looped={})
+def _tree(blocks, init, **sharing):
+    arguments = {"init": init, "seed": 0, "looped": {}, **sharing}
+    return hierens.hierensify(tiny_backbone((8, 8, 8), num_classes=2), blocks, **arguments)
 
 
 def trainer(
     directory, batch_size=32, data=None, init="reinit", blocks=3, teacher=None, teacher_config=None, **settings
 ):
     """A trainer of a tiny tree on made-up data."""
-    model = copy.deepcopy(_tree(blocks, init))
+    sharing = {name: settings.pop(name) for name in ("members", "rank") if name in settings}
+    model = copy.deepcopy(_tree(blocks, init, **sharing))
     torch.manual_seed(0)
     defaults = {"epochs": 2, "lr": 0.02, "cpu": True, "log_steps": 1, "checkpoint_steps": 100}
     config = TrainConfig(output_dir=str(directory), batch_size=batch_size, **defaults | settings)

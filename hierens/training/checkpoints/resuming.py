@@ -75,7 +75,7 @@ def _arguments(architecture: Any, arguments: Any) -> dict[str, Any]:
     for name, key in (("blocks", "branching"), ("exits", "kept")):
         if isinstance(parts := known.get(key), list):
             found[name] = len(parts)
-    return found | {"branching": known.get("branching")}
+    return found | {name: known.get(name) for name in ("branching", "members", "rank")}
 
 
 def _refuse(folder: Path, name: str, was: Any, new: Any, what: str = "it") -> NoReturn:
