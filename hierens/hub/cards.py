@@ -76,12 +76,6 @@ def model_card(
         raise ValueError(f"results need a value per depth ({model.depths}): {', '.join(wrong)} do not have this.")
     if labels and len(labels) != model.num_classes:
         raise ValueError(f"label_names has {len(labels)} names, and the model has {model.num_classes} classes.")
-    costs = zip(model.sizes, model.macs(size), model.parameter_counts(), strict=True)
-    rows = [
-        (f"{depth}", f"{leaves}", millions(macs), millions(count), *(f"{v[depth]:.2f}" for v in columns.values()))
-        for depth, (leaves, macs, count) in enumerate(costs)
-    ]
-    header = ("depth", model.unit, "MACs", "parameters", *columns)
     title, summary = _KINDS[model.architecture]
     megabytes = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
     height_width = "x".join(map(str, size[1:]))
@@ -101,9 +95,9 @@ def model_card(
 {summary.format(leaves=model.leaves)}
 made with hierens from timm's `{args["backbone"]}`. One checkpoint serves every budget below: `depth` selects how many
 {model.unit} are evaluated. {outputs}; costs are for images of {channels} and
-{height_width} pixels. The weights take {megabytes:.1f} MB.
+{height_width} pixels. The weights take {megabytes:.1f} MB in memory.
 
-{table(header, rows)}
+{_depths(model, size, columns)}
 {curve}{classes}
 ```python
 import hierens
@@ -114,6 +108,16 @@ for step in model.anytime(images):  # or step by step, for as long as there is t
     print(step.leaves, step.macs, step.{shown})
 ```
 """
+
+
+def _depths(model: AdaptiveBase, size: tuple[int, ...], columns: Mapping[str, Sequence[float]]) -> str:
+    """The table with a row per depth."""
+    costs = zip(model.sizes, model.macs(size), model.parameter_counts(), strict=True)
+    rows = [
+        (f"{depth}", f"{leaves}", millions(macs), millions(count), *(f"{v[depth]:.2f}" for v in columns.values()))
+        for depth, (leaves, macs, count) in enumerate(costs)
+    ]
+    return table(("depth", model.unit, "MACs", "parameters", *columns), rows)
 
 
 def draw_accuracy(model: AdaptiveBase, results: Mapping[str, Sequence[float]], directory: Path) -> bool:
