@@ -32,7 +32,7 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 import hierens
-from hierens.branches.check import reasons_to_loop
+from hierens.branches.self_check import reasons_to_loop
 from hierens.core.modes import quiet_dropout
 from hierens.cutting.cut import cut
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from hierens.branches import layers, rules
+from hierens.branches import layer_forms, layers
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import AnyLevel
-from hierens.branches.check import self_check
+from hierens.branches.executor import AnyLevel
 from hierens.branches.grouped_block import Packed
 from hierens.branches.level import Level
+from hierens.branches.self_check import self_check
 from hierens.branches.tensors import BranchLayer
 
 
@@ -180,11 +180,11 @@ def test_the_self_check_catches_a_wrong_rule(monkeypatch):
         module = layer.module
         return torch.nn.functional.batch_norm(x, *rows, module.training, module.momentum, module.eps)
 
-    monkeypatch.setitem(rules.LAYERS, nn.BatchNorm2d, (rules.Form.CHANNELS, still_statistics))
+    monkeypatch.setitem(layer_forms.LAYERS, nn.BatchNorm2d, (layer_forms.Form.CHANNELS, still_statistics))
     assert "statistics in 1.running_mean" in self_check(block, example)
     monkeypatch.undo()
 
-    monkeypatch.setattr(rules, "PER_CHANNEL", (*rules.PER_CHANNEL, Sneaky))
+    monkeypatch.setattr(layer_forms, "PER_CHANNEL", (*layer_forms.PER_CHANNEL, Sneaky))
     layers = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "mix": Sneaky()})
     graph = fx.Graph()
     graph.output(graph.call_module("mix", (graph.call_module("conv", (graph.placeholder("x"),)),)))

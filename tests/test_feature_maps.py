@@ -10,7 +10,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 
 import hierens
-from hierens.branches.taps import tapped
+from hierens.branches.intermediates import tapped
 from hierens.core.timm_info import example_input
 from hierens.models import feature_maps
 from support.networks import close, difference, randomize, tiny_backbone, tiny_tree

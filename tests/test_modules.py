@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hierens
-from hierens.branches.first_layout import first_layout
+from hierens.branches.legacy_layout import first_layout
 from hierens.branches.level import Level
 from hierens.core.fetching import LoadError
 from support.networks import close, independent_tree, tiny_backbone, with_statistics

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hierens.core.values import Value, each
+from hierens.core.block_values import Value, each
 
 
 class Activations:
@@ -17,7 +17,7 @@ class Activations:
     They are stored in one of two forms: one value per branch, or tensors with all branches concatenated along the
     channels. Each form is converted to the other on demand, so consecutive levels with the same executor copy nothing.
     A value is a tensor, or a tuple if several values cross a cut. `taps` are other values of the branches, each a list
-    with one tensor per branch (`hierens.branches.taps`).
+    with one tensor per branch (`hierens.branches.intermediates`).
     """
 
     def __init__(

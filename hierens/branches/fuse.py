@@ -18,17 +18,17 @@ from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from hierens.branches.any_level import AnyLevel
+from hierens.branches.executor import AnyLevel
 from hierens.branches.fused_layers import FusedConvolution, attachable, separate_activations
 from hierens.branches.fused_level import FusedLevel, UnpackedLayer, packed_state, unpacked_layers
 from hierens.branches.grouped_block import Packed, traced
+from hierens.branches.layer_forms import PackError
 from hierens.branches.layers import SAME, STANDARDISED, standardised
 from hierens.branches.level import Level
 from hierens.branches.light import LightLayer
-from hierens.branches.rules import PackError
 from hierens.branches.tensors import concatenate, replace, state_of
 from hierens.core.protocol import Step
-from hierens.cutting.graphs import Block
+from hierens.cutting.block import Block
 
 _CONVOLUTIONS = (nn.Conv2d, *SAME, *STANDARDISED)
 _ONLY_TRAINING = (nn.Identity, nn.Dropout, DropPath)

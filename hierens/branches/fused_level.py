@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hierens.branches.any_level import FUSED_GROUPED_WEIGHTS, AnyLevel
+from hierens.branches.executor import FUSED_GROUPED_WEIGHTS, AnyLevel
 from hierens.branches.grouped_block import Packed
+from hierens.branches.layer_forms import layer_form
 from hierens.branches.light import light_layers, shared_names
-from hierens.branches.rules import layer_form
 from hierens.branches.tensors import BranchSlice, PackedLayer, replace, state_of
-from hierens.core.values import Value
+from hierens.core.block_values import Value
 
 
 class UnpackedLayer(nn.ModuleList):

@@ -3,7 +3,7 @@
 The block is traced to single layers. Convolutions and other operations per channel have the branches side by side in
 channels. Per-sample operations have them one after another in the batch. A layer that allows neither is called once per
 branch, in its place, while the rest of the block runs in one call. Conversions are inserted where the form changes.
-Packing is optional: `hierens.branches.check.self_check` verifies it, and a block that cannot be traced is looped.
+Packing is optional: `hierens.branches.self_check.self_check` verifies it, and a block that cannot be traced is looped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from timm.models import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 
+from hierens.branches.layer_forms import TRACED, PackError, layer_form, per_channel
 from hierens.branches.light import LightLayer
 from hierens.branches.rewrite import Rewriter
-from hierens.branches.rules import TRACED, PackError, layer_form, per_channel
 from hierens.branches.tensors import BranchSlice, Layers, caches_of, clear_caches
 from hierens.core.errors import first_line
 

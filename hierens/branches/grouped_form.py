@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hierens.branches.grouped_block import Packed
+from hierens.branches.layer_forms import PackError, layer_form, per_channel
 from hierens.branches.light import shared_names
-from hierens.branches.rules import PackError, layer_form, per_channel
 from hierens.branches.tensors import BranchLayer, are_contiguous, state_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,6 +1,6 @@
 """`Level`: one block in several copies, each an ordinary module.
 
-At conversion, `hierens.branches.check.self_check` compares the grouped executor with the loop. If they differ, the
+At conversion, `hierens.branches.self_check.self_check` compares the grouped executor with the loop. If they differ, the
 block is looped. The grouped form is derived from the current modules of the branches, and is not used if it would not
 reproduce their behaviour (`hierens.branches.grouped_form`).
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from hierens.branches.any_level import AnyLevel
-from hierens.branches.first_layout import rename_packed
+from hierens.branches.executor import AnyLevel
 from hierens.branches.grouped_form import GroupedForm, class_of
+from hierens.branches.legacy_layout import rename_packed
 from hierens.branches.light import FACTORS, factor_names, light_layers, merge, shared_names, tie
 from hierens.branches.tensors import BranchSlice, make_contiguous, state_of
-from hierens.core.values import Value
+from hierens.core.block_values import Value
 
 _MAX_FORMS = 3  # kept per level: for evaluation, for training, and for training with some layers frozen
 _FORM_LOCK = threading.RLock()

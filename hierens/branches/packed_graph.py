@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from hierens.branches import layers
-from hierens.branches.rules import Form, PackError
+from hierens.branches.layer_forms import Form, PackError
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
-from hierens.branches.rules import Form
+from hierens.branches.layer_forms import Form
 from hierens.branches.tensors import BranchSlice
 
 

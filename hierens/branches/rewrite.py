@@ -11,9 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from hierens.branches import layers
 from hierens.branches.fused_layers import FusedConvolution
-from hierens.branches.packed_graph import PackedGraph
-from hierens.branches.per_branch import PerBranch, change_in_place
-from hierens.branches.rules import (
+from hierens.branches.layer_forms import (
     BINARY,
     TENSOR_ATTRIBUTES,
     UNARY,
@@ -23,6 +21,8 @@ from hierens.branches.rules import (
     per_channel,
     reads_parents,
 )
+from hierens.branches.packed_graph import PackedGraph
+from hierens.branches.per_branch import PerBranch, change_in_place
 from hierens.branches.tensors import Layers, state_of
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hierens.core.values import each
+from hierens.core.block_values import each
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

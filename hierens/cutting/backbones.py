@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.core.modes import evaluating
 from hierens.core.timm_info import Description, description, example_input
-from hierens.cutting.tracer import CutError
+from hierens.cutting.fx_tracer import CutError
 
 
 def described(backbone: Any, classifier: str | None, input_size: Sequence[int] | None) -> Any:

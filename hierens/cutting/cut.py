@@ -19,8 +19,8 @@ from hierens.core.modes import evaluating, ordinary_tensors
 from hierens.core.timm_info import example_input
 from hierens.core.tree import checked_integer
 from hierens.cutting.backbones import classifier_names, described
+from hierens.cutting.fx_tracer import CutError, ancestors
 from hierens.cutting.trace import CoarseTrace, CutPoint, Cutting
-from hierens.cutting.tracer import CutError, ancestors
 
 __all__ = [
     "CutError",

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hierens.core.values import Value
-from hierens.cutting.graphs import Block
-from hierens.cutting.tracer import coarse_graph, dropouts_as_modules
+from hierens.core.block_values import Value
+from hierens.cutting.block import Block
+from hierens.cutting.fx_tracer import coarse_graph, dropouts_as_modules
 
 
 @dataclass(frozen=True, eq=False)

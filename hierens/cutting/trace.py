@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from hierens.core.errors import first_line
 from hierens.core.macs import MacCounter
-from hierens.cutting.graphs import Block
+from hierens.cutting.block import Block
+from hierens.cutting.fx_tracer import CutError, ancestors, coarse_graph, dropouts_as_modules, features_end
 from hierens.cutting.stages import Stage, find_stages
-from hierens.cutting.tracer import CutError, ancestors, coarse_graph, dropouts_as_modules, features_end
 
 
 @dataclass(frozen=True)

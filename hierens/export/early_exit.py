@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hierens.branches.fused_level import FusedLevel
 from hierens.branches.level import Level
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.modes import evaluating
 from hierens.evaluation.uncertainty import certainty
 from hierens.export.formats import INPUT, quiet

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.atomic_files import saving
 from hierens.core.errors import did_you_mean, first_line
 from hierens.core.install import install_command

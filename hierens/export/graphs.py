@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import AnyLevel
+from hierens.branches.executor import AnyLevel
 from hierens.branches.fused_level import FusedLevel
 from hierens.branches.light import tie
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.export.formats import INPUT
 
 TRACED_BATCH = 2  # torch.export would treat a batch size of one as a constant

@@ -8,7 +8,7 @@ from typing import TypedDict, Unpack
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.labels import label_names
 from hierens.evaluation.plotting import plot_accuracy
 from hierens.evaluation.profiling import millions, table

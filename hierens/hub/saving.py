@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from timm.models._hub import save_config_for_hf
 
 from hierens.branches.light import factor_names
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.atomic_files import saving
 from hierens.core.fetching import LoadError, explain
 from hierens.core.version import __version__

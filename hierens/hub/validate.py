@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hierens.branches.first_layout import first_layout, in_first_layout
-from hierens.core.adaptive import AdaptiveBase
+from hierens.branches.legacy_layout import first_layout, in_first_layout
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
 from hierens.core.json_files import is_finite, is_whole, read_json, short

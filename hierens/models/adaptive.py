@@ -7,7 +7,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hierens.branches.any_level import AnyLevel
+from hierens.branches.executor import AnyLevel
 from hierens.branches.level import Level
 from hierens.evaluation.profiling import Profile, profile, summary
 from hierens.export.export import export

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
-from hierens.branches.taps import Nodes, run_block
+from hierens.branches.intermediates import Nodes, run_block
 from hierens.models.pruning import WeightedExits
 
 

@@ -10,9 +10,9 @@ import torch
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from hierens.branches.check import reasons_to_loop
 from hierens.branches.level import Level, sharing_tensors
 from hierens.branches.light import called_layers, fresh_factors, lighten
+from hierens.branches.self_check import reasons_to_loop
 from hierens.core.members import Kind, member_kinds
 from hierens.core.model_info import ModelInfo
 from hierens.core.tree import Tree

@@ -18,8 +18,8 @@ from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import Combination, combine_embeddings
 from hierens.core.protocol import Step
 from hierens.models.growing import grow
+from hierens.models.leaf_order import Reordering, reorder
 from hierens.models.level_tree import LevelTree
-from hierens.models.ordering import Reordering, reorder
 from hierens.models.symmetry import break_symmetry, symmetric
 from hierens.models.tuning import Tuning, tune
 
@@ -104,7 +104,7 @@ class HierarchicalEnsemble(LevelTree):
         return self.at_depth(leaves=self.tree.leaves - count)
 
     def reorder(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Reordering:
-        """Permute siblings in place for the best accuracy at small depths: see `hierens.models.ordering.reorder`."""
+        """Permute siblings in place for the best accuracy at small depths: see `hierens.models.leaf_order.reorder`."""
         return reorder(self, loader)
 
     def break_symmetry(self, noise: float = 0.01, seed: int = 0, signs: bool = False) -> None:

@@ -16,13 +16,13 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import AnyLevel
+from hierens.branches.executor import AnyLevel
+from hierens.branches.intermediates import Nodes, tapped_block, unmerged
 from hierens.branches.level import Level
-from hierens.branches.taps import Nodes, tapped_block, unmerged
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.modes import ordinary_tensors
 from hierens.core.timm_info import example_input
-from hierens.cutting.graphs import Block
+from hierens.cutting.block import Block
 from hierens.cutting.stages import Stage
 from hierens.models.heads import layouts
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from hierens.branches.check import reasons_to_loop
+from hierens.branches.intermediates import parted, tapped_block
 from hierens.branches.level import Level, sharing_tensors
 from hierens.branches.light import called_layers, fresh_factors, lighten
-from hierens.branches.taps import parted, tapped_block
+from hierens.branches.self_check import reasons_to_loop
 from hierens.branches.tensors import state_of
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree

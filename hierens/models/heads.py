@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hierens.core import timm_info
-from hierens.core.adaptive import classifier_maker
+from hierens.core.adaptive_base import classifier_maker
 from hierens.core.modes import evaluating
 from hierens.core.timm_info import example_input
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hierens.branches.level import Level
 from hierens.branches.light import lighten
-from hierens.core.adaptive import classifier_maker, linear_names
+from hierens.core.adaptive_base import classifier_maker, linear_names
 from hierens.core.members import Kind, member_kinds
 from hierens.core.modes import ordinary_tensors
 from hierens.core.tree import Tree

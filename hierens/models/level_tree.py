@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import AnyLevel, Executor
+from hierens.branches.executor import AnyLevel, Executor
+from hierens.branches.intermediates import Nodes, tapped
 from hierens.branches.level import Level
 from hierens.branches.light import SCALES, factor_names
-from hierens.branches.taps import Nodes, tapped
-from hierens.core.adaptive import mean_of_heads
+from hierens.core.adaptive_base import mean_of_heads
+from hierens.core.block_values import is_empty, select_samples
 from hierens.core.equilibrium import scale_gradient, scaled
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.tree import Tree, nested_sizes
-from hierens.core.values import is_empty, select_samples
 from hierens.evaluation.profiling import branch_macs
 from hierens.models.leaf_classifiers import LeafClassifiers
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.fuse import fold_where_traced
-from hierens.core.adaptive import linear_names, mean_of_heads
+from hierens.core.adaptive_base import linear_names, mean_of_heads
+from hierens.core.block_values import is_empty, select_samples
 from hierens.core.equilibrium import scaled
 from hierens.core.macs import count_macs
 from hierens.core.model_info import ModelInfo
 from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
-from hierens.core.values import is_empty, select_samples
 from hierens.models.block_chain import BlockChain
 from hierens.models.collaboration import new_embeddings
 from hierens.models.exit_weights import ExitWeights

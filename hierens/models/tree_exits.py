@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import Executor
-from hierens.branches.taps import Nodes
+from hierens.branches.executor import Executor
+from hierens.branches.intermediates import Nodes
+from hierens.core.block_values import is_empty, select_samples
 from hierens.core.equilibrium import scaled
 from hierens.core.macs import count_macs
 from hierens.core.modes import ordinary_tensors
 from hierens.core.predictions import PredictionWeights
 from hierens.core.protocol import Step
 from hierens.core.tree import nested_sizes
-from hierens.core.values import is_empty, select_samples
 from hierens.models.adaptive import Adaptive
 from hierens.models.ensemble import HierarchicalEnsemble
 from hierens.models.heads import ConvExit, HeadKind, PooledExit

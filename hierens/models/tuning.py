@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import AnyLevel
+from hierens.branches.executor import AnyLevel
 from hierens.branches.fused_layers import FusedConvolution
 from hierens.core.atomic_files import replacing
 from hierens.core.errors import first_line

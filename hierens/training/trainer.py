@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hierens.core.errors import first_line
 from hierens.core.labels import check_classes
 from hierens.models.adaptive import Adaptive
+from hierens.training.accelerate_setup import check_objective, create_accelerator, prepare_model
 from hierens.training.agreement import agreed, largest
 from hierens.training.batchnorm import SyncedBatchNorm
 from hierens.training.checkpoints.checkpoint import CheckpointWriteError, load_checkpoint, save_checkpoint
@@ -38,14 +39,13 @@ from hierens.training.divergence import FinitenessCheck
 from hierens.training.evaluation import evaluate
 from hierens.training.lock import lock_folder
 from hierens.training.log import RunLog
-from hierens.training.loss import TrainingLoss
 from hierens.training.mixup import Mixing
 from hierens.training.onednn import subsampled_convolutions
 from hierens.training.optimizers import create_optimizer
-from hierens.training.preparation import check_objective, create_accelerator, prepare_model
 from hierens.training.randomness import seed_of
 from hierens.training.schedules import advance, create_schedule
 from hierens.training.signals import StopSignals, interruption
+from hierens.training.step_loss import TrainingLoss
 from hierens.training.targets import TargetCheck
 from hierens.training.throughput import Throughput
 

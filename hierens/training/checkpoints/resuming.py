@@ -20,7 +20,7 @@ import torch
 from accelerate.utils.other import load
 from torch import Tensor, nn
 
-from hierens.core.adaptive import AdaptiveBase
+from hierens.core.adaptive_base import AdaptiveBase
 from hierens.core.errors import first_line
 from hierens.core.fetching import LoadError
 from hierens.core.json_files import is_finite, is_whole, read_json, short

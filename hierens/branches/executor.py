@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hierens.branches.activations import Activations
 from hierens.branches.light import light_layers
 from hierens.branches.tensors import BranchSlice
-from hierens.core.values import Value
+from hierens.core.block_values import Value
 
 Executor = Literal["auto", "looped", "grouped"]
 # Weights per branch up to which one grouped call is faster than a loop on CPUs (docs/architecture.md).

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hierens.branches.activations import Activations
 from hierens.branches.level import Level
-from hierens.core.values import Value
-from hierens.cutting.graphs import Block
+from hierens.core.block_values import Value
+from hierens.cutting.block import Block
 
 Nodes = Mapping[int, tuple[str, ...]]  # names of nodes in the graph of a level's block, by the level's index
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hierens.branches.any_level import AnyLevel
+from hierens.branches.executor import AnyLevel
 from hierens.branches.tensors import concatenate, state_of
 
 _PACKED = re.compile(r"(networks\.)?(levels\.\d+|head|classifier)\.block\.")

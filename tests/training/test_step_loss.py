@@ -9,7 +9,7 @@ from torch import nn
 from hierens.losses import distillation, one_for_all
 from hierens.objectives import Objective
 from hierens.training.config import TeacherConfig, TrainConfig
-from hierens.training.loss import TrainingLoss
+from hierens.training.step_loss import TrainingLoss
 
 
 class Says(nn.Module):

@@ -16,14 +16,14 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from hierens.branches.activations import Activations
-from hierens.branches.any_level import Executor
+from hierens.branches.executor import Executor
 from hierens.branches.level import Level
 from hierens.branches.tensors import state_of
+from hierens.core.block_values import Value
 from hierens.core.errors import first_line
 from hierens.core.modes import evaluating, quiet_dropout
 from hierens.core.progress import with_progress
 from hierens.core.timm_info import example_input
-from hierens.core.values import Value
 
 _FLOAT32_FIRST_WEIGHTS = 2_000_000  # in a block with more, float64 is tried only if the executors differ in float32
 _FLOAT32_WEIGHTS = 50_000_000  # in a block with more, float64 is not tried: it would need many GB
