@@ -169,6 +169,10 @@ def _single(width: int) -> Row:
     return Row(f"single network, {width} channels", changes, seeds)
 
 
+def _light(title: str, **changes: Any) -> Row:
+    return Row(f"tree, {title}", {"objective": HIERARCHICAL_DISTILLED, **changes})
+
+
 def _weighted(weights: str, **changes: Any) -> dict[str, Any]:
     return {**_ENSEMBLE_OF_EXITS, "exit_weights": weights, **changes}
 
@@ -229,6 +233,13 @@ ROWS: dict[str, Row] = {
     "standardised-logits": Row(
         "logits standardised", {"objective": DISTILLED, "temper_students": True, "standardize_logits": True}
     ),
+    # trees whose branches share the weights of dense layers
+    "light-rank1": _light("rank1", members=("rank1",)),
+    "light-rank1-signs": _light("rank1, random signs", members=("rank1",), symmetry_signs=True),
+    "light-early": _light("rank1, last level full", members=("full", "rank1", "rank1", "full")),
+    "light-late": _light("last level rank1", members=("full", "full", "full", "rank1")),
+    "light-lora-4": _light("lora, rank 4", members=("lora",), rank=4),
+    "light-lora-8": _light("lora, rank 8", members=("lora",), rank=8),
     # further ways to train exits (BoostNet, IMTA), and to weigh their ensemble (AEP)
     "exits-boosted": Row("exits, boosted", {**_EXITS, "boosted": True}),
     "exits-collaboration": Row("exits, collaboration", {**_EXITS, **_COLLABORATION}),
@@ -281,6 +292,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("exits-collaboration", "exits-one-for-all", "exits-imta", "exits-one-for-all-mean", "exits-imta-mean"),
     ("exits-boosted", "exits-one-for-all-averaged", "exits-two-stages"),
     ("msdnet", "msdnet-imta-mean"),
+    ("light-rank1", "light-early", "light-late", "light-lora-4", "light-rank1-signs", "light-lora-8"),
     ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),
 )
 """rows in the order of training: within a group, all rows with the first seed, then with the next"""
