@@ -75,12 +75,7 @@ class LevelTree(LeafClassifiers):
         return [*(self.level(i) for i in range(self.tree.levels)), self.head, self.classifier]
 
     def with_levels(
-        self,
-        tree: Tree,
-        levels: Sequence[AnyLevel],
-        head: AnyLevel,
-        classifier: AnyLevel,
-        kind: type[LevelTree] | None = None,
+        self, tree: Tree, levels: Sequence[AnyLevel], head: AnyLevel, classifier: AnyLevel, kind: Any = None
     ) -> Any:
         """A new model (of this class, or of `kind`) with the record and settings of this one and other levels."""
         other = (kind or type(self))(tree, levels, head, classifier, self.info)
@@ -261,11 +256,12 @@ class LevelTree(LeafClassifiers):
 
     def parameter_counts(self) -> tuple[int, ...]:
         """Number of parameters in the sub-tree of each depth."""
-        levels = self.all_levels()
         widths = ((*self.tree.prefix(n).widths(), n, n) for n in nested_sizes(self.tree.leaves))
-        return tuple(sum(level.parameters_of(w) for level, w in zip(levels, own, strict=True)) for own in widths)
+        return tuple(
+            sum(level.parameters_of(w) for level, w in zip(self.all_levels(), own, strict=True)) for own in widths
+        )
 
-    # --- timm's interface -------------------------------------------------------------------------------------------
+    # --- timm's interface, saving -----------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor, depth: int | None = None, leaves: int | None = None) -> Tensor:
         """Features of each leaf before pooling: the backbone's `forward_features`, stacked to (N, leaves, ...)."""
@@ -287,8 +283,6 @@ class LevelTree(LeafClassifiers):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Timm's layer groups, for layer-wise learning rates: a group per level, the classifier last."""
         return {"stem": r"^levels\.0\.", "blocks": r"^levels\.(\d+)\."}
-
-    # --- saving -----------------------------------------------------------------------------------------------------
 
     def arguments(self) -> dict[str, Any]:
         """The arguments with which the entry point `hne` rebuilds the model."""
