@@ -23,6 +23,7 @@ def page(record: dict[str, Any], folder: Path) -> str:
     draw(record, possible, folder / "drift.png")
     about = record["machine"]
     return TEXT.format(
+        summary=summary(record, possible),
         possible=section(record, possible),
         impossible=section(record, impossible),
         target=record["target_ms"],
@@ -51,6 +52,17 @@ def section(record: dict[str, Any], load: float) -> str:
             rows.append((title, phase, *numbers, f"{100 * found['late']:.1f}", f"{found['macs']:.2f}", delay))
     header = ("policy", "images", "agreement (%)", "p50 (ms)", "p99 (ms)", "late (%)", "MACs", "hold after")
     return table(header, rows)
+
+
+def summary(record: dict[str, Any], load: float) -> str:
+    """For which images each policy holds both bounds in the end, and after which delay."""
+    lines = []
+    for name, title in NAMES.items():
+        run = record["runs"].get(f"{load:g}/{name}")
+        held = [(phase, of["delay"]) for phase, of in zip(PHASES, run["phases"] if run else (), strict=False)]
+        shown = ", ".join(f"{phase} (after {delay:.1f} s)" for phase, delay in held if delay is not None)
+        lines.append(f"- {title}: {shown or 'none'}")
+    return "\n".join(lines)
 
 
 def costs(record: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -112,7 +124,11 @@ half a point on these images, and cautious ones, which agree for 99.95 % of them
 
 Both bounds are dashed; each point is an interval of two seconds.
 
-## A load at which both bounds can be held
+## A load below the capacity
+
+Images for which both bounds hold from a delay on until the next change:
+
+{summary}
 
 {possible}
 
@@ -120,7 +136,7 @@ Both bounds are dashed; each point is an interval of two seconds.
 after*: the delay after the change from which on every interval of {every_s:g} s (with one burst) until the next change
 meets both bounds; *never* if the last such interval does not.
 
-## A load at which both cannot be held
+## A load above the capacity
 
 After the change, as many networks as the agreement requires take longer than images arrive. The controller then holds
 the latency, with the highest agreement that leaves time for it.
@@ -146,8 +162,8 @@ the controller evaluates with all networks after their answer, with the re-fits.
 - **Model**: `models/fashion-mnist-tree`, fused, one thread. Arrivals, queue and model share one process and one core.
 
 ```bash
-taskset -c 0 python benchmarks/drift.py --data-dir DIR
+python benchmarks/drift.py --data-dir DIR
 ```
 
-Measured on one of {cores} cores of {processor}, torch {torch}.
+Pinned with `taskset -c 0` to one of {cores} cores of {processor}, torch {torch}.
 """
