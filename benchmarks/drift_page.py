@@ -146,8 +146,8 @@ the controller evaluates with all networks after their answer, with the re-fits.
 - **Model**: `models/fashion-mnist-tree`, fused, one thread. Arrivals, queue and model share one process and one core.
 
 ```bash
-taskset -c 0 python benchmarks/drift.py --data-dir DIR
+python benchmarks/drift.py --data-dir DIR
 ```
 
-Measured on one of {cores} cores of {processor}, torch {torch}.
+Pinned with `taskset -c 0` to one of {cores} cores of {processor}, torch {torch}.
 """
