@@ -38,7 +38,7 @@ CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 
 ORDER = ("clothing-tree", "digits-tree", "fashion-mnist-tree")  # of the sections of the page, by model folder
-SECTION = re.compile(r"^## .*?`models/(.+?)`\n.*?(?=^## |^These commands)", re.MULTILINE | re.DOTALL)
+SECTION = re.compile(r"^## .*?`models/(.+?)`\n.*?(?=^## |^```bash)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
