@@ -171,7 +171,8 @@ def _accuracy(groups: Mapping[str, Group], directory: Path) -> str:
     curves = points(shown, "macs", {})
     if DEEP_ENSEMBLE in curves:
         curves[DEEP_ENSEMBLE] = curves[DEEP_ENSEMBLE][-1:]  # one network is the backbone alone
-    curves |= {f"{row}+": threshold_points(shown[row]) for row in (TREE,) if row in shown}
+    if TREE in shown:
+        curves[f"{TREE}+"] = threshold_points(shown[TREE])
     picture = ""
     if curves:
         draw_costs({"million MACs per image": curves}, directory / f"{DATA}.png")

@@ -8,6 +8,7 @@ DIR contains Fashion-MNIST's idx files. The controller is `LatencyObjective`; th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -90,13 +91,9 @@ class Bench:
         """The controller, and thresholds fitted once: the cheapest that hold the bound, and cautious ones."""
         shares = [step / 100 for step in range(1, 51)]
         fixed = budgeted_batch(self.held_out, shares)
-        cheapest = next(one for one in fixed if self.agreement(one) >= self.settings.agreement + 0.005)
-        cautious = next(one for one in fixed if self.agreement(one) >= 0.9995)
+        cheapest = next(one for one in fixed if agreement(self.held_out, one) >= self.settings.agreement + 0.005)
+        cautious = next(one for one in fixed if agreement(self.held_out, one) >= 0.9995)
         return {"cheap": cheapest, "cautious": cautious, "controller": self.controller()}
-
-    def agreement(self, policy: Any) -> float:
-        """The agreement of thresholds on the held-out images."""
-        return agreement(self.held_out, policy)
 
     def measure(self, load: float, policy: Policy) -> dict[str, Any]:
         """One run."""
@@ -113,13 +110,7 @@ class Bench:
 
 def agreement(predictions: CalibrationSet, policy: Any) -> float:
     """The share of images that leave with the class of all networks."""
-    exact = CalibrationSet(
-        predictions.logits,
-        predictions.votes,
-        predictions.logits[:, -1].argmax(1),
-        predictions.macs,
-        predictions.sizes,
-    )
+    exact = dataclasses.replace(predictions, labels=predictions.logits[:, -1].argmax(1))
     return expectation(exact, policy).accuracy.mean / 100
 
 

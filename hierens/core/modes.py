@@ -36,3 +36,12 @@ def quiet_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if "drop" in type(module).__name__.lower():
             module.eval()
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw random numbers from this seed, and leave torch's generators as they were; with None, draw from these."""
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

@@ -6,14 +6,26 @@ The measures also take dense predictions, with two more dimensions H and W at th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hierens.core.json_files import short
+
 Measure = Literal["probability", "margin", "entropy", "agreement"]
 MEASURES: tuple[Measure, ...] = ("probability", "margin", "entropy", "agreement")
+
+
+def check_measure(measure: Any) -> None:
+    """Check the name of a measure.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(measure)}.")
 
 
 def certainty(logits: Tensor, votes: Tensor, measure: Measure) -> Tensor:

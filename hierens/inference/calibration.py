@@ -209,8 +209,7 @@ def _for_tail(certainties: Tensor, times: Tensor, limit: float) -> tuple[float, 
         )
 
     def holds(thresholds: Sequence[float]) -> bool:
-        left = exits(certainties, thresholds).bincount(minlength=len(times))
-        return float(tail(times, (left / times.shape[1])[:, None].expand_as(times))) <= limit
+        return float(tail(times, exits(certainties, thresholds).bincount(minlength=len(times))[:, None])) <= limit
 
     return _deepest(certainties, holds)
 
@@ -220,13 +219,14 @@ def tail(times: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         times: (depths, repeats).
-        weights: (..., depths, repeats).
+        weights: (..., depths, repeats), or (..., depths, 1) if all times of a depth have the same.
 
     Returns:
         The smallest of the times up to which 95 % of the weights are, (...).
     """
     order = times.flatten().argsort()
-    reached = weights.double().flatten(-2)[..., order].cumsum(-1)
+    weights = weights.double().expand(*weights.shape[:-1], times.shape[1])
+    reached = weights.flatten(-2)[..., order].cumsum(-1)
     first = (reached >= TAIL * reached[..., -1:] - 1e-9).int().argmax(-1)
     return times.flatten()[order][first]
 

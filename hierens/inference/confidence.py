@@ -12,7 +12,7 @@ from torch import Tensor
 from hierens.core.json_files import is_finite, short
 from hierens.core.labels import check_classes
 from hierens.core.protocol import AdaptiveModel
-from hierens.evaluation.uncertainty import MEASURES, Measure, certainty
+from hierens.evaluation.uncertainty import Measure, certainty, check_measure
 from hierens.inference.policy import Policy, Prediction
 
 _MOST_THRESHOLDS = 4096
@@ -52,8 +52,7 @@ class Confidence(Policy):
                 f"thresholds are compared with certainties, which are from 0 to 1, got {wrong[0]} (write 0.9, not 90; "
                 f"with {NOBODY:g} no image leaves, with {EVERYBODY:g} all do)."
             )
-        if self.measure not in MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(self.measure)}.")
+        check_measure(self.measure)
 
     def _predict(self, model: AdaptiveModel, images: Tensor) -> Prediction:
         check_classes(model, "a policy by confidence")

@@ -23,16 +23,16 @@ from hierens.inference.policy import (
     same_cost,
 )
 
-_LARGEST_WINDOW = 10_000  # latencies, which are sorted for every observation
+LARGEST_WINDOW = 10_000  # latencies, which are sorted for every observation
 
 
-class _State:
+class SharedState:
     """State of a policy behind a lock, because threads share policies. A copy has its own lock and values."""
 
     def __init__(self, values: dict[Any, Any] | None = None) -> None:
         self.values, self.lock = values or {}, threading.RLock()
 
-    def __reduce__(self) -> tuple[type[_State], tuple[dict[Any, Any]]]:
+    def __reduce__(self) -> tuple[type[SharedState], tuple[dict[Any, Any]]]:
         with self.lock:
             return type(self), (copy.deepcopy(self.values),)
 
@@ -64,7 +64,7 @@ class Deadline(Policy):
     milliseconds: float
     caution: float = 4.0
     kind: ClassVar[str] = "deadline"
-    _learned: _State = field(default_factory=_State, init=False, repr=False, compare=False)
+    _learned: SharedState = field(default_factory=SharedState, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.milliseconds is None or self.caution is None:
@@ -151,12 +151,12 @@ class Load(Policy):
     patience: int = 20
     window: int = 100
     kind: ClassVar[str] = "load"
-    _state: _State = field(default_factory=_State, init=False, repr=False, compare=False)
+    _state: SharedState = field(default_factory=SharedState, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_whole(self, 0, "max_depth", "queue_high", "queue_low")
         check_whole(self, 1, "patience")
-        check_whole(self, 1, "window", most=_LARGEST_WINDOW)
+        check_whole(self, 1, "window", most=LARGEST_WINDOW)
         check_positive(self, "target_ms", "relax")
         if not self.queue_low < self.queue_high:
             raise ValueError(f"queue_low must be below queue_high, got {self.queue_low} and {self.queue_high}.")

@@ -101,7 +101,7 @@ def _latencies(times: Tensor, left: Tensor) -> tuple[Estimate, Estimate]:
     of_times = torch.from_numpy(rng.multinomial(repeats, [1 / repeats] * repeats, (_RESAMPLES, depths))) / repeats
     medians = times.double().gather(1, (of_times.cumsum(2) >= 0.5).int().argmax(2).T).T
     mean = float((shares * times.double().quantile(0.5, dim=1)).sum())
-    whole = float(tail(times, (shares / repeats)[:, None].expand_as(times)))
+    whole = float(tail(times, shares[:, None]))
     return (
         Estimate(mean, float((images * medians).sum(1).std())),
         Estimate(whole, float(tail(times, images[:, :, None] * of_times).double().std())),

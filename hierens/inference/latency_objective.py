@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hierens.core.json_files import is_finite, is_whole, short
 from hierens.core.protocol import AdaptiveModel
-from hierens.evaluation.uncertainty import MEASURES, Measure
+from hierens.evaluation.uncertainty import Measure, check_measure
 from hierens.inference.calibration import CalibrationSet
 from hierens.inference.confidence import Confidence
-from hierens.inference.controllers import _LARGEST_WINDOW, _State
+from hierens.inference.controllers import LARGEST_WINDOW, SharedState
 from hierens.inference.operating_points import OperatingPoint, batch_ms, depth_times, operating_points
 from hierens.inference.planner import Planner
 from hierens.inference.policy import Policy, Prediction, check_evaluating, check_positive, check_table, check_whole
@@ -77,7 +77,7 @@ class LatencyObjective(Policy):
     window: int = 500
     measure: Measure = "probability"
     kind: ClassVar[str] = "latency"
-    _state: _State = field(default_factory=_State, init=False, repr=False, compare=False)
+    _state: SharedState = field(default_factory=SharedState, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -298,14 +298,13 @@ def _check(policy: LatencyObjective) -> None:
             raise ValueError(f"{name} must be a number, got None.")
     check_positive(policy, "target_ms")
     check_whole(policy, 1, "max_batch", most=2**12)
-    check_whole(policy, 1, "window", most=_LARGEST_WINDOW)
+    check_whole(policy, 1, "window", most=LARGEST_WINDOW)
     for name, least, most in (("agreement", 0, 1), ("percentile", 50, 99.99), ("shadow_share", 1e-4, 1)):
         if not is_finite(value := getattr(policy, name), least, most):
             raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {short(value)}.")
     if policy.max_batch & (policy.max_batch - 1):
         raise ValueError(f"max_batch must be a power of two, got {policy.max_batch}.")
-    if policy.measure not in MEASURES:
-        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {short(policy.measure)}.")
+    check_measure(policy.measure)
     depths = check_table(policy, "certainties", lambda value: is_finite(value, 0, 1))
     rows = len(policy.certainties)
     if depths < 2 or rows > policy.window:
@@ -314,10 +313,8 @@ def _check(policy: LatencyObjective) -> None:
         )
     if (check_table(policy, "classes", lambda value: is_whole(value, 0, 10**6)), len(policy.classes)) != (depths, rows):
         raise ValueError(f"classes must be {rows} rows of {depths}, as the certainties.")
-    sizes, measured = (
-        policy.max_batch.bit_length(),
-        check_table(policy, "times_ms", lambda value: is_finite(value, 1e-9)),
-    )
+    sizes = policy.max_batch.bit_length()
+    measured = check_table(policy, "times_ms", lambda value: is_finite(value, 1e-9))
     if policy.times_ms and (measured, len(policy.times_ms)) != (depths, sizes):
         raise ValueError(
             f"times_ms must be {sizes} rows of {depths}: one per batch of 1, 2, 4, ... {policy.max_batch}."

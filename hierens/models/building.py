@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from timm.models import get_model_args
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from hierens.branches.light import called_layers, fresh_factors, lighten
 from hierens.branches.self_check import reasons_to_loop
 from hierens.core.members import Kind, member_kinds
 from hierens.core.model_info import ModelInfo
+from hierens.core.modes import seeded
 from hierens.core.tree import Tree
 from hierens.cutting.cut import Cutting
 from hierens.models.adaptive import Adaptive
@@ -90,9 +90,7 @@ def build_ensemble(
     parts = _light_parts(cutting, branches, sharing, info.pretrained_cfg["input_size"])
     reasons = reasons_to_loop(parts, backbone, branches) if looped is None else looped
     spans = (*(tree.span(level) for level in range(tree.levels)), 1, 1)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         *levels, head, classifier = (
             _level(part, range(0, tree.leaves, span), networks) for part, span in zip(parts, spans, strict=True)
         )
@@ -153,9 +151,5 @@ def _fresh_networks(backbone: nn.Module, tree: Tree, seed: int | None) -> list[n
     if not architecture:
         raise ValueError("init='reinit' needs a backbone made by timm.create_model, and this one was not: use 'copy'.")
     args = {**get_model_args(backbone), "num_classes": backbone.num_classes}
-    networks: list[nn.Module] = []
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        networks = [timm.create_model(architecture, **args) for _ in range(tree.leaves)]
-    return networks
+    with seeded(seed):
+        return [timm.create_model(architecture, **args) for _ in range(tree.leaves)]

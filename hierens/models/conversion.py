@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from hierens.core import timm_info
 from hierens.core.labels import check_classes
 from hierens.core.members import Kind
 from hierens.core.model_info import ModelInfo
-from hierens.core.modes import ordinary_tensors
+from hierens.core.modes import ordinary_tensors, seeded
 from hierens.core.predictions import Average
 from hierens.cutting.backbones import described
 from hierens.cutting.cut import CutError, cut
@@ -134,9 +133,7 @@ def tree_with_exits(
     check_classes(backbone, "a tree with exits")
     sharing = Sharing.checked(members, rank, tree)
     cutting = cut(backbone, tree.levels, at, single=True)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         exits = new_exits(head, backbone, cutting.blocks)
     return TreeWithExits(build_ensemble(backbone, cutting, tree, sharing, init, seed, looped), exits, head)
 

@@ -75,7 +75,12 @@ class LevelTree(LeafClassifiers):
         return [*(self.level(i) for i in range(self.tree.levels)), self.head, self.classifier]
 
     def with_levels(
-        self, tree: Tree, levels: Sequence[AnyLevel], head: AnyLevel, classifier: AnyLevel, kind: Any = None
+        self,
+        tree: Tree,
+        levels: Sequence[AnyLevel],
+        head: AnyLevel,
+        classifier: AnyLevel,
+        kind: type[LevelTree] | None = None,
     ) -> Any:
         """A new model (of this class, or of `kind`) with the record and settings of this one and other levels."""
         other = (kind or type(self))(tree, levels, head, classifier, self.info)
@@ -256,10 +261,9 @@ class LevelTree(LeafClassifiers):
 
     def parameter_counts(self) -> tuple[int, ...]:
         """Number of parameters in the sub-tree of each depth."""
+        levels = self.all_levels()
         widths = ((*self.tree.prefix(n).widths(), n, n) for n in nested_sizes(self.tree.leaves))
-        return tuple(
-            sum(level.parameters_of(w) for level, w in zip(self.all_levels(), own, strict=True)) for own in widths
-        )
+        return tuple(sum(level.parameters_of(w) for level, w in zip(levels, own, strict=True)) for own in widths)
 
     # --- timm's interface, saving -----------------------------------------------------------------------------------
 
