@@ -477,7 +477,7 @@ ZOO = {
         "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 2, 4),
     },
-    "mixer_s32_224": {"img_size": 64, "num_blocks": 4, "embed_dim": 48},
+    "mixer_s32_224": {"img_size": 64},
     "poolformer_s12": {},
 }
 
@@ -489,6 +489,7 @@ def test_families_of_the_zoo(name, kind):
     """A copy is exact; random factors give the outputs of merged branches, looped, grouped and fused."""
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=5, **ZOO[name]).eval()
+    nn.init.normal_(backbone.get_classifier().weight, std=0.1)  # some begin with zeros
     x = few_pixels(backbone)
     model = hierens.hierensify(backbone, 3, members=kind, rank=KINDS[kind])
     with torch.no_grad():
@@ -506,12 +507,4 @@ def test_families_of_the_zoo(name, kind):
                 one.set_executor(executor)
                 assert close(one(x, reduce=False), expected, 1e-3), executor
     full = hierens.hierensify(backbone, 3, looped={}).parameter_counts()[-1]
-    print(
-        name,
-        kind,
-        {k: len(level.light) for k, level in enumerate(model.levels)},
-        model.parameter_counts(),
-        full,
-        model.looped,
-    )
     assert model.parameter_counts()[-1] < full

@@ -26,13 +26,13 @@ def main(output_dir, settings):
         return
     data = {key: settings.pop(key) for key in ("augment", "workers") if key in settings}
     digits = PRESETS["digits"]
-    blocks = settings.pop("blocks", digits.model.blocks)
+    model = {key: settings.pop(key) for key in ("blocks", "members") if key in settings}
     executor = settings.pop("executor", "auto")
     backbone_args = digits.model.backbone_args | settings.pop("backbone_args", {})
     short = {"epochs": 2, "batch_size": 32, "checkpoint_steps": 7, "log_steps": 1, "output_dir": output_dir}
     run = Run(
         dataclasses.replace(digits.data, **data),
-        dataclasses.replace(digits.model, blocks=blocks, backbone_args=backbone_args),
+        dataclasses.replace(digits.model, backbone_args=backbone_args, **model),
         dataclasses.replace(digits.train, **short | settings),
     )
     if executor != "auto":

@@ -34,9 +34,9 @@ def check_validation(directory):
     assert found["ece"] == pytest.approx(expected.ece, rel=1e-4)
 
 
-def train(launcher, directory, processes, stop_after=None, **environment):
+def train(launcher, directory, processes, stop_after=None, settings=SHORT, **environment):
     """To the end, or until one of the processes is told to stop."""
-    runs = launcher.start_several(processes, directory, SHORT, **environment)
+    runs = launcher.start_several(processes, directory, settings, **environment)
     if stop_after is None:
         return [run.finish() for run in runs]
     wait_for_log(directory, stop_after)
@@ -81,6 +81,19 @@ def test_shared_out_weights_train_as_whole_ones(launcher, alone, tmp_path):
     check_validation(tmp_path)
     for folder in (tmp_path / "model", tmp_path / "checkpoints" / "best"):
         assert json.loads((folder / "config.json").read_text())["label_names"] == list("0123456789")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("environment", [{}, {"ACCELERATE_USE_FSDP": "true"}])
+def test_weights_that_branches_share_train_on_two_processes(launcher, tmp_path, environment):
+    """DDP and FSDP: the gradient of a shared weight is the sum over branches and processes, as in one process."""
+    light = SHORT | {"members": ["rank1"]}
+    train(launcher, tmp_path / "alone", 1, settings=light)
+    train(launcher, tmp_path / "two", 2, settings=light, **environment)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    check_validation(tmp_path / "two")
+    model = hierens.from_pretrained(tmp_path / "two" / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == model.parameter_counts()[-1]
 
 
 @pytest.mark.parametrize(
