@@ -2,6 +2,8 @@
 
 python benchmarks/gpu.py speed                                # time of every depth with every way to run it
 python benchmarks/gpu.py switching                            # cost of switching between depths
+python benchmarks/gpu.py per-image                            # images that leave at different depths
+python benchmarks/gpu.py light                                # trees whose members share weights
 python benchmarks/gpu.py train-distilled-1 --data-dir DIR     # the paper's CIFAR network; then train-distilled-2, ...
 python benchmarks/gpu.py train-labels-1 --data-dir DIR        # the same with labels only
 python benchmarks/gpu.py train-msdnet-1 --data-dir DIR        # MSDNet with 7 blocks, by IMTA's recipe
@@ -30,7 +32,9 @@ import torch
 import tyro
 from gpu_steps import page as pages
 from gpu_steps import training
+from gpu_steps.light import light
 from gpu_steps.packing import Split, join, pack, read_folders, read_joined
+from gpu_steps.per_image import per_image
 from gpu_steps.records import Context, Deadline
 from gpu_steps.speed_table import speed
 from gpu_steps.switching import switching
@@ -45,7 +49,7 @@ class Settings:
     """Settings of the benchmark."""
 
     step: tyro.conf.Positional[str]
-    """speed, switching, plan, train-NAME-N (NAME: distilled, labels or msdnet), pack, join or report"""
+    """speed, switching, per-image, light, plan, train-NAME-N (NAME: distilled, labels or msdnet), pack, join or report"""
     data_dir: str = ""
     """CIFAR-100 as train/CLASS/ and test/CLASS/; by default the images decoded by `join`"""
     packed: Path | None = None
@@ -63,7 +67,7 @@ class Settings:
     precisions: tuple[str, ...] = ("bf16", "fp32")
     """precisions for `speed`: bf16, fp32 or tf32"""
     batch_sizes: tuple[int, ...] = field(default=())
-    """images per call; 1 32 256 for `speed` and 1 32 for `switching` by default"""
+    """images per call; by default 1 32 256 for `speed` and `light`, 1 32 for `switching`, 256 for `per-image`"""
     seconds: float = 0.4
     """duration of the rounds of one cell; at least three rounds are run"""
     train_steps: int = 3
@@ -118,6 +122,10 @@ def _steps(settings: Settings) -> dict[str, Callable[[], str]]:
             speed(context, settings.precisions, settings.batch_sizes or usual, settings.seconds), settings
         ),
         "switching": lambda: _cells(switching(context, settings.batch_sizes or small, settings.seconds), settings),
+        "per-image": lambda: _cells(
+            per_image(context, settings.batch_sizes or ((8,) if settings.tiny else (256,)), settings.seconds), settings
+        ),
+        "light": lambda: _cells(light(context, settings.batch_sizes or usual, settings.seconds), settings),
         "plan": lambda: str(training.make_plan(context, _images(settings, context), _shape(settings)) and ""),
         "pack": lambda: _pack(settings, packed),
         "join": lambda: ", ".join(join(packed, context.runs / "images")),

@@ -29,9 +29,8 @@ BATCH_SIZES, ROUNDS, SECONDS = (1, 8, 32), 3, 0.1
 WAYS = ("full, fused", "light, fused, looped", "light, fused, grouped", "light, fused, auto", "light, looped")
 
 
-def models(name: str) -> dict[str, Any]:
+def models(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """A tree of each way to run one."""
-    arguments, _ = NETWORKS[name]
     backbone = timm.create_model(name, **arguments).eval()
     full, light = (hierens.hierensify(backbone, 4, members=members, looped={}) for members in ("full", "rank1"))
     made: dict[str, Any] = {"full, fused": full.fuse(), "light, looped": light}
@@ -45,8 +44,8 @@ def models(name: str) -> dict[str, Any]:
 @torch.no_grad()
 def measured(name: str) -> list[dict[str, Any]]:
     """Milliseconds of every way, the least of a few rounds, by depth and batch size."""
-    made, (_, pixels) = models(name), NETWORKS[name]
-    rows = []
+    arguments, pixels = NETWORKS[name]
+    made, rows = models(name, arguments), []
     for batch in BATCH_SIZES:
         x = torch.randn(batch, 3, pixels, pixels)
         for depth in range(1, 4):

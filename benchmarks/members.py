@@ -20,7 +20,7 @@ from comparison.costs import UNITS, points, read_times
 from comparison.differences import front_table, gains
 from comparison.pages import machines, runs
 from comparison.pictures import draw_costs
-from comparison.recipes import BASE_WIDTH
+from comparison.recipes import BASE_WIDTH, LIGHT
 from comparison.records import DEEP_ENSEMBLE, ROOT, read_records
 from comparison.train import train_missing
 
@@ -29,7 +29,6 @@ from hierens.evaluation.reporting import Group, comparison
 
 RESULTS = ROOT / "docs" / "results"
 DATA, FULL, SINGLE = "cifar100", "hierarchical-distilled", f"single-{BASE_WIDTH}"
-LIGHT = ("light-rank1", "light-rank1-signs", "light-early", "light-late", "light-lora-4", "light-lora-8")
 
 
 @dataclass(frozen=True)

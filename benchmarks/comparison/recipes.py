@@ -169,6 +169,9 @@ def _single(width: int) -> Row:
     return Row(f"single network, {width} channels", changes, seeds)
 
 
+_SIGNS: dict[str, Any] = {"members": ("rank1",), "symmetry_signs": True}
+
+
 def _light(title: str, **changes: Any) -> Row:
     return Row(f"tree, {title}", {"objective": HIERARCHICAL_DISTILLED, **changes})
 
@@ -235,11 +238,15 @@ ROWS: dict[str, Row] = {
     ),
     # trees whose branches share the weights of dense layers
     "light-rank1": _light("rank1", members=("rank1",)),
-    "light-rank1-signs": _light("rank1, random signs", members=("rank1",), symmetry_signs=True),
+    "light-rank1-signs": _light("rank1, random signs", **_SIGNS),
     "light-early": _light("rank1, last level full", members=("full", "rank1", "rank1", "full")),
     "light-late": _light("last level rank1", members=("full", "full", "full", "rank1")),
     "light-lora-4": _light("lora, rank 4", members=("lora",), rank=4),
     "light-lora-8": _light("lora, rank 8", members=("lora",), rank=8),
+    "light-late-lora-8": _light("last level lora, rank 8", members=("full", "full", "full", "lora"), rank=8),
+    "light-rank1-labels": _light("rank1, random signs, L_I", **_SIGNS, objective=LABELS),
+    "light-rank1-distilled": _light("rank1, random signs, L_I + L_HD", **_SIGNS, objective=DISTILLED),
+    "light-lora-8-labels": _light("lora, rank 8, L_I", members=("lora",), rank=8, objective=LABELS),
     # further ways to train exits (BoostNet, IMTA), and to weigh their ensemble (AEP)
     "exits-boosted": Row("exits, boosted", {**_EXITS, "boosted": True}),
     "exits-collaboration": Row("exits, collaboration", {**_EXITS, **_COLLABORATION}),
@@ -277,6 +284,12 @@ FINE_TUNED: dict[str, Row] = {
 """rows that start from pretrained weights"""
 
 
+LIGHT = (
+    *("light-rank1", "light-early", "light-late", "light-lora-4", "light-rank1-signs", "light-lora-8"),
+    *("light-late-lora-8", "light-rank1-labels", "light-rank1-distilled", "light-lora-8-labels"),
+)
+"""rows of trees whose branches share weights"""
+
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("tree-labels", "tree-distilled", "tree-hierarchical", "tree-both-labelled"),
     tuple(f"single-{width}" for width in SINGLE_WIDTHS),
@@ -292,7 +305,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("exits-collaboration", "exits-one-for-all", "exits-imta", "exits-one-for-all-mean", "exits-imta-mean"),
     ("exits-boosted", "exits-one-for-all-averaged", "exits-two-stages"),
     ("msdnet", "msdnet-imta-mean"),
-    ("light-rank1", "light-early", "light-late", "light-lora-4", "light-rank1-signs", "light-lora-8"),
+    LIGHT,
     ("exits-uniform", "exits-linear-rising", "exits-geometric-rising", "exits-geometric-falling", "exits-hybrid"),
 )
 """rows in the order of training: within a group, all rows with the first seed, then with the next"""
