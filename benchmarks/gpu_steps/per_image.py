@@ -7,20 +7,22 @@ images that go on are copied to the buffers of the smallest bucket that holds th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from speed import rounds
 from torch import Tensor
 
-from gpu_steps.networks import NETWORKS, TINY
+from gpu_steps.networks import NETWORKS, TINY, built
 from gpu_steps.records import Cell, Context, Record, fill
-from gpu_steps.speed_table import Call, prepared, quartiles
+from gpu_steps.speed_table import Call, quartiles
 from hierens.branches.activations import Activations
 from hierens.inference.confidence import NOBODY, Confidence
+from hierens.models.ensemble import FusedEnsemble
 
 MEASURED = {False: ("hne_resnet50_cifar_small", "resnet18"), True: ("tiny_resnet",)}
 FULL, FULL_GRAPH, EAGER, GRAPHS = "full depth", "full depth, CUDA graph", "per image", "per image, CUDA graphs"
@@ -56,16 +58,11 @@ def per_image(context: Context, batch_sizes: Sequence[int], seconds: float) -> i
 @torch.no_grad()
 def _cell(context: Context, name: str, batch: int, share: float, seconds: float) -> dict[str, Any]:
     network = {**NETWORKS, **TINY}[name]
-    model = prepared(name, torch.bfloat16, context.device, ()).fused
-    x = torch.randn(batch, *network.size, device=context.device, dtype=torch.bfloat16)
-    walk = _graphs(name, batch, context.device)
+    if (exact := _difference(name, batch, context.device)) > 1e-3:
+        raise ValueError(f"graphs give other outputs in float32: {exact:.1e} of the largest logit")
+    model, walk, x = _prepared(name, batch, torch.bfloat16, context.device)
     thresholds = walk.thresholds(x, share)
     policy = Confidence(tuple(thresholds))
-    found, (logits, leaves) = policy(model, x), walk(x, thresholds)
-    same = found.leaves == leaves
-    off = float((found.logits.float() - logits.float())[same.to(logits.device)].abs().max() / logits.abs().max())
-    if same.float().mean() < 0.9 or off > 0.1:
-        raise ValueError(f"graphs give other outputs: {float(same.float().mean()):.0%} left at the same depth")
     ways: dict[str, Call] = {
         FULL: lambda: model(x),
         FULL_GRAPH: _captured(lambda: model(x), context.device),
@@ -73,21 +70,36 @@ def _cell(context: Context, name: str, batch: int, share: float, seconds: float)
         GRAPHS: lambda: walk(x, thresholds)[0],
     }
     times = rounds(ways, seconds)
-    macs = model.macs(network.size)
-    spent = sum(macs[model.sizes.index(int(count))] for count in leaves) / batch
+    macs, leaves = model.macs(network.size), walk(x, thresholds)[1]
     return {
-        **{"network": name, "batch": batch, "leaving": share, "precision": "bf16", "difference": off},
-        "macs": spent / macs[-1],
+        **{"network": name, "batch": batch, "leaving": share, "precision": "bf16", "difference": exact},
+        "macs": sum(macs[model.sizes.index(int(count))] for count in leaves) / batch / macs[-1],
         "leaves": [int((leaves == count).sum()) for count in model.sizes],
         "ms": {way: quartiles(own) for way, own in times.items()},
     }
 
 
-@cache
-def _graphs(name: str, batch: int, device: torch.device) -> GraphedWalk:
-    size = {**NETWORKS, **TINY}[name].size
-    images = torch.randn(batch, *size, device=device, dtype=torch.bfloat16)
-    return GraphedWalk(prepared(name, torch.bfloat16, device, ()).fused, images)
+@lru_cache(maxsize=1)
+def _difference(name: str, batch: int, device: torch.device) -> float:
+    """The largest difference from the policy's logits in float32, relative to the largest one."""
+    model, walk, x = _prepared(name, batch, torch.float32, device)
+    thresholds = walk.thresholds(x, 0.5)
+    found, (logits, leaves) = Confidence(tuple(thresholds))(model, x), walk(x, thresholds)
+    same = found.leaves == leaves  # rounding decides for images at a threshold
+    if same.float().mean() < 0.95:
+        raise ValueError(f"only {float(same.float().mean()):.0%} of the images left at the same depth")
+    return float((found.logits - logits)[same.to(device)].abs().max() / logits.abs().max())
+
+
+@lru_cache(maxsize=2)
+def _prepared(
+    name: str, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[FusedEnsemble, GraphedWalk, Tensor]:
+    """A fused tree, its graphs, and images."""
+    torch.manual_seed(0)
+    x = torch.randn(batch, *{**NETWORKS, **TINY}[name].size, device=device, dtype=dtype)
+    model = copy.deepcopy(built(name)).to(device).fuse().to(dtype)
+    return model, GraphedWalk(model, x), x
 
 
 class Segment:
@@ -135,7 +147,8 @@ class GraphedWalk:
 
     def __init__(self, model: Any, images: Tensor) -> None:
         self.sizes, self.batch = model.sizes, len(images)
-        segments = [Segment(model, depth) for depth in range(model.depths)]
+        # Kept, because a graph does not own the weights that it reads.
+        segments = self.segments = [Segment(model, depth) for depth in range(model.depths)]
         count = min(_BUCKETS, self.batch)
         self.buckets = sorted({-(-self.batch * (i + 1) // count) for i in range(count)})
         _, path = segments[0](images)
