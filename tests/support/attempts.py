@@ -62,7 +62,7 @@ def attempt(call):
     """Run a call that may load something or raise a ValueError of one line; anything else is raised."""
     start, wall, printed = time.process_time(), time.perf_counter(), io.StringIO()
     with _memory() as grown, warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
+        warnings.simplefilter("default")  # once per place, as a program shows them
         try:
             with limited_memory(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 said = call() or "loaded"
