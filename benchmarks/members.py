@@ -28,6 +28,7 @@ from hierens.evaluation.profiling import table
 from hierens.evaluation.reporting import Group, comparison
 
 RESULTS = ROOT / "docs" / "results"
+SMALL, ENOUGH = 1.3, 0.75  # memory in networks, and share of the gain, that light members were made for
 DATA, FULL, SINGLE = "cifar100", "hierarchical-distilled", f"single-{BASE_WIDTH}"
 
 
@@ -86,7 +87,7 @@ channels, eight leaves, {first["config"]["train"]["epochs"]} epochs, AdamW, L_H 
 
 {_memory(groups)}
 
-*gain kept*: of the gain of the full tree's eight networks over a single network.
+*gain kept*: of the gain of the full tree's eight networks over a single network. {_conclusion(groups)}
 
 {comparison(list(groups.values()))}
 
@@ -108,6 +109,26 @@ python benchmarks/members.py --data-dir DIR
 
 {machines(groups)}
 """
+
+
+def _conclusion(groups: Mapping[str, Group]) -> str:
+    """How much of the gain light members keep, and for which memory."""
+    one, best = groups[SINGLE].mean("accuracy")[-1], groups[FULL].mean("accuracy")[-1]
+    network = groups[SINGLE].records[0]["parameters"][-1]
+    kept = {
+        group.name: (group.records[0]["parameters"][-1] / network, (group.mean("accuracy")[-1] - one) / (best - one))
+        for row, group in groups.items()
+        if row in LIGHT
+    }
+    small = max((name for name, (size, _) in kept.items() if size <= SMALL), key=lambda name: kept[name][1])
+    enough = min((name for name, (_, gain) in kept.items() if gain >= ENOUGH), key=lambda n: kept[n][0], default="")
+    said = (
+        f"Among the light trees with at most {SMALL} times one network's memory, *{small}* keeps the most of the gain, "
+        f"{kept[small][1]:.0%}."
+    )
+    if enough:
+        return f"{said} *{enough}* is the smallest one that keeps {ENOUGH:.0%}, with {kept[enough][0]:.1f} times one."
+    return f"{said} None keeps {ENOUGH:.0%}."
 
 
 def _memory(groups: Mapping[str, Group]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from gpu_steps import packing, page, records, roofline, speed_table, switching, training
+from gpu_steps import packing, page, per_image, records, roofline, speed_table, switching, training
 from gpu_steps.batches import DeviceImages, loader
 from gpu_steps.networks import NETWORKS, built, precision
 from gpu_steps.records import Cell, Context, Deadline, Record, fill
@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms as T
 
+from hierens.inference.confidence import Confidence
 from hierens.models.loading import from_pretrained
 from hierens.training.config import DataConfig
 from hierens.training.data.loaders import create_transform
@@ -178,6 +179,38 @@ def test_clocks_are_those_that_the_driver_tells(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho '1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700.00 W, 580.1'\n")
     program.chmod(0o755)
     assert records.clocks()["clocks.sm"] == "1980 MHz" and records.clocks()["driver_version"] == "580.1"
+
+
+@pytest.mark.sampled
+def test_images_leave_at_their_own_depth(tmp_path):
+    assert run("per-image", tmp_path) == ""
+    rows = written(tmp_path, "per-image")["rows"]
+    assert [row["leaving"] for row in rows] == list(per_image.LEAVING)
+    for row in rows:
+        assert sum(row["leaves"]) == row["batch"] == 8 and row["difference"] < 1e-5
+        assert 0 < row["macs"] < 1 and all(times[1] > 0 for times in row["ms"].values())
+    assert rows[0]["leaves"] == [2, 2, 4] and rows[2]["leaves"][0] == 6  # the shares that are asked for
+    assert run("report", tmp_path) == ""
+    assert "| tiny_resnet |     8 |             75% |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_walk_by_graphs_equals_the_policy_for_every_batch_and_threshold():
+    model, images = built("tiny_resnet").fuse(), torch.randn(7, 3, 16, 16)
+    with torch.no_grad():
+        walk = per_image.GraphedWalk(model, images)
+        for thresholds in ((0.0, 0.0), (2.0, 2.0), (0.2, 0.3), tuple(walk.thresholds(images, 0.4))):
+            expected = Confidence(tuple(t if t <= 1 else 2.0 for t in thresholds))(model, images)
+            logits, leaves = walk(images, thresholds)
+            assert torch.equal(leaves, expected.leaves) and torch.allclose(logits, expected.logits, atol=1e-5)
+
+
+@pytest.mark.sampled
+def test_light_trees_are_measured(tmp_path):
+    assert run("light", tmp_path, batch_sizes=(1,)) == ""
+    rows = written(tmp_path, "light")["rows"]
+    assert [row["depth"] for row in rows] == [1, 2, 3] and all(row["ms"]["full, fused"][1] > 0 for row in rows)
+    assert run("report", tmp_path) == ""
+    assert "| test_vit |     1 |        8 |" in (tmp_path / "gpu.md").read_text()
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -367,15 +400,15 @@ def test_the_plan_is_one_for_both_objectives_and_fits_the_time(folders, tmp_path
     assert own == [plan, plan]
 
 
-def test_the_recipe_is_the_papers(tmp_path):
+def test_the_recipe_is_the_papers_with_larger_batches(tmp_path):
     plan = {"epochs": 200, "precision": "bf16", "channels_last": True}
     context = Context(tmp_path, tmp_path, False, Deadline(1))
     runs = [training.recipe(context, plan, name, tmp_path) for name in ("distilled", "labels")]
     for made in runs:
         config = made.train
-        assert (config.optimizer, config.lr, config.momentum, config.weight_decay) == ("sgd", 0.1, 0.9, 5e-4)
+        assert (config.optimizer, config.lr, config.momentum, config.weight_decay) == ("sgd", 0.2, 0.9, 5e-4)
         assert (config.schedule, config.epochs, config.batch_size, config.alpha, config.temperature) == (
-            *("cosine", 200, 128, 0.5, 2.0),
+            *("cosine", 200, 256, 0.5, 2.0),
         )
         assert (made.data.augment, made.data.pad, made.data.hflip) == ("crop_flip", 4, 0.5)
         assert made.model.backbone == "hne_resnet50_cifar_small"
@@ -441,5 +474,5 @@ def test_steps_are_told_on_the_command_line():
 
 def test_a_page_without_results_says_so_for_every_step(tmp_path):
     text = page.write(tmp_path / "none", tmp_path / "gpu.md").read_text()
-    steps = ("speed", "switching", "plan", "train-distilled-1", "train-labels-1")
+    steps = ("speed", "switching", "per-image", "light", "plan", "train-distilled-1", "train-labels-1")
     assert all(f"Not measured yet: `python benchmarks/gpu.py {step}`" in text for step in steps)

@@ -163,8 +163,9 @@ def test_drift_is_noticed_and_points_are_fitted_anew_until_the_agreement_holds(m
     policy = controller(model, agreement=0.9, shadow_share=0.2, window=200)
     assert serve(policy, model, 1600, 0.02, 0) > 0.95
     before = policy.metrics()
-    assert before["drifts"] == 0 and before["agreement_low"] > 0.9 and before["shadowed"] == pytest.approx(320, abs=16)
-    assert serve(policy, model, 64, 0.4, 10_000) < 0.9, "images of which the first network is certain and wrong"
+    assert before["drifts"] == 0 and before["agreement_low"] > 0.9
+    assert 320 <= before["shadowed"] < 480, "a fifth of the images, and more until their agreement is known"
+    assert serve(policy, model, 48, 0.4, 10_000) < 0.9, "images of which the first network is certain and wrong"
     assert serve(policy, model, 1600, 0.4, 20_000) > 0.95
     after = policy.metrics()
     assert after["drifts"] >= 1 and after["agreement_low"] > 0.9 and after["refits"] > before["refits"]
@@ -187,14 +188,17 @@ def test_the_shadow_waits_until_there_is_time_and_keeps_few_images(model):
     assert policy.metrics()["busy_s"] == pytest.approx(sum(4 * (2 + n) for n in (7, 100)) / 1e3)
 
 
-def test_which_images_are_compared_does_not_depend_on_the_batches(model):
+@pytest.mark.parametrize(("agreed", "every"), [([], 2), ([True] * 100, 10), ([True] * 39, 2), ([True, False] * 50, 2)])
+def test_which_images_are_compared_does_not_depend_on_the_batches(model, agreed, every):
     kept = []
     for sizes in ((50,), (1,) * 50, (7, 30, 13)):
         policy, x = controller(model, shadow_share=0.1), images(50)
+        for one in agreed:
+            policy._state.values["running"].add(one, 1.0)
         for batch in x.split(sizes):
             policy(model, batch)
         kept.append([int((x == image).flatten(1).all(1).nonzero()) for image, *_ in policy._state.values["pending"]])
-    assert kept == [[0, 10, 20, 30, 40]] * 3
+    assert kept == [list(range(0, 50, every))] * 3, "four times as many while the agreement is unknown or low"
 
 
 def test_what_it_learned_survives_a_restart(model, tmp_path):

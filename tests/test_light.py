@@ -3,9 +3,11 @@
 import copy
 import io
 import json
+import math
 import pickle
 from functools import cache
 
+import onnx
 import pytest
 import timm
 import torch
@@ -17,6 +19,7 @@ import hierens
 from hierens.branches.activations import Activations
 from hierens.branches.light import LightConv2d, LightLayer, lighten, merge
 from hierens.core.fetching import LoadError
+from hierens.inference.confidence import Confidence
 from support.networks import close, few_pixels, randomize, tiny_backbone, with_statistics
 
 KINDS = {"rank1": None, "lora": 2}
@@ -455,6 +458,21 @@ def test_torch_export_stores_shared_weights_once(tmp_path):
     assert close(program.module()(images().float()), model(images().float()))
     stored = sum(tensor.numel() for tensor in program.state_dict.values())
     assert stored <= sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("policy", [None, Confidence((0.5,))])
+def test_onnx_files_store_shared_weights_once(policy, tmp_path):
+    model = light_tree(kind="rank1").float()
+    what = {"policy": policy} if policy else {"depths": [2]}
+    model.export(tmp_path, format="onnx", **what)  # compared with the model's outputs
+    graphs = [onnx.load(next(tmp_path.glob("*.onnx"))).graph]
+    stored = 0
+    while graphs:
+        graph = graphs.pop()
+        stored += sum(math.prod(weight.dims) for weight in graph.initializer)
+        graphs += [value.g for node in graph.node for value in node.attribute if value.HasField("g")]
+    own = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.9 * own < stored <= own  # a few less, because norms are folded
 
 
 ZOO = {

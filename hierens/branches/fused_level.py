@@ -56,9 +56,12 @@ class FusedLevel(AnyLevel):
         return self.count
 
     def _grouping_is_faster(self, x: Tensor, branches: int) -> bool:
-        """As for every level; with shared weights if there are fewer images than these (docs/results/light.md)."""
+        """As for every level; with shared weights on a GPU, or if the inputs are fewer than these weights.
+
+        See docs/results/gpu.md and docs/results/light.md.
+        """
         if self._shared_weights:
-            return x.numel() // branches <= self._shared_weights
+            return x.device.type != "cpu" or x.numel() // branches <= self._shared_weights
         return super()._grouping_is_faster(x, branches)
 
     def without_gradients(self) -> bool:

@@ -30,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _SHADOW_BATCH = 8  # images; single ones cost several times as much
 _REFIT = 24  # shadowed images between two re-fits
 _MOST_PENDING = 64  # images kept for the shadow
+_UNSURE = 4  # times as many are kept while the agreement is unknown or below half-way to the bound
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class LatencyObjective(Policy):
     the target that may be planned until the percentile is met (quantile tracking, as Gibbs and Candes, NeurIPS 2021).
 
     Every so many images, one is kept, and evaluated by all networks when `shadow` is called and there is time. So the
-    agreement is known while serving. Operating points are fitted anew on the recent of these images. If the agreement
+    agreement is known while serving. Four times as many are kept until it is known, also after a drift, and while it is
+    below half-way from the bound to all. Operating points are fitted anew on the recent of these images. If the agreement
     is significantly below what was expected and half-way from all to the bound, or above what was expected (drift),
     older images are forgotten.
 
@@ -58,7 +60,7 @@ class LatencyObjective(Policy):
         times_ms: to every depth (columns) of batches of 1, 2, 4, ... images (rows), as measured by `learn`.
         percentile: of latencies that should be within the target.
         max_batch: maximal batch size, a power of two.
-        shadow_share: share of images that are also evaluated by all networks.
+        shadow_share: share of images that are also evaluated by all networks; four times as many at times.
         window: maximal number of images on which the points are fitted.
         measure: of certainty.
 
@@ -224,9 +226,10 @@ class LatencyObjective(Policy):
 
     def _record(self, point: OperatingPoint, images: Tensor, classes: Tensor, seconds: float) -> None:
         """Update the moving averages with a batch, and keep some of its images for the shadow."""
-        every = round(1 / self.shadow_share)
         with self._state.lock:
             state = self._state.values
+            unsure = state["running"].unsure(self._half_way)
+            every = round(1 / min(self.shadow_share * (_UNSURE if unsure else 1), 1))
             self._planner.completed(point, len(images), 1e3 * seconds)
             for row in range(-state["images"] % every, len(images), every):
                 state["pending"].append((images[row].clone(), int(classes[row]), point.agreement))
@@ -241,7 +244,7 @@ class LatencyObjective(Policy):
             self._planner.compare(predicted == row[1][-1], expected)
         state["shadowed"] += len(rows)
         state["fresh"] += len(rows)
-        if state["running"].drifted((1 + self.agreement) / 2):  # half of what the bound allows, as the planner aims at
+        if state["running"].drifted(self._half_way):
             _LOG.info(
                 "drift: agreement from %.4f over %.4f to %.4f, expected %.4f, bound %.4f",
                 *(*state["running"].interval(), state["running"].expected / state["running"].weight, self.agreement),
@@ -268,6 +271,11 @@ class LatencyObjective(Policy):
     def _planner(self) -> Planner:
         planner: Planner = self._state.values["planner"]
         return planner
+
+    @property
+    def _half_way(self) -> float:
+        """The agreement with half of the disagreement that the bound allows: the planner aims at it."""
+        return (1 + self.agreement) / 2
 
     @property
     def _depths(self) -> int:

@@ -42,6 +42,10 @@ class RunningAgreement:
         width = _Z * math.sqrt(max(mean * (1 - mean), 0.0) / count + (_Z / (2 * count)) ** 2)
         return (centre - width) / scale, mean, (centre + width) / scale
 
+    def unsure(self, bound: float) -> bool:
+        """Whether too few images are known for a decision, or their mean is below a bound."""
+        return self.weight < _FEWEST or self.agreed < bound * self.weight
+
     def drifted(self, bound: float) -> bool:
         """Whether it is significantly below a bound and what was expected, or above what was expected."""
         if self.weight < _FEWEST:
