@@ -49,7 +49,7 @@ class Settings:
     """Settings of the benchmark."""
 
     step: tyro.conf.Positional[str]
-    """speed, switching, per-image, light, plan, train-NAME-N (NAME: distilled, labels or msdnet), pack, join or report"""
+    """speed, switching, per-image, light, plan, train-distilled-1, train-labels-1, ..., pack, join or report"""
     data_dir: str = ""
     """CIFAR-100 as train/CLASS/ and test/CLASS/; by default the images decoded by `join`"""
     packed: Path | None = None

@@ -165,8 +165,8 @@ def test_drift_is_noticed_and_points_are_fitted_anew_until_the_agreement_holds(m
     before = policy.metrics()
     assert before["drifts"] == 0 and before["agreement_low"] > 0.9
     assert 320 <= before["shadowed"] < 480, "a fifth of the images, and more until their agreement is known"
-    assert serve(policy, model, 48, 0.4, 10_000) < 0.9, "images of which the first network is certain and wrong"
-    assert serve(policy, model, 1600, 0.4, 20_000) > 0.95
+    assert serve(policy, model, 48, 0.8, 10_000) < 0.9, "images of which the first network is certain and wrong"
+    assert serve(policy, model, 1600, 0.8, 20_000) > 0.95
     after = policy.metrics()
     assert after["drifts"] >= 1 and after["agreement_low"] > 0.9 and after["refits"] > before["refits"]
     assert "drift: agreement" in caplog.text and "re-fit on" in caplog.text

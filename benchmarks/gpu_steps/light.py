@@ -54,6 +54,10 @@ def _cell(context: Context, name: str, batch: int, depth: int, seconds: float) -
     x = torch.randn(batch, 3, pixels, pixels, device=context.device, dtype=torch.bfloat16)
     times = rounds({way: partial(made[way], x, depth=depth) for way in WAYS}, seconds)
     return {
-        **{"network": name, "pixels": pixels, "precision": "bf16", "batch": batch, "depth": depth},
+        "network": name,
+        "pixels": pixels,
+        "precision": "bf16",
+        "batch": batch,
+        "depth": depth,
         "ms": {way: quartiles(found) for way, found in times.items()},
     }

@@ -85,8 +85,8 @@ whole training. The images are stored in the GPU's memory.
 
 - *distilled* and *labels*: `hne_resnet50_cifar_small`, 16 networks, by the HNE paper's recipe (preset `paper-cifar`:
   SGD, a cosine, weight decay 5e-4, crops and flips; 200 epochs in the paper), with the objectives L_I + L_HD and L_I.
-  Batches of 256 instead of 128, a learning rate of 0.2 instead of 0.1, and a warm-up of one epoch: an update takes about
-  the same time with both batch sizes.
+  Batches of 256 instead of 128, a learning rate of 0.2 instead of 0.1, and a warm-up of one epoch: an update takes
+  about the same time with both batch sizes.
 - *msdnet*: `msdnet_cifar_7` by the recipe of IMTA's authors for their first stage (preset `imta-stage1`: SGD with
   momentum, divided by 10 after 1/2 and 3/4 of the epochs, weight decay 1e-4, gradient equilibrium; 300 epochs), with
   batches of 256 instead of 64 and a learning rate of 0.2 instead of 0.1.

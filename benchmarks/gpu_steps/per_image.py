@@ -72,7 +72,11 @@ def _cell(context: Context, name: str, batch: int, share: float, seconds: float)
     times = rounds(ways, seconds)
     macs, leaves = model.macs(network.size), walk(x, thresholds)[1]
     return {
-        **{"network": name, "batch": batch, "leaving": share, "precision": "bf16", "difference": exact},
+        "network": name,
+        "batch": batch,
+        "leaving": share,
+        "precision": "bf16",
+        "difference": exact,
         "macs": sum(macs[model.sizes.index(int(count))] for count in leaves) / batch / macs[-1],
         "leaves": [int((leaves == count).sum()) for count in model.sizes],
         "ms": {way: quartiles(own) for way, own in times.items()},

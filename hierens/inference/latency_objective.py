@@ -45,9 +45,9 @@ class LatencyObjective(Policy):
 
     Every so many images, one is kept, and evaluated by all networks when `shadow` is called and there is time. So the
     agreement is known while serving. Four times as many are kept until it is known, also after a drift, and while it is
-    below half-way from the bound to all. Operating points are fitted anew on the recent of these images. If the agreement
-    is significantly below what was expected and half-way from all to the bound, or above what was expected (drift),
-    older images are forgotten.
+    below half-way from the bound to all. Operating points are fitted anew on the recent of these images. If the
+    agreement is significantly below what was expected and half-way from all to the bound, or above what was expected
+    (drift), older images are forgotten.
 
     Make it with `from_calibration`, call `learn` on the machine that serves, and save it like any policy: the learned
     times and the recent images' predictions are saved as well.
