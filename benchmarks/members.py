@@ -120,15 +120,20 @@ def _conclusion(groups: Mapping[str, Group]) -> str:
         for row, group in groups.items()
         if row in LIGHT
     }
-    small = max((name for name, (size, _) in kept.items() if size <= SMALL), key=lambda name: kept[name][1])
+    small = max((name for name, (size, _) in kept.items() if size <= SMALL), key=lambda n: kept[n][1], default="")
     enough = min((name for name, (_, gain) in kept.items() if gain >= ENOUGH), key=lambda n: kept[n][0], default="")
-    said = (
-        f"Among the light trees with at most {SMALL} times one network's memory, *{small}* keeps the most of the gain, "
-        f"{kept[small][1]:.0%}."
-    )
+    said = []
+    if small:
+        said.append(
+            f"Among the light trees with at most {SMALL} times one network's memory, *{small}* keeps the most, "
+            f"{kept[small][1]:.0%}."
+        )
     if enough:
-        return f"{said} *{enough}* is the smallest one that keeps {ENOUGH:.0%}, with {kept[enough][0]:.1f} times one."
-    return f"{said} None keeps {ENOUGH:.0%}."
+        said.append(
+            f"*{enough}* is the smallest light tree that keeps {ENOUGH:.0%}, with {kept[enough][0]:.1f} times one "
+            "network's memory."
+        )
+    return " ".join(said) or f"No light tree keeps {ENOUGH:.0%}."
 
 
 def _memory(groups: Mapping[str, Group]) -> str:

@@ -11,11 +11,12 @@ from comparison.recipes import ROWS, configured
 FULL, SINGLE = members.FULL, members.SINGLE
 
 
-def test_every_light_tree_differs_from_the_full_one_in_its_members_alone():
+def test_every_light_tree_differs_from_the_full_one_in_its_members_and_a_named_objective_alone():
     full = configured("cifar100", FULL, 0, "", "")
     for row in members.LIGHT:
         run = configured("cifar100", row, 0, "", "")
-        assert run.model.members and run.train.objective == full.train.objective
+        assert run.model.members
+        assert (run.train.objective == full.train.objective) == ("L_I" not in ROWS[row].title)
         assert set(ROWS[row].changes) <= {"objective", "members", "rank", "symmetry_signs"}
 
 
@@ -34,4 +35,10 @@ def test_the_page_says_how_much_of_the_gain_is_kept(tmp_path, monkeypatch):
     page = members.page(tmp_path)
     (line,) = [line for line in page.splitlines() if line.startswith("| tree, rank1 ") and "50 %" in line]
     assert f"{(one + best) / 2:.2f}" in line and (tmp_path / "members.png").is_file()
-    assert "Not run yet: light-rank1-signs" in page
+    assert "Not run yet: light-early, " in page and "light-rank1-signs" in page
+    assert "keeps the most" not in page and "No light tree keeps 75%." in page  # it has the size of a full one
+    record["parameters"][-1], record["accuracy"][-1] = 200_000, best
+    (tmp_path / "cifar100" / "light-rank1" / "0.json").write_text(json.dumps(record))
+    page = members.page(tmp_path)
+    assert "*tree, rank1* keeps the most, 100%." in page
+    assert "*tree, rank1* is the smallest light tree that keeps 75%, with 1.1 times" in page
