@@ -86,7 +86,8 @@ added or nested too deeply, and files are truncated, swapped, compressed, of oth
 
 An attack passes if the file is loaded, or if a `ValueError` with a single line of at most 1,200 characters is raised.
 It must also print at most 20 lines (a warning counts once per place in the code, as Python shows it) and not run out of
-memory: each attack may use 1 GiB of address space in addition to what the process already uses. All attacks passed. "Most memory" is the largest growth of the process during one attack.
+memory: each attack may use 1 GiB of address space in addition to what the process already uses. All attacks passed.
+"Most memory" is the largest growth of the process during one attack.
 
 - Configs: any values that JSON can represent, in the config of a tree, a multi-exit network, a tree with exits and a
   transformer. A loaded model then counts its multiply-accumulates.

@@ -17,6 +17,7 @@ import torch
 from speed import rounds
 from torch import Tensor
 
+from gpu_steps.cuda_graphs import captured
 from gpu_steps.networks import NETWORKS, TINY, built
 from gpu_steps.records import Cell, Context, Record, fill
 from gpu_steps.speed_table import Call, quartiles
@@ -65,7 +66,7 @@ def _cell(context: Context, name: str, batch: int, share: float, seconds: float)
     policy = Confidence(tuple(thresholds))
     ways: dict[str, Call] = {
         FULL: lambda: model(x),
-        FULL_GRAPH: _captured(lambda: model(x), context.device),
+        FULL_GRAPH: captured(lambda: model(x), context.device),
         EAGER: lambda: policy(model, x).logits,
         GRAPHS: lambda: walk(x, thresholds)[0],
     }
@@ -226,26 +227,4 @@ def _graph(segment: Segment, size: int, value: Tensor, total: Tensor) -> _Graph:
         outputs[:] = run()
         return outputs[0]
 
-    return _Graph(_captured(call, value.device), value, total, outputs)
-
-
-def _captured(call: Call, device: torch.device) -> Call:
-    """A call as a CUDA graph, whose outputs stay in place; on a CPU the call itself."""
-    if device.type != "cuda":
-        call()
-        return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # objects of the first call must be created outside the graph
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return logits
-
-    return replay
+    return _Graph(captured(call, value.device), value, total, outputs)

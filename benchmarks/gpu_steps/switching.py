@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_steps.cuda_graphs import captured
 from gpu_steps.networks import NETWORKS, TINY
 from gpu_steps.records import Cell, Context, Record, fill
 from gpu_steps.speed_table import Call, prepared, quartiles
@@ -97,20 +98,12 @@ def _runner(model: Any, x: Tensor, way: str, tiny: bool) -> Callable[[int], Call
 
 def _captured(model: Any, x: Tensor, depth: int) -> Call:
     """A depth as a CUDA graph, which reads its images from a fixed buffer."""
-    images, side = x.clone(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # objects of the first call must be created outside the graph
-            model(images, depth=depth)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = model(images, depth=depth)
+    images = x.clone()
+    replay = captured(lambda: model(images, depth=depth), x.device)
 
     def call() -> Tensor:
         images.copy_(x)
-        graph.replay()
-        return logits
+        return replay()
 
     return call
 
