@@ -163,8 +163,8 @@ class Trainer:
                         self._validate(epoch)
                     self.state.epoch, self.state.batch = epoch + 1, 0
                     self._checkpoint()
-            except RuntimeError as error:
-                if self._signals.received:  # the signal also ended the loader's workers
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                if self._signals.received:  # the signal also ended the loader's workers, and their sockets
                     self._stop(self._signals.received, f"within a step ({first_line(error)})")
                 raise
             self._save_models()

@@ -71,6 +71,32 @@ def test_handlers_come_back_and_fit_goes_on(tmp_path):
         signal.signal(signal.SIGTERM, mine)
 
 
+class LosingWorkers(Signalling):
+    """After the signal, reading fails as it does if the signal has also ended a worker that was sending a batch."""
+
+    error: type[Exception] = ConnectionResetError
+
+    def __getitem__(self, index):
+        lost = self.image == index
+        sample = super().__getitem__(index)
+        if lost:
+            raise self.error("Connection reset by peer")
+        return sample
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_signal_that_ends_a_sending_worker_is_no_error(tmp_path, error):
+    data = LosingWorkers(signal.SIGTERM, 5)
+    data.error = error
+    with pytest.raises(TrainingInterrupted) as stopped:
+        trainer(tmp_path, data=data).fit()
+    assert stopped.value.code == 143
+    data = LosingWorkers(0, 5)  # signal 0 is none
+    data.error = error
+    with pytest.raises(error):
+        trainer(tmp_path / "without", data=data).fit()
+
+
 def test_stopped_while_validating_it_validates_again(tmp_path):
     run = trainer(tmp_path, ema_decay=0.9)
     run.val_loader.dataset.__class__ = Signalling
