@@ -138,8 +138,8 @@ meets both bounds; *never* if the last such interval does not.
 
 ## A load above the capacity
 
-After the change, as many networks as the agreement requires take longer than images arrive. The controller then holds
-the latency, with the highest agreement that leaves time for it.
+After the change, as many networks as the agreement requires take longer than images arrive. The controller then keeps
+the 99th percentile near the target, with the highest agreement that leaves time for it.
 
 {impossible}
 
