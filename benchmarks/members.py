@@ -111,15 +111,19 @@ python benchmarks/members.py --data-dir DIR
 """
 
 
-def _conclusion(groups: Mapping[str, Group]) -> str:
-    """How much of the gain light members keep, and for which memory."""
+def _kept(groups: Mapping[str, Group]) -> dict[str, tuple[float, float]]:
+    """By row: the weights at full depth, as a multiple of one network's, and the share of the full tree's gain."""
     one, best = groups[SINGLE].mean("accuracy")[-1], groups[FULL].mean("accuracy")[-1]
     network = groups[SINGLE].records[0]["parameters"][-1]
-    kept = {
-        group.name: (group.records[0]["parameters"][-1] / network, (group.mean("accuracy")[-1] - one) / (best - one))
+    return {
+        row: (group.records[0]["parameters"][-1] / network, (group.mean("accuracy")[-1] - one) / (best - one))
         for row, group in groups.items()
-        if row in LIGHT
     }
+
+
+def _conclusion(groups: Mapping[str, Group]) -> str:
+    """How much of the gain light members keep, and for which memory."""
+    kept = {groups[row].name: found for row, found in _kept(groups).items() if row in LIGHT}
     small = max((name for name, (size, _) in kept.items() if size <= SMALL), key=lambda n: kept[n][1], default="")
     enough = min((name for name, (_, gain) in kept.items() if gain >= ENOUGH), key=lambda n: kept[n][0], default="")
     said = []
@@ -138,20 +142,17 @@ def _conclusion(groups: Mapping[str, Group]) -> str:
 
 def _memory(groups: Mapping[str, Group]) -> str:
     """Weights at full depth, as a multiple of one network's, with accuracy and diversity."""
-    one, best = groups[SINGLE].mean("accuracy")[-1], groups[FULL].mean("accuracy")[-1]
-    network = groups[SINGLE].records[0]["parameters"][-1]
     rows = []
-    for group in groups.values():
-        count, accuracy = group.records[0]["parameters"][-1], group.mean("accuracy")[-1]
+    for row, (size, gain) in _kept(groups).items():
+        group = groups[row]
         diversity = statistics.mean(record["std"][-1] for record in group.records)
-        kept = f"{100 * (accuracy - one) / (best - one):.0f} %"
         rows.append(
             (
                 group.name,
-                f"{4 * count / 1e6:.2f}",
-                f"{count / network:.2f}",
-                f"{accuracy:.2f}",
-                kept,
+                f"{4 * group.records[0]['parameters'][-1] / 1e6:.2f}",
+                f"{size:.2f}",
+                f"{group.mean('accuracy')[-1]:.2f}",
+                f"{100 * gain:.0f} %",
                 f"{diversity:.3f}",
             )
         )

@@ -199,7 +199,7 @@ def test_a_walk_by_graphs_equals_the_policy_for_every_batch_and_threshold():
     with torch.no_grad():
         walk = per_image.GraphedWalk(model, images)
         for thresholds in ((0.0, 0.0), (2.0, 2.0), (0.2, 0.3), tuple(walk.thresholds(images, 0.4))):
-            expected = Confidence(tuple(t if t <= 1 else 2.0 for t in thresholds))(model, images)
+            expected = Confidence(thresholds)(model, images)
             logits, leaves = walk(images, thresholds)
             assert torch.equal(leaves, expected.leaves) and torch.allclose(logits, expected.logits, atol=1e-5)
 

@@ -10,7 +10,7 @@ import torch
 from light_speed import NETWORKS, WAYS, models
 from speed import rounds
 
-from gpu_steps.records import Cell, Context, Record, fill
+from gpu_steps.records import Context, Record, measure
 from gpu_steps.speed_table import quartiles
 
 TINY = {"test_vit": ({"img_size": 32, "num_classes": 7}, 32)}
@@ -27,19 +27,13 @@ def light(context: Context, batch_sizes: Sequence[int], seconds: float) -> int:
     Returns:
         The number of cells that remain.
     """
-    record = Record(context, "light", go_on=True)
-    names = TINY if context.tiny else NETWORKS
-    cells = [
-        Cell(
-            f"{name}, batch {batch}, depth {depth}",
-            0.5 if context.tiny else 20,
-            lambda name=name, batch=batch, depth=depth: _cell(context, name, batch, depth, seconds),
-        )
-        for name in names
+    cases = (
+        (f"{name}, batch {batch}, depth {depth}", 20, partial(_cell, context, name, batch, depth, seconds))
+        for name in (TINY if context.tiny else NETWORKS)
         for batch in batch_sizes
         for depth in (1, 2, 3)
-    ]
-    return fill(record, cells)
+    )
+    return measure(Record(context, "light", go_on=True), cases)
 
 
 @lru_cache(maxsize=1)

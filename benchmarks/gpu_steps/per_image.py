@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpu_steps.cuda_graphs import captured
 from gpu_steps.networks import NETWORKS, TINY, built
-from gpu_steps.records import Cell, Context, Record, fill
+from gpu_steps.records import Context, Record, measure
 from gpu_steps.speed_table import Call, quartiles
 from hierens.branches.activations import Activations
 from hierens.inference.confidence import NOBODY, Confidence
@@ -42,18 +42,13 @@ def per_image(context: Context, batch_sizes: Sequence[int], seconds: float) -> i
     Returns:
         The number of cells that remain.
     """
-    record = Record(context, "per-image", go_on=True)
-    cells = [
-        Cell(
-            f"{name}, batch {batch}, {share:.0%} leave",
-            0.5 if context.tiny else 40,
-            lambda name=name, batch=batch, share=share: _cell(context, name, batch, share, seconds),
-        )
+    cases = (
+        (f"{name}, batch {batch}, {share:.0%} leave", 40, partial(_cell, context, name, batch, share, seconds))
         for name in MEASURED[context.tiny]
         for batch in batch_sizes
         for share in LEAVING
-    ]
-    return fill(record, cells)
+    )
+    return measure(Record(context, "per-image", go_on=True), cases)
 
 
 @torch.no_grad()
@@ -112,12 +107,12 @@ class Segment:
 
     def __init__(self, model: Any, depth: int) -> None:
         tree, first, last = model.tree, (0, *model.sizes)[depth], model.sizes[depth]
-        self.start = tree.first_new_level(first) if first else 0  # the first of its levels with new branches
+        self.start = tree.first_new_level(first)  # the first of its levels with new branches
         self.parts: list[tuple[Any, list[int]]] = []
         for index in range(self.start, tree.levels):
-            begin, end = tree.width(index, first) if first else 0, tree.width(index, last)
-            above = tree.width(index - 1, first) if first and index > self.start else 0
-            parents = [0 if index == self.start else tree.parent(index, b) - above for b in range(begin, end)]
+            begin, end = tree.width(index, first), tree.width(index, last)
+            above = tree.width(index - 1, first) if index > self.start else 0
+            parents = [tree.parent(index, branch) - above for branch in range(begin, end)]
             self.parts.append((model.level(index).part(begin, end), parents))
         self.heads = [level.part(first, last) for level in (model.head, model.classifier)]
 
@@ -171,7 +166,7 @@ class GraphedWalk:
     def __call__(self, images: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Logits (N, classes), and the number of networks evaluated for each image (N,), on the CPU."""
         rows = torch.arange(len(images), device=images.device)
-        leaves = torch.full((len(images),), self.sizes[-1])
+        leaves = torch.empty_like(rows)
         graph = self._graph_for(0, self.batch)
         graph.value.copy_(images)
         graph.replay()
@@ -179,16 +174,12 @@ class GraphedWalk:
         logits = torch.empty_like(total)
         for depth, size in enumerate(self.sizes):
             count = len(rows)
-            logits[rows] = total[:count] / size
+            logits[rows], leaves[rows] = total[:count] / size, size  # those that go on are overwritten
             if depth == len(self.sizes) - 1:
                 break
             kept = (certain[:count] < thresholds[depth]).nonzero().flatten()  # waits for the device
             if not len(kept):
-                leaves[rows.cpu()] = size
                 break
-            left = torch.ones(count, dtype=torch.bool)
-            left[kept.cpu()] = False
-            leaves[rows.cpu()[left]] = size
             graph = self._graph_for(depth + 1, len(kept))
             rows = rows[kept]
             values = [value[kept] for value in values]
@@ -196,7 +187,7 @@ class GraphedWalk:
             graph.total[: len(kept)].copy_(total[kept])
             graph.replay()
             total, certain = graph.outputs[:2]
-        return logits, leaves
+        return logits, leaves.cpu()
 
     def thresholds(self, images: Tensor, share: float) -> list[float]:
         """Thresholds with which a share of the images that reach a depth leave there."""
@@ -210,7 +201,7 @@ class GraphedWalk:
         return found
 
     def _graph_for(self, depth: int, images: int) -> _Graph:
-        return next(graph for bucket, graph in sorted(self.graphs[depth].items()) if bucket >= images)
+        return next(graph for bucket, graph in self.graphs[depth].items() if bucket >= images)
 
 
 def _graph(segment: Segment, size: int, value: Tensor, total: Tensor) -> _Graph:

@@ -6,7 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from speed import rounds
 from torch import Tensor
 
 from gpu_steps.networks import DTYPES, NETWORKS, TINY, built, precision
-from gpu_steps.records import Cell, Context, Record, fill
+from gpu_steps.records import Context, Record, measure
 from gpu_steps.roofline import activation_values, least_ms, peaks
 
 Call = Callable[[], Tensor]
@@ -77,20 +77,18 @@ def speed(context: Context, precisions: Sequence[str], batch_sizes: Sequence[int
                 known[name] = peaks(context.device, dtype, context.tiny)
             record.write()
     batches = tuple(batch_sizes)
-    cells = [
-        Cell(
+    cases = (
+        (
             f"{name}, {kind}, batch {batch}, depth {depth}",
-            0.5 if context.tiny else 45,
-            lambda name=name, kind=kind, batch=batch, depth=depth: _timed_cell(
-                record, name, kind, batch, depth, batches, seconds
-            ),
+            45,
+            partial(_timed_cell, record, name, kind, batch, depth, batches, seconds),
         )
         for kind in precisions
         for name in names
         for batch in batches
         for depth in range(built(name).depths)
-    ]
-    return fill(record, cells)
+    )
+    return measure(record, cases)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gpu_steps.cuda_graphs import captured
 from gpu_steps.networks import NETWORKS, TINY
-from gpu_steps.records import Cell, Context, Record, fill
+from gpu_steps.records import Context, Record, measure
 from gpu_steps.speed_table import Call, prepared, quartiles
 
 SWITCHED = {False: ("hne_resnet50_cifar_small", "resnet18"), True: ("tiny_resnet",)}
@@ -30,19 +31,18 @@ def switching(context: Context, batch_sizes: Sequence[int], seconds: float) -> i
     Returns:
         The number of cells that remain.
     """
-    record = Record(context, "switching", go_on=True)
-    cells = [
-        Cell(
+    cases = (
+        (
             f"{name}, {form}, {way}, batch {batch}",
-            0.5 if context.tiny else 150 if way in (COMPILED, REDUCED) else 45,
-            lambda name=name, form=form, way=way, batch=batch: _switched_cell(context, name, form, way, batch, seconds),
+            150 if way in (COMPILED, REDUCED) else 45,
+            partial(_switched_cell, context, name, form, way, batch, seconds),
         )
         for way in (EAGER, GRAPHS, COMPILED, REDUCED)  # the slowest to prepare come last
         for name in SWITCHED[context.tiny]
         for form in (("tree", "fused") if way == EAGER else ("fused",))
         for batch in batch_sizes
-    ]
-    return fill(record, cells)
+    )
+    return measure(Record(context, "switching", go_on=True), cases)
 
 
 @torch.no_grad()

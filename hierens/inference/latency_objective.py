@@ -228,7 +228,7 @@ class LatencyObjective(Policy):
         """Update the moving averages with a batch, and keep some of its images for the shadow."""
         with self._state.lock:
             state = self._state.values
-            unsure = state["running"].unsure(self._half_way)
+            unsure = state["running"].unsure(self._planner.half_way)
             every = round(1 / min(self.shadow_share * (_UNSURE if unsure else 1), 1))
             self._planner.completed(point, len(images), 1e3 * seconds)
             for row in range(-state["images"] % every, len(images), every):
@@ -244,7 +244,7 @@ class LatencyObjective(Policy):
             self._planner.compare(predicted == row[1][-1], expected)
         state["shadowed"] += len(rows)
         state["fresh"] += len(rows)
-        if state["running"].drifted(self._half_way):
+        if state["running"].drifted(self._planner.half_way):
             _LOG.info(
                 "drift: agreement from %.4f over %.4f to %.4f, expected %.4f, bound %.4f",
                 *(*state["running"].interval(), state["running"].expected / state["running"].weight, self.agreement),
@@ -271,11 +271,6 @@ class LatencyObjective(Policy):
     def _planner(self) -> Planner:
         planner: Planner = self._state.values["planner"]
         return planner
-
-    @property
-    def _half_way(self) -> float:
-        """The agreement with half of the disagreement that the bound allows: the planner aims at it."""
-        return (1 + self.agreement) / 2
 
     @property
     def _depths(self) -> int:

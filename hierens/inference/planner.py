@@ -57,7 +57,12 @@ class Planner:
     _logged: float = field(default=-math.inf, init=False)
 
     def __post_init__(self) -> None:
-        self.aim = (1 + self.agreement) / 2
+        self.aim = self.half_way
+
+    @property
+    def half_way(self) -> float:
+        """The agreement with half of the disagreement that the bound allows."""
+        return (1 + self.agreement) / 2
 
     @property
     def slowdown(self) -> float:
@@ -118,7 +123,7 @@ class Planner:
         because of the load, are not counted.
         """
         if expected >= self.agreement:
-            step = (1 - self.agreement) / 4 * ((1 + self.agreement) / 2 - agreed)
+            step = (1 - self.agreement) / 4 * (self.half_way - agreed)
             self.aim = min(max(self.aim + step, self.agreement), 1.0)
 
     def _choose(self, waiting: int, oldest_ms: float) -> tuple[OperatingPoint, int, bool]:
